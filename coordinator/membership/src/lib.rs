@@ -1,0 +1,1 @@
+//! Registration under an etcd lease, and a watched view of the cluster.

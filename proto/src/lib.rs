@@ -1,0 +1,30 @@
+//! Everything that crosses a process in Baton.
+//!
+//! * [`v1`]: the gRPC contract, generated from `proto/baton/v1/*.proto`.
+//! * [`prefix`]: how a prompt's KV blocks are addressed by content.
+//! * [`instance`]: the records that processes keep in etcd.
+//! * [`bundle`]: the tokenizer and chat template as a worker hands them out.
+//!
+//! The crate holds no I/O. Gateway, worker and coordinator meet here and nowhere else.
+
+#![forbid(unsafe_code)]
+
+pub mod bundle;
+pub mod instance;
+pub mod prefix;
+
+/// Messages, clients and servers of the `baton.v1` package.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("baton.v1");
+}
+
+pub use bundle::TokenizerBundle;
+pub use instance::{InstanceRecord, InstanceRole};
+pub use prefix::{BlockHash, block_hashes};
+
+/// The largest gRPC message any Baton process sends or takes.
+///
+/// Sized for a prompt of a million tokens and for one KV block of a large model; payloads above
+/// it are cut into several messages.
+pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;

@@ -1,0 +1,140 @@
+//! The memory that KV blocks live in.
+//!
+//! One memfd holds a header page and then all blocks. It has no name in any file system, so
+//! nothing is left behind however the process ends; a peer on the same host opens it through
+//! `/proc/<pid>/fd/<fd>` and checks the nonce in the header. Pages are allocated by the kernel on
+//! first touch, so an idle pool costs no memory.
+//!
+//! A block is laid out `[layer][key, value][kv_head][token][head_dim]`, so that a block over all
+//! layers is one contiguous range and moves with one copy.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use baton_proto::v1::KvLayout;
+use bytes::Bytes;
+use memmap2::MmapRaw;
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::BlockId;
+
+/// Bytes before the first block.
+pub const HEADER_BYTES: usize = 4096;
+/// First bytes of the header; the nonce follows.
+pub const MAGIC: [u8; 8] = *b"BATONKV1";
+/// Length of the nonce.
+pub const NONCE_BYTES: usize = 16;
+
+/// The memory of all KV blocks of this worker.
+///
+/// The pool hands out pointers and does no synchronization: [`super::blocks`] decides who may
+/// touch a block. A block is written by its one owner (the engine thread for a running sequence,
+/// the transfer task for a sequence being pulled) and read by others only after it was published.
+pub struct KvPool {
+    map: MmapRaw,
+    file: File,
+    layout: KvLayout,
+    blocks: usize,
+    nonce: [u8; NONCE_BYTES],
+}
+
+impl KvPool {
+    /// Maps a pool of `blocks` blocks, zeroed.
+    pub fn new(layout: KvLayout, blocks: usize) -> std::io::Result<Self> {
+        let fd: OwnedFd = rustix::fs::memfd_create(
+            "baton-kv",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )?;
+        let len = HEADER_BYTES + blocks * layout.block_bytes as usize;
+        rustix::fs::ftruncate(&fd, len as u64)?;
+        // A peer that maps the file must never fault because it shrank.
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
+        let file = File::from(fd);
+        let map = MmapRaw::map_raw(&file)?;
+        let nonce: [u8; NONCE_BYTES] = rand::random();
+        let pool = Self { map, file, layout, blocks, nonce };
+        // SAFETY: the header page is inside the mapping and nobody else knows of it yet.
+        unsafe {
+            let header = pool.map.as_mut_ptr();
+            std::ptr::copy_nonoverlapping(MAGIC.as_ptr(), header, MAGIC.len());
+            std::ptr::copy_nonoverlapping(nonce.as_ptr(), header.add(MAGIC.len()), NONCE_BYTES);
+        }
+        Ok(pool)
+    }
+
+    /// Shape and element type of a block.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// How many blocks the pool holds.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(&self) -> usize {
+        self.layout.block_bytes as usize
+    }
+
+    /// Length of the mapping, header included.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Whether the pool has no block.
+    pub fn is_empty(&self) -> bool {
+        self.blocks == 0
+    }
+
+    /// The memfd, as a peer on this host names it.
+    pub fn raw_fd(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    /// The proof in the header that a mapping is of this pool.
+    pub fn nonce(&self) -> [u8; NONCE_BYTES] {
+        self.nonce
+    }
+
+    /// Offset of a block in the file and the mapping.
+    ///
+    /// # Panics
+    /// When `block` is not in the pool.
+    pub fn offset(&self, block: BlockId) -> usize {
+        assert!((block as usize) < self.blocks, "block {block} of {}", self.blocks);
+        HEADER_BYTES + block as usize * self.block_bytes()
+    }
+
+    /// The first byte of a block. Reading or writing through it is the caller's duty; see the
+    /// type's documentation for who may.
+    pub fn block_ptr(&self, block: BlockId) -> *mut u8 {
+        // SAFETY: `offset` checked that the block is inside the mapping.
+        unsafe { self.map.as_mut_ptr().add(self.offset(block)) }
+    }
+
+    /// Fills a block with a peer's bytes.
+    ///
+    /// # Safety
+    /// The caller owns `block` alone: no other thread reads or writes it during the call.
+    ///
+    /// # Panics
+    /// When `bytes` is not exactly one block long.
+    pub unsafe fn write_block(&self, block: BlockId, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.block_bytes(), "a block's bytes");
+        // SAFETY: both ranges are one block long; the destination is the caller's alone.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.block_ptr(block), bytes.len()) }
+    }
+
+    /// A copy of a block's bytes.
+    ///
+    /// # Safety
+    /// Nobody writes `block` during the call.
+    pub unsafe fn read_block(&self, block: BlockId) -> Bytes {
+        // SAFETY: the range is inside the mapping, initialized (zeroed by the kernel), and by the
+        // caller's promise not written meanwhile.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(self.block_ptr(block), self.block_bytes()) };
+        Bytes::copy_from_slice(bytes)
+    }
+}

@@ -1,0 +1,78 @@
+//! Models: weights and the forward pass.
+//!
+//! [`Model`] is the seam between the engine, which decides what to run, and an architecture,
+//! which knows how. The engine thread owns the model and calls it once per step.
+
+use crate::kv::BlockId;
+use crate::kv::pool::KvPool;
+
+/// What the engine and the gateways must know of a model.
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    /// `general.architecture` of the GGUF, such as `llama`.
+    pub architecture: String,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the MLP.
+    pub ffn: usize,
+    /// Rows of the output projection.
+    pub vocab: usize,
+    /// Context length that the model was trained for.
+    pub max_context: usize,
+    /// RoPE base.
+    pub rope_theta: f32,
+    /// Epsilon of RMSNorm.
+    pub rms_eps: f32,
+}
+
+/// The new tokens of one sequence in one step.
+#[derive(Clone, Copy, Debug)]
+pub struct SequenceSlice<'a> {
+    /// Position of `tokens[0]`; KV for all positions before it is in `blocks`.
+    pub start: usize,
+    /// The tokens to compute: a prompt chunk, or one token of a decoding sequence.
+    pub tokens: &'a [u32],
+    /// The sequence's KV blocks in order, covering at least `start + tokens.len()` positions.
+    pub blocks: &'a [BlockId],
+    /// Whether the logits of the last token are wanted.
+    pub logits: bool,
+}
+
+/// A failed step. The engine fails the step's requests and goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A token id that the embedding table does not have.
+    #[error("token id {0} is outside the vocabulary")]
+    TokenOutOfRange(u32),
+    /// candle refused an operation.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// A causal language model over paged KV.
+pub trait Model: Send {
+    /// The model's shape.
+    fn config(&self) -> &ModelConfig;
+
+    /// Computes all slices in one pass and writes their keys and values into `kv`.
+    ///
+    /// `logits` is resized to `n × vocab`, row-major, where `n` is the number of slices with
+    /// `logits` set, in their order.
+    ///
+    /// The caller owns the blocks that the pass writes: position `p` of a slice lies in
+    /// `blocks[p / block_size]`. No block written is shared; blocks that are only read may be.
+    fn forward(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        kv: &KvPool,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ModelError>;
+}
