@@ -1,8 +1,11 @@
 //! The worker: one engine, its role chosen at start.
 //!
 //! Data flows down: [`service`] takes gRPC calls, [`engine`] schedules and samples, [`model`]
-//! computes, [`ops`] and [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
+//! computes, [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
 //! share, [`transfer`] moves it between workers.
 
+pub mod gguf;
+pub mod kernels;
 pub mod kv;
 pub mod model;
+pub mod tokenizer;

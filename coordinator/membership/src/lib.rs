@@ -1,1 +1,20 @@
 //! Registration under an etcd lease, and a watched view of the cluster.
+//!
+//! * [`Registration`]: keeps this process's [`InstanceRecord`] in etcd, whatever etcd does.
+//! * [`ClusterWatch`]: keeps a [`Membership`], the last view known, whatever etcd does.
+//!
+//! Neither is on the path of a request: when etcd is away, processes go on with the last view, and
+//! both tasks come back by themselves. A lease that ran out is a hint that a process is gone,
+//! never proof; who acts on it must look for itself.
+
+#![forbid(unsafe_code)]
+
+mod registration;
+mod settings;
+mod watch;
+
+pub use registration::Registration;
+pub use settings::{EtcdSettings, MembershipError, connect};
+pub use watch::{ClusterWatch, Membership};
+
+pub use baton_proto::{InstanceRecord, InstanceRole};

@@ -5,8 +5,10 @@
 //! `/proc/<pid>/fd/<fd>` and checks the nonce in the header. Pages are allocated by the kernel on
 //! first touch, so an idle pool costs no memory.
 //!
-//! A block is laid out `[layer][key, value][kv_head][token][head_dim]`, so that a block over all
-//! layers is one contiguous range and moves with one copy.
+//! A block is laid out `[layer][key, value][kv_head]`, each a small matrix: keys
+//! `[head_dim][token]`, so that one vector holds the same dimension of sixteen keys and scores need
+//! no horizontal sums; values `[token][head_dim]`. A block over all layers is one contiguous range
+//! and moves with one copy.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -41,10 +43,8 @@ pub struct KvPool {
 impl KvPool {
     /// Maps a pool of `blocks` blocks, zeroed.
     pub fn new(layout: KvLayout, blocks: usize) -> std::io::Result<Self> {
-        let fd: OwnedFd = rustix::fs::memfd_create(
-            "baton-kv",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )?;
+        let fd: OwnedFd =
+            rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let len = HEADER_BYTES + blocks * layout.block_bytes as usize;
         rustix::fs::ftruncate(&fd, len as u64)?;
         // A peer that maps the file must never fault because it shrank.
@@ -52,7 +52,13 @@ impl KvPool {
         let file = File::from(fd);
         let map = MmapRaw::map_raw(&file)?;
         let nonce: [u8; NONCE_BYTES] = rand::random();
-        let pool = Self { map, file, layout, blocks, nonce };
+        let pool = Self {
+            map,
+            file,
+            layout,
+            blocks,
+            nonce,
+        };
         // SAFETY: the header page is inside the mapping and nobody else knows of it yet.
         unsafe {
             let header = pool.map.as_mut_ptr();
@@ -102,7 +108,11 @@ impl KvPool {
     /// # Panics
     /// When `block` is not in the pool.
     pub fn offset(&self, block: BlockId) -> usize {
-        assert!((block as usize) < self.blocks, "block {block} of {}", self.blocks);
+        assert!(
+            (block as usize) < self.blocks,
+            "block {block} of {}",
+            self.blocks
+        );
         HEADER_BYTES + block as usize * self.block_bytes()
     }
 

@@ -3,6 +3,10 @@
 //! [`Model`] is the seam between the engine, which decides what to run, and an architecture,
 //! which knows how. The engine thread owns the model and calls it once per step.
 
+mod llama;
+
+pub use llama::{LoadedModel, kv_layout, load};
+
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
 
@@ -52,9 +56,6 @@ pub enum ModelError {
     /// A token id that the embedding table does not have.
     #[error("token id {0} is outside the vocabulary")]
     TokenOutOfRange(u32),
-    /// candle refused an operation.
-    #[error(transparent)]
-    Candle(#[from] candle_core::Error),
 }
 
 /// A causal language model over paged KV.

@@ -1,0 +1,85 @@
+//! Which instruction set runs the kernels: the one place that decides.
+
+use std::sync::OnceLock;
+
+/// An instruction set that the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512F with its byte, doubleword and vector-length parts.
+    Avx512,
+    /// AVX2 with FMA.
+    Avx2,
+    /// Plain Rust.
+    Portable,
+}
+
+impl Isa {
+    /// The widest one that this CPU has.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| *Self::available().first().unwrap_or(&Self::Portable))
+    }
+
+    /// All that this CPU has, widest first.
+    pub fn available() -> Vec<Self> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                all.push(Self::Avx512);
+            }
+            if avx2 {
+                all.push(Self::Avx2);
+            }
+        }
+        all.push(Self::Portable);
+        all
+    }
+}
+
+/// Defines a safe function that runs a kernel, generic over `Lanes`, on a chosen instruction set.
+///
+/// The kernel is compiled once inside a function with each target feature, so that it is inlined
+/// there with its vector instructions.
+macro_rules! dispatch {
+    (
+        $(#[$meta:meta])*
+        $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $kernel:ident;
+    ) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis unsafe fn $name(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn avx512($($arg: $ty),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { $kernel::<$crate::kernels::lanes::Avx512>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { $kernel::<$crate::kernels::lanes::Avx2>($($arg),*) }
+            }
+            match isa {
+                // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: the caller's promise.
+                _ => unsafe { $kernel::<$crate::kernels::lanes::Portable>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use dispatch;

@@ -1,0 +1,436 @@
+//! Sixteen float32 lanes.
+//!
+//! A kernel is written once over [`Lanes`] and compiled once per instruction set. All
+//! implementations keep sixteen partial sums, so they differ only in rounding of the fused
+//! multiply-add that the portable one lacks.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Number of lanes.
+pub const LANES: usize = 16;
+
+/// Sixteen float32 values.
+///
+/// # Safety
+/// Methods may be called only where the instruction set of the implementation is available;
+/// pointers must be valid for sixteen elements (no alignment is needed).
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Lanes: Copy {
+    /// Whether the CPU has 32 registers of sixteen lanes.
+    const WIDE: bool = false;
+    /// All lanes `value`.
+    unsafe fn splat(value: f32) -> Self;
+    /// Sixteen floats from memory.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Sixteen floats to memory.
+    unsafe fn store(self, to: *mut f32);
+    /// Sixteen unsigned bytes from memory, the value of each as a float.
+    unsafe fn from_u8(from: *const u8) -> Self;
+    /// Sixteen bytes from memory: the low and the high four bits of each as floats.
+    unsafe fn from_nibbles(from: *const u8) -> (Self, Self);
+    /// Sixteen signed bytes from memory, the value of each as a float.
+    unsafe fn from_i8(from: *const i8) -> Self;
+    /// `self * b + c`.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// Lane-wise sum.
+    unsafe fn add(self, b: Self) -> Self;
+    /// Lane-wise difference.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// Lane-wise product.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// Lane-wise quotient.
+    unsafe fn div(self, b: Self) -> Self;
+    /// Lane-wise maximum.
+    unsafe fn max(self, b: Self) -> Self;
+    /// Lane-wise minimum.
+    unsafe fn min(self, b: Self) -> Self;
+    /// The nearest whole numbers.
+    unsafe fn round(self) -> Self;
+    /// `2^self` for whole numbers in -126..=127.
+    unsafe fn exp2_whole(self) -> Self;
+
+    /// The sum of all lanes, always in the same tree order.
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut lanes = [0f32; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
+    /// The largest lane.
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let mut lanes = [0f32; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// `e^self`, to about one unit in the last place of single precision.
+    ///
+    /// Range reduction by powers of two and a degree-6 polynomial (Cephes `expf`). Below -87 the
+    /// result is `e^-87`, which is zero for every use here.
+    #[inline(always)]
+    unsafe fn exp(self) -> Self {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let x = self.max(Self::splat(-87.0));
+            let whole = x.mul(Self::splat(std::f32::consts::LOG2_E)).round();
+            // ln 2 in two parts, so that the reduced argument keeps its last bits.
+            let x = whole.mul_add(Self::splat(-0.693_359_375), x);
+            let x = whole.mul_add(Self::splat(2.121_944_4e-4), x);
+            let mut p = Self::splat(1.987_569_2e-4);
+            for c in [
+                1.398_199_9e-3,
+                8.333_452e-3,
+                4.166_579_6e-2,
+                1.666_666_5e-1,
+                0.5,
+            ] {
+                p = p.mul_add(x, Self::splat(c));
+            }
+            let e = p.mul_add(x.mul(x), x).add(Self::splat(1.0));
+            e.mul(whole.exp2_whole())
+        }
+    }
+}
+
+/// Plain arrays: the reference for the others, and what runs on a CPU without vectors.
+#[derive(Clone, Copy)]
+pub struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|i| f(self.0[i], b.0[i])))
+    }
+}
+
+// SAFETY: plain Rust, available everywhere.
+unsafe impl Lanes for Portable {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller gives sixteen readable floats.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller gives sixteen writable floats.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn from_u8(from: *const u8) -> Self {
+        // SAFETY: the caller gives sixteen readable bytes.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Self(bytes.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn from_nibbles(from: *const u8) -> (Self, Self) {
+        // SAFETY: the caller gives sixteen readable bytes.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        (
+            Self(bytes.map(|b| f32::from(b & 15))),
+            Self(bytes.map(|b| f32::from(b >> 4))),
+        )
+    }
+    #[inline(always)]
+    unsafe fn from_i8(from: *const i8) -> Self {
+        // SAFETY: the caller gives sixteen readable bytes.
+        let bytes = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
+        Self(bytes.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // Not `f32::mul_add`, which calls into libm where there is no instruction for it.
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        self.zip(b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        self.zip(b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        self.zip(b, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        self.zip(b, f32::min)
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Self(self.0.map(f32::round_ties_even))
+    }
+    #[inline(always)]
+    unsafe fn exp2_whole(self) -> Self {
+        Self(
+            self.0
+                .map(|x| f32::from_bits(((x as i32 + 127) as u32) << 23)),
+        )
+    }
+}
+
+/// AVX2 and FMA: two registers of eight.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub struct Avx2(__m256, __m256);
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: callers of the methods have AVX2 and FMA, by the trait's contract; every load and store
+// covers the sixteen elements that the contract grants.
+unsafe impl Lanes for Avx2 {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(8), self.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_u8(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_nibbles(from: *const u8) -> (Self, Self) {
+        // SAFETY: see the impl.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            let mask = _mm_set1_epi8(15);
+            let widen = |b: __m128i| {
+                Self(
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(b))),
+                )
+            };
+            let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
+            (widen(_mm_and_si128(bytes, mask)), widen(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_i8(from: *const i8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Self(
+                _mm256_fmadd_ps(self.0, b.0, c.0),
+                _mm256_fmadd_ps(self.1, b.1, c.1),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_add_ps(self.0, b.0), _mm256_add_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_sub_ps(self.0, b.0), _mm256_sub_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_div_ps(self.0, b.0), _mm256_div_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_min_ps(self.0, b.0), _mm256_min_ps(self.1, b.1)) }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm256_round_ps::<8>(self.0), _mm256_round_ps::<8>(self.1)) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_whole(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let bits = |x: __m256| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+            Self(bits(self.0), bits(self.1))
+        }
+    }
+}
+
+/// AVX-512F: one register.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub struct Avx512(__m512);
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: callers of the methods have AVX-512F, by the trait's contract; every load and store
+// covers the sixteen elements that the contract grants.
+unsafe impl Lanes for Avx512 {
+    const WIDE: bool = true;
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_set1_ps(value)) }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_loadu_ps(from)) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn from_u8(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
+                from.cast(),
+            ))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_nibbles(from: *const u8) -> (Self, Self) {
+        // SAFETY: see the impl.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            let low = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+            let high = _mm512_srli_epi32::<4>(bytes);
+            (
+                Self(_mm512_cvtepi32_ps(low)),
+                Self(_mm512_cvtepi32_ps(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn from_i8(from: *const i8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+                from.cast(),
+            ))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_add_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_sub_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_mul_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_div_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_max_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_min_ps(self.0, b.0)) }
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_roundscale_ps::<8>(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn exp2_whole(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // The same tree as the default: halves of 8, 4, 2, 1.
+        // SAFETY: see the impl.
+        unsafe {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
+            let x = _mm256_add_ps(_mm512_castps512_ps256(self.0), high);
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+}

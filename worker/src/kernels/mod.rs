@@ -1,0 +1,24 @@
+//! The arithmetic: vector kernels over plain memory.
+//!
+//! * [`lanes`]: sixteen float32 lanes, the one abstraction over instruction sets.
+//! * [`cpu`]: which instruction set this machine has; the only place that dispatches.
+//! * [`quant`]: block formats of GGUF, decoded to lanes.
+//! * [`linear`]: `y = x Wᵀ` for one row and for many.
+//! * [`attention`]: softmax attention that walks KV pages.
+//! * [`elementwise`]: RMSNorm, RoPE, SwiGLU.
+//! * [`pool`]: the threads.
+//!
+//! Every kernel gives a row the same bits whatever else is in the batch: sums run over the same
+//! lanes in the same order for one row as for many. So a token does not depend on batching, chunked
+//! prefill, prefix-cache hits or the worker that computed it.
+//!
+//! A CUDA device has the same functions with device buffers in place of slices; the model above
+//! does not change.
+
+pub mod attention;
+pub mod cpu;
+pub mod elementwise;
+pub mod lanes;
+pub mod linear;
+pub mod pool;
+pub mod quant;
