@@ -8,4 +8,5 @@ pub mod gguf;
 pub mod kernels;
 pub mod kv;
 pub mod model;
+pub mod scheduler;
 pub mod tokenizer;

@@ -7,6 +7,9 @@ mod llama;
 
 pub use llama::{LoadedModel, kv_layout, load};
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
 
@@ -53,6 +56,10 @@ pub struct SequenceSlice<'a> {
 /// A failed step. The engine fails the step's requests and goes on.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// The pass was stopped by [`Model::set_interrupt`]'s flag. Nothing is lost but time: the same
+    /// batch, or a part of it, can be computed again.
+    #[error("interrupted")]
+    Interrupted,
     /// A token id that the embedding table does not have.
     #[error("token id {0} is outside the vocabulary")]
     TokenOutOfRange(u32),
@@ -62,6 +69,11 @@ pub enum ModelError {
 pub trait Model: Send {
     /// The model's shape.
     fn config(&self) -> &ModelConfig;
+
+    /// Gives the model a flag that stops a pass: checked between layers, a raised flag makes
+    /// [`Model::forward`] return [`ModelError::Interrupted`] at once. So a cancelled prompt gives
+    /// its blocks back within a layer's time, not a step's.
+    fn set_interrupt(&mut self, _flag: Arc<AtomicBool>) {}
 
     /// Computes all slices in one pass and writes their keys and values into `kv`.
     ///

@@ -1,0 +1,406 @@
+//! The decision itself.
+
+use std::collections::{HashMap, VecDeque};
+
+use baton_proto::BlockHash;
+
+use super::limits::{Limits, Load};
+use super::sequence::{NewSequence, Sequence, SequenceId, State};
+use crate::kv::BlockId;
+use crate::kv::blocks::{BlockManager, Owner, Usage};
+
+/// The new tokens of one sequence in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// The sequence.
+    pub id: SequenceId,
+    /// Position of the first token to compute.
+    pub start: usize,
+    /// How many tokens.
+    pub len: usize,
+    /// Whether they are its last, so that the next token can be sampled.
+    pub logits: bool,
+}
+
+/// One step. Reused from step to step.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What to compute.
+    pub slices: Vec<Slice>,
+    /// Sequences admitted for the first time.
+    pub admitted: Vec<SequenceId>,
+    /// Admitted sequences whose blocks are to be filled from their peer.
+    pub pulls: Vec<SequenceId>,
+    /// Blocks handed out: their old content is void from here on.
+    pub allocated: Vec<BlockId>,
+}
+
+impl Plan {
+    /// Tokens to compute.
+    pub fn tokens(&self) -> usize {
+        self.slices.iter().map(|slice| slice.len).sum()
+    }
+
+    fn clear(&mut self) {
+        self.slices.clear();
+        self.admitted.clear();
+        self.pulls.clear();
+        self.allocated.clear();
+    }
+}
+
+/// Counters since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences that gave their blocks back to be computed again.
+    pub preemptions: u64,
+    /// Tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Tokens found there.
+    pub prefix_hits: u64,
+}
+
+/// Sequences, their blocks, and the order in which they are computed.
+pub struct Scheduler {
+    limits: Limits,
+    blocks: BlockManager,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// In order of arrival.
+    waiting: VecDeque<SequenceId>,
+    /// In order of arrival.
+    running: Vec<SequenceId>,
+    pulling: usize,
+    /// Who computes, or pulls, a block that is not yet known by its address.
+    in_flight: HashMap<BlockHash, SequenceId>,
+    stats: Stats,
+    /// Scratch for prefix matches.
+    found: Vec<BlockId>,
+}
+
+impl Scheduler {
+    /// An idle scheduler.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            blocks: BlockManager::new(limits.blocks),
+            sequences: HashMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            pulling: 0,
+            in_flight: HashMap::new(),
+            stats: Stats::default(),
+            found: Vec::new(),
+        }
+    }
+
+    /// Puts a sequence that [`Limits::check_fits`] let pass at the end of the queue.
+    pub fn add(&mut self, new: NewSequence) {
+        let (id, sequence) = Sequence::new(new);
+        debug_assert!(self.sequences.keys().all(|earlier| *earlier < id));
+        self.sequences.insert(id, sequence);
+        self.waiting.push_back(id);
+    }
+
+    /// A sequence that is not gone.
+    pub fn get(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// How many wait and how many run.
+    pub fn load(&self) -> Load {
+        Load { waiting: self.waiting.len(), running: self.running.len() + self.pulling }
+    }
+
+    /// Whether nothing is left, held blocks included.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Blocks by owner.
+    pub fn usage(&self) -> Usage {
+        self.blocks.usage()
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// Decides the next step.
+    pub fn schedule(&mut self, plan: &mut Plan) {
+        plan.clear();
+        let preemptions = self.stats.preemptions;
+        let mut budget = self.limits.max_batch_tokens;
+        self.plan_decodes(plan, &mut budget);
+        self.plan_prompts(plan, &mut budget);
+        // Whoever just gave blocks up must not take them back at once.
+        if self.stats.preemptions == preemptions {
+            self.admit(plan, &mut budget);
+        }
+    }
+
+    /// Notes that a plan was computed.
+    pub fn advance(&mut self, plan: &Plan) {
+        for slice in &plan.slices {
+            if let Some(sequence) = self.sequences.get_mut(&slice.id) {
+                sequence.computed = slice.start + slice.len;
+                self.commit(slice.id);
+            }
+        }
+    }
+
+    /// Appends a sampled token to a running sequence.
+    pub fn push_token(&mut self, id: SequenceId, token: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Ends a running sequence: it is held if it came to be fetched, and gone otherwise.
+    pub fn finish(&mut self, id: SequenceId) {
+        match self.sequences.get_mut(&id) {
+            Some(sequence) if sequence.hold && sequence.state == State::Running => {
+                for &block in &sequence.blocks {
+                    self.blocks.hand_over(block, Owner::Request, Owner::Handoff);
+                }
+                sequence.state = State::Held;
+                self.running.retain(|other| *other != id);
+                self.forget_in_flight(id);
+            }
+            _ => self.remove(id),
+        }
+    }
+
+    /// Takes a sequence out, whatever its state. One that is being pulled goes when its pull ends.
+    pub fn remove(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match &mut sequence.state {
+            State::Pulling { aborted } => {
+                *aborted = true;
+                return;
+            }
+            State::Waiting => self.waiting.retain(|other| *other != id),
+            State::Running => self.running.retain(|other| *other != id),
+            State::Held => {}
+        }
+        self.forget(id);
+    }
+
+    /// Notes that nobody writes a pulled sequence's blocks any more. `arrived` blocks came in
+    /// order after those that were cached; `complete` says that the peer computed every token.
+    /// Returns whether the sequence goes on.
+    pub fn pull_ended(&mut self, id: SequenceId, arrived: usize, complete: bool) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+        let State::Pulling { aborted } = sequence.state else { return false };
+        self.pulling -= 1;
+        if aborted {
+            self.forget(id);
+            return false;
+        }
+        for &block in &sequence.blocks {
+            self.blocks.hand_over(block, Owner::Handoff, Owner::Request);
+        }
+        sequence.state = State::Running;
+        let len = sequence.tokens.len();
+        sequence.computed = match complete {
+            true => len,
+            // Its last token must be computed here, for the logits.
+            false => ((sequence.committed + arrived) * self.limits.block_size).min(len - 1),
+        };
+        let at = self.running.partition_point(|other| *other < id);
+        self.running.insert(at, id);
+        self.commit(id);
+        true
+    }
+
+    /// One token for each sequence that has its prompt behind it.
+    fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut usize) {
+        let mut at = 0;
+        while let Some(&id) = self.running.get(at)
+            && *budget > 0
+        {
+            let Some(sequence) = self.sequences.get(&id) else { break };
+            if sequence.todo() != 1 {
+                at += 1;
+            } else if self.grow(id, plan) {
+                let start = self.sequences[&id].computed;
+                plan.slices.push(Slice { id, start, len: 1, logits: true });
+                *budget -= 1;
+                at += 1;
+            }
+        }
+    }
+
+    /// The next chunk of each prompt that is being computed.
+    fn plan_prompts(&mut self, plan: &mut Plan, budget: &mut usize) {
+        for &id in &self.running {
+            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let todo = sequence.todo();
+            let len = todo.min(*budget);
+            if todo > 1 && len > 0 {
+                plan.slices.push(Slice { id, start: sequence.computed, len, logits: len == todo });
+                *budget -= len;
+            }
+        }
+    }
+
+    /// Makes room for the next token of a decoding sequence, preempting those that arrived after
+    /// it. Returns false when it had to give way itself.
+    fn grow(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
+        loop {
+            let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+            if sequence.computed < sequence.blocks.len() * self.limits.block_size {
+                return true;
+            }
+            if let Some(block) = self.blocks.allocate(Owner::Request) {
+                sequence.blocks.push(block);
+                plan.allocated.push(block);
+                continue;
+            }
+            // Never one whose blocks a peer may be reading. The search ends at `id` itself.
+            let victim =
+                self.running.iter().rev().find(|other| !self.sequences[*other].hold).copied();
+            let victim = victim.unwrap_or(id);
+            self.preempt(victim);
+            if victim == id {
+                return false;
+            }
+        }
+    }
+
+    /// Gives a running sequence's blocks back and queues it by its arrival.
+    fn preempt(&mut self, id: SequenceId) {
+        self.stats.preemptions += 1;
+        self.forget_in_flight(id);
+        self.running.retain(|other| *other != id);
+        let at = self.waiting.partition_point(|other| *other < id);
+        self.waiting.insert(at, id);
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        self.blocks.release(&sequence.blocks, Owner::Request);
+        sequence.blocks.clear();
+        (sequence.computed, sequence.committed) = (0, 0);
+        sequence.state = State::Waiting;
+        sequence.pull_from = None;
+    }
+
+    /// Admits waiting sequences in order, until one does not fit.
+    fn admit(&mut self, plan: &mut Plan, budget: &mut usize) {
+        let mut at = 0;
+        while let Some(&id) = self.waiting.get(at)
+            && *budget > 0
+            && self.running.len() + self.pulling < self.limits.max_running
+        {
+            match self.try_admit(id, plan, budget) {
+                Admission::Admitted => {
+                    self.waiting.remove(at);
+                }
+                Admission::PrefixInFlight => at += 1,
+                Admission::NoRoom => break,
+            }
+        }
+    }
+
+    fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut usize) -> Admission {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return Admission::Admitted };
+        if sequence.waits_for.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
+            return Admission::PrefixInFlight;
+        }
+        let (len, block_size) = (sequence.tokens.len(), self.limits.block_size);
+        // The last token is always computed: its logits are wanted.
+        let hashes = sequence.hashes((len - 1) / block_size, block_size);
+        self.blocks.match_prefix(hashes, &mut self.found);
+        let found = self.found.len();
+        let next = hashes.get(found).copied();
+        if next.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
+            sequence.waits_for = next;
+            return Admission::PrefixInFlight;
+        }
+        let needs = len.div_ceil(block_size) - found;
+        let revived = self.found.iter().filter(|block| !self.blocks.in_use(**block)).count();
+        // One block of headroom for each that runs, or it would be preempted at its first growth.
+        if needs + revived + self.running.len() > self.blocks.available() {
+            return Admission::NoRoom;
+        }
+        let cached = found * block_size;
+        let pull = sequence.pull_from.is_some_and(|least| len - cached >= least);
+        sequence.state = if pull { State::Pulling { aborted: false } } else { State::Running };
+        let owner = sequence.owner();
+        self.found.iter().for_each(|block| self.blocks.share(*block, owner));
+        sequence.blocks.extend_from_slice(&self.found);
+        let fresh = std::iter::from_fn(|| self.blocks.allocate(owner)).take(needs);
+        sequence.blocks.extend(fresh);
+        plan.allocated.extend_from_slice(&sequence.blocks[found..]);
+        (sequence.computed, sequence.committed) = (cached, found);
+        sequence.waits_for = None;
+        for hash in &sequence.hashes((len - 1) / block_size, block_size)[found..] {
+            self.in_flight.entry(*hash).or_insert(id);
+        }
+        if sequence.cached.is_none() {
+            sequence.cached = Some(cached);
+            self.stats.prefix_queries += len as u64;
+            self.stats.prefix_hits += cached as u64;
+            plan.admitted.push(id);
+        }
+        if pull {
+            self.pulling += 1;
+            plan.pulls.push(id);
+        } else {
+            let todo = len - cached;
+            let chunk = todo.min(*budget);
+            *budget -= chunk;
+            plan.slices.push(Slice { id, start: cached, len: chunk, logits: chunk == todo });
+            let at = self.running.partition_point(|other| *other < id);
+            self.running.insert(at, id);
+        }
+        Admission::Admitted
+    }
+
+    /// Makes the full blocks that have been computed known by their addresses.
+    fn commit(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let full = sequence.computed / self.limits.block_size;
+        for i in sequence.committed..full {
+            let hash = sequence.hashes(i + 1, self.limits.block_size)[i];
+            self.blocks.commit(sequence.blocks[i], hash);
+            if self.in_flight.get(&hash) == Some(&id) {
+                self.in_flight.remove(&hash);
+            }
+        }
+        sequence.committed = sequence.committed.max(full);
+    }
+
+    /// Nobody else need wait for this sequence's blocks.
+    fn forget_in_flight(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let blocks = sequence.tokens.len().saturating_sub(1) / self.limits.block_size;
+        let committed = sequence.committed.min(blocks);
+        for hash in &sequence.hashes(blocks, self.limits.block_size)[committed..] {
+            if self.in_flight.get(hash) == Some(&id) {
+                self.in_flight.remove(hash);
+            }
+        }
+    }
+
+    /// Frees all that a sequence owns.
+    fn forget(&mut self, id: SequenceId) {
+        self.forget_in_flight(id);
+        if let Some(sequence) = self.sequences.remove(&id) {
+            self.blocks.release(&sequence.blocks, sequence.owner());
+        }
+    }
+}
+
+enum Admission {
+    Admitted,
+    /// Another sequence computes its next block right now.
+    PrefixInFlight,
+    NoRoom,
+}
+
+#[cfg(test)]
+impl Scheduler {
+    /// Blocks that are being computed for others to wait for.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+}

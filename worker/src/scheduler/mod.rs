@@ -1,0 +1,25 @@
+//! What to compute next.
+//!
+//! A pure decision over plain data: sequences, blocks and limits in, a [`Plan`] out. No clock, no
+//! memory, no model.
+//!
+//! * Continuous batching: each step computes one token of every decoding sequence first, then
+//!   fills the rest of the token budget with chunks of prompts, in order of arrival.
+//! * A sequence reserves the blocks of its tokens when it is admitted; only decoding grows. When
+//!   blocks run out, the sequence that arrived last gives its own back and is computed again later
+//!   (preemption by recompute).
+//! * A waiting sequence whose next unknown block is being computed by another waits for it, so
+//!   that requests that share a prompt compute it once.
+//!
+//! The states: waiting → (pulling, while a peer computes the prompt →) running → (held, while a
+//! peer fetches the blocks →) gone.
+
+mod core;
+mod limits;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+pub use self::core::{Plan, Scheduler, Slice, Stats};
+pub use limits::{Limits, Load, Refusal};
+pub use sequence::{NewSequence, Sequence, SequenceId, State};

@@ -1,0 +1,126 @@
+//! One sequence: its tokens, how far their KV is computed, and the blocks that hold it.
+
+use baton_proto::BlockHash;
+
+use crate::kv::BlockId;
+use crate::kv::blocks::Owner;
+
+/// Names a sequence within its engine. Later arrivals have greater ids.
+pub type SequenceId = u64;
+
+/// Where a sequence stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Owns nothing but its place in the queue.
+    Waiting,
+    /// Its blocks are being filled from a peer. Aborted, it keeps them until the writer is done.
+    Pulling {
+        /// Nobody wants it any more.
+        aborted: bool,
+    },
+    /// In the batch.
+    Running,
+    /// Computed, its blocks held for a peer to fetch.
+    Held,
+}
+
+/// A sequence as it arrives.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// Its name; greater than that of any sequence before it.
+    pub id: SequenceId,
+    /// The prompt, and output of an earlier attempt.
+    pub tokens: Vec<u32>,
+    /// Sequences share blocks only when their salts are equal.
+    pub salt: String,
+    /// Have a peer compute the prompt when at least this many tokens are not cached here.
+    pub pull_from: Option<usize>,
+    /// Keep the blocks when it has finished, for a peer.
+    pub hold: bool,
+}
+
+/// A sequence under a scheduler's care.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(super) tokens: Vec<u32>,
+    pub(super) computed: usize,
+    pub(super) blocks: Vec<BlockId>,
+    /// Leading blocks whose content is known by its address, or was found by it.
+    pub(super) committed: usize,
+    pub(super) state: State,
+    pub(super) pull_from: Option<usize>,
+    pub(super) hold: bool,
+    /// Tokens found in the prefix cache at the first admission.
+    pub(super) cached: Option<usize>,
+    /// The block of another sequence that this one waits for.
+    pub(super) waits_for: Option<BlockHash>,
+    root: BlockHash,
+    /// Addresses of the leading full blocks; extended as they are needed.
+    hashes: Vec<BlockHash>,
+}
+
+impl Sequence {
+    pub(super) fn new(new: NewSequence) -> (SequenceId, Self) {
+        let sequence = Self {
+            tokens: new.tokens,
+            computed: 0,
+            blocks: Vec::new(),
+            committed: 0,
+            state: State::Waiting,
+            pull_from: new.pull_from,
+            hold: new.hold,
+            cached: None,
+            waits_for: None,
+            root: BlockHash::root(&new.salt),
+            hashes: Vec::new(),
+        };
+        (new.id, sequence)
+    }
+
+    /// Prompt and output.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The blocks, in order.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Leading positions whose KV is in the blocks.
+    pub fn computed(&self) -> usize {
+        self.computed
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Tokens found in the prefix cache when it was admitted.
+    pub fn cached(&self) -> usize {
+        self.cached.unwrap_or(0)
+    }
+
+    /// Tokens whose KV is yet to be computed.
+    pub(super) fn todo(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// In whose name its blocks are referenced.
+    pub(super) fn owner(&self) -> Owner {
+        match self.state {
+            State::Pulling { .. } | State::Held => Owner::Handoff,
+            State::Waiting | State::Running => Owner::Request,
+        }
+    }
+
+    /// The addresses of the first `count` blocks, all of them full.
+    pub(super) fn hashes(&mut self, count: usize, block_size: usize) -> &[BlockHash] {
+        for i in self.hashes.len()..count {
+            let parent = self.hashes.last().copied().unwrap_or(self.root);
+            self.hashes.push(parent.child(&self.tokens[i * block_size..][..block_size]));
+        }
+        &self.hashes[..count]
+    }
+}
