@@ -7,10 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".baton.v1.BlockData.payload")
         .bytes(".baton.v1.ModelChunk.payload")
         .compile_protos(
-            &[
-                "proto/baton/v1/worker.proto",
-                "proto/baton/v1/coordinator.proto",
-            ],
+            &["proto/baton/v1/worker.proto", "proto/baton/v1/coordinator.proto"],
             &["proto"],
         )?;
     Ok(())

@@ -96,10 +96,7 @@ mod tests {
         };
         let mut json = serde_json::to_value(&record).unwrap();
         json["from_a_newer_version"] = true.into();
-        assert_eq!(
-            serde_json::from_value::<InstanceRecord>(json).unwrap(),
-            record
-        );
+        assert_eq!(serde_json::from_value::<InstanceRecord>(json).unwrap(), record);
     }
 
     #[test]

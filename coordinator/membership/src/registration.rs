@@ -112,14 +112,11 @@ impl Keeper {
     /// Puts the record under a new lease.
     async fn register(&mut self) -> Result<i64, MembershipError> {
         let ttl = self.ttl.as_secs().max(1) as i64;
-        let id = within(CALL_TIMEOUT, self.client.lease_grant(ttl, None))
-            .await?
-            .id();
+        let id = within(CALL_TIMEOUT, self.client.lease_grant(ttl, None)).await?.id();
         let options = PutOptions::new().with_lease(id);
         within(
             CALL_TIMEOUT,
-            self.client
-                .put(self.key.as_str(), self.value.as_str(), Some(options)),
+            self.client.put(self.key.as_str(), self.value.as_str(), Some(options)),
         )
         .await?;
         Ok(id)

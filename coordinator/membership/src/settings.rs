@@ -67,11 +67,7 @@ pub async fn connect(settings: &EtcdSettings) -> Result<Client, MembershipError>
         let waited = started.elapsed();
         if waited >= settings.start_timeout {
             let endpoints = settings.endpoints.clone();
-            return Err(MembershipError::Unreachable {
-                endpoints,
-                waited,
-                source,
-            });
+            return Err(MembershipError::Unreachable { endpoints, waited, source });
         }
         debug!(%source, "etcd does not answer yet");
         backoff.wait().await;
@@ -84,11 +80,8 @@ pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, Membe
         .with_connect_timeout(Duration::from_secs(1))
         .with_keep_alive(Duration::from_secs(2), Duration::from_secs(2))
         .with_keep_alive_while_idle(true);
-    let mut client = within(
-        CALL_TIMEOUT,
-        Client::connect(&settings.endpoints, Some(options)),
-    )
-    .await?;
+    let mut client =
+        within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?;
     within(CALL_TIMEOUT, client.status()).await?;
     Ok(client)
 }

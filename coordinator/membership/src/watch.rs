@@ -38,16 +38,9 @@ impl ClusterWatch {
     pub async fn start(settings: &EtcdSettings) -> Result<Self, MembershipError> {
         let client = connect(settings).await?;
         let (sender, view) = watch::channel(Arc::new(Membership::default()));
-        let mut watcher = Watcher {
-            client,
-            prefix: instances_prefix(&settings.cluster),
-            sender,
-        };
+        let mut watcher = Watcher { client, prefix: instances_prefix(&settings.cluster), sender };
         watcher.list().await?;
-        Ok(Self {
-            view,
-            task: tokio::spawn(watcher.run()),
-        })
+        Ok(Self { view, task: tokio::spawn(watcher.run()) })
     }
 
     /// The view, now and as it changes.
@@ -90,16 +83,10 @@ impl Watcher {
     /// Replaces the view by what etcd holds now.
     async fn list(&mut self) -> Result<(), MembershipError> {
         let options = GetOptions::new().with_prefix();
-        let answer = within(
-            CALL_TIMEOUT,
-            self.client.get(self.prefix.as_str(), Some(options)),
-        )
-        .await?;
-        let instances = answer
-            .kvs()
-            .iter()
-            .filter_map(parse)
-            .map(|record| (record.id.clone(), record));
+        let answer =
+            within(CALL_TIMEOUT, self.client.get(self.prefix.as_str(), Some(options))).await?;
+        let instances =
+            answer.kvs().iter().filter_map(parse).map(|record| (record.id.clone(), record));
         let view = Membership {
             instances: instances.collect(),
             etcd_connected: true,
@@ -113,20 +100,15 @@ impl Watcher {
     async fn follow(&mut self, backoff: &mut Backoff) -> Result<(), MembershipError> {
         let from = self.sender.borrow().revision + 1;
         let options = WatchOptions::new().with_prefix().with_start_revision(from);
-        let mut stream = within(
-            CALL_TIMEOUT,
-            self.client.watch(self.prefix.as_str(), Some(options)),
-        )
-        .await?;
+        let mut stream =
+            within(CALL_TIMEOUT, self.client.watch(self.prefix.as_str(), Some(options))).await?;
         loop {
             // Silence is normal here; HTTP/2 keep-alive ends a stream whose peer is gone.
             let Some(answer) = stream.message().await? else {
                 return Err(MembershipError::WatchEnded("etcd closed the stream".into()));
             };
             if answer.canceled() {
-                return Err(MembershipError::WatchEnded(
-                    answer.cancel_reason().to_owned(),
-                ));
+                return Err(MembershipError::WatchEnded(answer.cancel_reason().to_owned()));
             }
             backoff.reset();
             let revision = answer.header().map_or(0, |header| header.revision());

@@ -68,10 +68,7 @@ pub unsafe fn store(
     key: &[f32],
     value: &[f32],
 ) {
-    let (block, slot) = (
-        blocks[position / shape.block_size],
-        position % shape.block_size,
-    );
+    let (block, slot) = (blocks[position / shape.block_size], position % shape.block_size);
     assert!(key.len() == shape.kv_heads * shape.head_dim && key.len() == value.len());
     assert!((layer + 1) * shape.layer() * size_of::<f32>() <= kv.block_bytes());
     // SAFETY: the asserts keep every offset inside the block, which is the caller's alone.
@@ -110,16 +107,9 @@ pub fn attend(
     let width = shape.heads * shape.head_dim;
     tasks.clear();
     for (i, queries) in queries.iter().enumerate() {
-        assert!(
-            (queries.row + queries.count) * width <= q.len(),
-            "queries outside q"
-        );
+        assert!((queries.row + queries.count) * width <= q.len(), "queries outside q");
         assert!(queries.start + queries.count <= queries.blocks.len() * shape.block_size);
-        tasks.extend(
-            (0..queries.count)
-                .step_by(TOKENS)
-                .map(|first| (i as u32, first as u32)),
-        );
+        tasks.extend((0..queries.count).step_by(TOKENS).map(|first| (i as u32, first as u32)));
     }
     let out = SharedOutput(out.as_mut_ptr());
     let group = shape.heads / shape.kv_heads;
@@ -364,26 +354,15 @@ mod tests {
     /// The formula, in float64, over plain arrays.
     fn reference(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f64> {
         let dot = |key: &[f32]| -> f64 {
-            q.iter()
-                .zip(key)
-                .map(|(&a, &b)| f64::from(a) * f64::from(b))
-                .sum()
+            q.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
         };
-        let scores: Vec<f64> = keys
-            .iter()
-            .map(|key| dot(key) / (q.len() as f64).sqrt())
-            .collect();
+        let scores: Vec<f64> = keys.iter().map(|key| dot(key) / (q.len() as f64).sqrt()).collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
         let sum: f64 = weights.iter().sum();
         (0..q.len())
             .map(|d| {
-                weights
-                    .iter()
-                    .zip(values)
-                    .map(|(w, v)| w * f64::from(v[d]))
-                    .sum::<f64>()
-                    / sum
+                weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum::<f64>() / sum
             })
             .collect()
     }

@@ -10,16 +10,7 @@ use super::lanes::{LANES, Lanes};
 pub fn rms_norm(isa: super::cpu::Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     assert!(x.len() == weight.len() && x.len() == out.len() && x.len() % LANES == 0);
     // SAFETY: all three slices have the same length, a multiple of sixteen.
-    unsafe {
-        rms_norm_row(
-            isa,
-            x.as_ptr(),
-            weight.as_ptr(),
-            eps,
-            out.as_mut_ptr(),
-            x.len(),
-        )
-    }
+    unsafe { rms_norm_row(isa, x.as_ptr(), weight.as_ptr(), eps, out.as_mut_ptr(), x.len()) }
 }
 
 #[inline(always)]
@@ -39,10 +30,7 @@ unsafe fn rms_norm_kernel<V: Lanes>(
         }
         let scale = V::splat(1.0 / (squares.sum() / len as f32 + eps).sqrt());
         for i in (0..len).step_by(LANES) {
-            V::load(x.add(i))
-                .mul(scale)
-                .mul(V::load(weight.add(i)))
-                .store(out.add(i));
+            V::load(x.add(i)).mul(scale).mul(V::load(weight.add(i))).store(out.add(i));
         }
     }
 }

@@ -89,13 +89,7 @@ pub unsafe trait Lanes: Copy {
             let x = whole.mul_add(Self::splat(-0.693_359_375), x);
             let x = whole.mul_add(Self::splat(2.121_944_4e-4), x);
             let mut p = Self::splat(1.987_569_2e-4);
-            for c in [
-                1.398_199_9e-3,
-                8.333_452e-3,
-                4.166_579_6e-2,
-                1.666_666_5e-1,
-                0.5,
-            ] {
+            for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
                 p = p.mul_add(x, Self::splat(c));
             }
             let e = p.mul_add(x.mul(x), x).add(Self::splat(1.0));
@@ -141,10 +135,7 @@ unsafe impl Lanes for Portable {
     unsafe fn from_nibbles(from: *const u8) -> (Self, Self) {
         // SAFETY: the caller gives sixteen readable bytes.
         let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        (
-            Self(bytes.map(|b| f32::from(b & 15))),
-            Self(bytes.map(|b| f32::from(b >> 4))),
-        )
+        (Self(bytes.map(|b| f32::from(b & 15))), Self(bytes.map(|b| f32::from(b >> 4))))
     }
     #[inline(always)]
     unsafe fn from_i8(from: *const i8) -> Self {
@@ -187,10 +178,7 @@ unsafe impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn exp2_whole(self) -> Self {
-        Self(
-            self.0
-                .map(|x| f32::from_bits(((x as i32 + 127) as u32) << 23)),
-        )
+        Self(self.0.map(|x| f32::from_bits(((x as i32 + 127) as u32) << 23)))
     }
 }
 
@@ -262,12 +250,7 @@ unsafe impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
         // SAFETY: see the impl.
-        unsafe {
-            Self(
-                _mm256_fmadd_ps(self.0, b.0, c.0),
-                _mm256_fmadd_ps(self.1, b.1, c.1),
-            )
-        }
+        unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
@@ -345,11 +328,7 @@ unsafe impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn from_u8(from: *const u8) -> Self {
         // SAFETY: see the impl.
-        unsafe {
-            Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
-                from.cast(),
-            ))))
-        }
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())))) }
     }
     #[inline(always)]
     unsafe fn from_nibbles(from: *const u8) -> (Self, Self) {
@@ -358,20 +337,13 @@ unsafe impl Lanes for Avx512 {
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
             let low = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
             let high = _mm512_srli_epi32::<4>(bytes);
-            (
-                Self(_mm512_cvtepi32_ps(low)),
-                Self(_mm512_cvtepi32_ps(high)),
-            )
+            (Self(_mm512_cvtepi32_ps(low)), Self(_mm512_cvtepi32_ps(high)))
         }
     }
     #[inline(always)]
     unsafe fn from_i8(from: *const i8) -> Self {
         // SAFETY: see the impl.
-        unsafe {
-            Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
-                from.cast(),
-            ))))
-        }
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {

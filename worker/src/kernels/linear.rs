@@ -47,11 +47,7 @@ impl Linear {
             return None;
         };
         let fits = quant::supported(weight.dtype) && inputs % GROUP == 0;
-        fits.then_some(Self {
-            weight,
-            outputs,
-            inputs,
-        })
+        fits.then_some(Self { weight, outputs, inputs })
     }
 
     /// Rows of the matrix.
@@ -67,11 +63,7 @@ impl Linear {
     /// Decodes one row: an embedding lookup.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let bytes = self.row_bytes();
-        quant::decode_row(
-            self.weight.dtype,
-            &self.weight.bytes()[row * bytes..][..bytes],
-            out,
-        );
+        quant::decode_row(self.weight.dtype, &self.weight.bytes()[row * bytes..][..bytes], out);
     }
 
     fn row_bytes(&self) -> usize {
@@ -417,27 +409,13 @@ mod tests {
                     if into == Into::Add {
                         sum += f64::from(start[i]);
                     }
-                    assert!(
-                        (f64::from(got) - sum).abs() <= scale * 1e-6,
-                        "{isa:?} {got} {sum}"
-                    );
+                    assert!((f64::from(got) - sum).abs() <= scale * 1e-6, "{isa:?} {got} {sum}");
                 }
                 // One row alone gives the same bits as in the batch.
                 for row in 0..rows {
                     let mut alone = start[row * n..(row + 1) * n].to_vec();
-                    linear.forward(
-                        isa,
-                        &mut pool,
-                        1,
-                        &x[row * k..(row + 1) * k],
-                        &mut alone,
-                        into,
-                    );
-                    assert_eq!(
-                        alone,
-                        y[row * n..(row + 1) * n],
-                        "{isa:?} row {row} of {rows}"
-                    );
+                    linear.forward(isa, &mut pool, 1, &x[row * k..(row + 1) * k], &mut alone, into);
+                    assert_eq!(alone, y[row * n..(row + 1) * n], "{isa:?} row {row} of {rows}");
                 }
             }
         }

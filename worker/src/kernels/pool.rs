@@ -107,19 +107,12 @@ impl ThreadPool {
         let mut spins = 0;
         while shared.inside.load(Acquire) > 0 {
             spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop()
-            } else {
-                std::thread::yield_now()
-            }
+            if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         if let Err(panic) = own {
             resume_unwind(panic);
         }
-        assert!(
-            !shared.panicked.swap(false, Relaxed),
-            "a kernel task panicked on a pool thread"
-        );
+        assert!(!shared.panicked.swap(false, Relaxed), "a kernel task panicked on a pool thread");
     }
 }
 

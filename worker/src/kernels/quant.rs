@@ -109,11 +109,7 @@ pub fn supported(dtype: GgmlDType) -> bool {
 /// # Panics
 /// When `bytes` is not exactly the row, or the type is not [`supported`].
 pub fn decode_row(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
-    assert_eq!(
-        bytes.len() / dtype.type_size() * dtype.block_size(),
-        out.len(),
-        "a row's bytes"
-    );
+    assert_eq!(bytes.len() / dtype.type_size() * dtype.block_size(), out.len(), "a row's bytes");
     match dtype {
         GgmlDType::F32 => {
             for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
@@ -145,10 +141,7 @@ pub fn decode_row(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
 }
 
 fn decode_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
-    for (block, out) in bytes
-        .chunks_exact(F::BYTES)
-        .zip(out.chunks_exact_mut(GROUP))
-    {
+    for (block, out) in bytes.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(GROUP)) {
         // SAFETY: the chunks have the lengths that decode and store need; `Portable` runs anywhere.
         unsafe {
             let (low, high) = F::decode::<super::lanes::Portable>(block.as_ptr());
@@ -196,20 +189,14 @@ mod tests {
         let mut got = vec![0.0; values.len()];
         decode_row(dtype, bytes, &mut got);
         for (got, expected) in got.iter().zip(&expected) {
-            assert!(
-                (got - expected).abs() <= expected.abs() * 2e-7 + 1e-12,
-                "{got} {expected}"
-            );
+            assert!((got - expected).abs() <= expected.abs() * 2e-7 + 1e-12, "{got} {expected}");
         }
         // The same bytes at an odd address.
         let mut shifted = vec![0u8; len + 1];
         shifted[1..].copy_from_slice(bytes);
         decode_row(dtype, &shifted[1..], &mut got);
         for (got, expected) in got.iter().zip(&expected) {
-            assert!(
-                (got - expected).abs() <= expected.abs() * 2e-7 + 1e-12,
-                "{got} {expected}"
-            );
+            assert!((got - expected).abs() <= expected.abs() * 2e-7 + 1e-12, "{got} {expected}");
         }
     }
 

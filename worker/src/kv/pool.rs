@@ -1,9 +1,13 @@
 //! The memory that KV blocks live in.
 //!
-//! One memfd holds a header page and then all blocks. It has no name in any file system, so
+//! One memfd holds a header page, a generation for each block, and the blocks. It has no name in any file system, so
 //! nothing is left behind however the process ends; a peer on the same host opens it through
 //! `/proc/<pid>/fd/<fd>` and checks the nonce in the header. Pages are allocated by the kernel on
 //! first touch, so an idle pool costs no memory.
+//!
+//! A block's generation rises before the block is given to another sequence. A peer that was held
+//! up while it copied, past the time that its blocks were kept for it, sees by the generation that
+//! the copy is worthless.
 //!
 //! A block is laid out `[layer][key, value][kv_head]`, each a small matrix: keys
 //! `[head_dim][token]`, so that one vector holds the same dimension of sixteen keys and scores need
@@ -12,6 +16,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_proto::v1::KvLayout;
 use bytes::Bytes;
@@ -20,12 +25,17 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::BlockId;
 
-/// Bytes before the first block.
+/// Bytes before the generations.
 pub const HEADER_BYTES: usize = 4096;
 /// First bytes of the header; the nonce follows.
 pub const MAGIC: [u8; 8] = *b"BATONKV1";
 /// Length of the nonce.
 pub const NONCE_BYTES: usize = 16;
+
+/// Where the blocks of a pool of `blocks` begin: behind the header and the generations.
+pub fn data_offset(blocks: usize) -> usize {
+    (HEADER_BYTES + blocks * size_of::<AtomicU64>()).next_multiple_of(4096)
+}
 
 /// The memory of all KV blocks of this worker.
 ///
@@ -45,20 +55,14 @@ impl KvPool {
     pub fn new(layout: KvLayout, blocks: usize) -> std::io::Result<Self> {
         let fd: OwnedFd =
             rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        let len = HEADER_BYTES + blocks * layout.block_bytes as usize;
+        let len = data_offset(blocks) + blocks * layout.block_bytes as usize;
         rustix::fs::ftruncate(&fd, len as u64)?;
         // A peer that maps the file must never fault because it shrank.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)?;
         let file = File::from(fd);
         let map = MmapRaw::map_raw(&file)?;
         let nonce: [u8; NONCE_BYTES] = rand::random();
-        let pool = Self {
-            map,
-            file,
-            layout,
-            blocks,
-            nonce,
-        };
+        let pool = Self { map, file, layout, blocks, nonce };
         // SAFETY: the header page is inside the mapping and nobody else knows of it yet.
         unsafe {
             let header = pool.map.as_mut_ptr();
@@ -108,12 +112,26 @@ impl KvPool {
     /// # Panics
     /// When `block` is not in the pool.
     pub fn offset(&self, block: BlockId) -> usize {
-        assert!(
-            (block as usize) < self.blocks,
-            "block {block} of {}",
-            self.blocks
-        );
-        HEADER_BYTES + block as usize * self.block_bytes()
+        assert!((block as usize) < self.blocks, "block {block} of {}", self.blocks);
+        data_offset(self.blocks) + block as usize * self.block_bytes()
+    }
+
+    fn generation_of(&self, block: BlockId) -> &AtomicU64 {
+        assert!((block as usize) < self.blocks, "block {block} of {}", self.blocks);
+        let offset = HEADER_BYTES + block as usize * size_of::<AtomicU64>();
+        // SAFETY: inside the mapping by the assert, aligned, and only ever accessed atomically.
+        unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU64>() }
+    }
+
+    /// How often the block was given out.
+    pub fn generation(&self, block: BlockId) -> u64 {
+        self.generation_of(block).load(Ordering::Acquire)
+    }
+
+    /// Makes what peers may still copy of the block worthless. To be called before a block that
+    /// was allocated is written.
+    pub fn renew(&self, block: BlockId) {
+        self.generation_of(block).fetch_add(1, Ordering::SeqCst);
     }
 
     /// The first byte of a block. Reading or writing through it is the caller's duty; see the

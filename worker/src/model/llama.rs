@@ -1,6 +1,8 @@
 //! Llama (Touvron et al. 2023) from GGUF: the architecture `llama`.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_proto::TokenizerBundle;
 use baton_proto::v1::{KvDtype, KvLayout};
@@ -82,6 +84,7 @@ struct Llama {
     head: Option<Linear>,
     rope: Rope,
     scratch: Scratch,
+    interrupt: Arc<AtomicBool>,
 }
 
 /// Activations of one step. Grown to the largest step seen and kept.
@@ -101,9 +104,7 @@ struct Scratch {
 
 impl Llama {
     fn new(gguf: &Gguf, threads: usize, max_positions: Option<usize>) -> Result<Self, LoadError> {
-        let architecture = gguf
-            .optional_str("general.architecture")?
-            .unwrap_or_default();
+        let architecture = gguf.optional_str("general.architecture")?.unwrap_or_default();
         if architecture != "llama" {
             return Err(gguf.unsupported(format!(
                 "architecture `{architecture}` is not supported; supported: llama"
@@ -120,9 +121,7 @@ impl Llama {
             }
             let dtype = tensor.dtype;
             Linear::new(tensor).ok_or_else(|| {
-                gguf.unsupported(format!(
-                    "tensor {name}: {dtype:?} rows of {inputs} elements"
-                ))
+                gguf.unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
             })
         };
         let vector = |name: &str, len: usize| {
@@ -138,10 +137,7 @@ impl Llama {
             Ok(values)
         };
         let (hidden, ffn) = (config.hidden, config.ffn);
-        let (q, kv) = (
-            config.heads * config.head_dim,
-            config.kv_heads * config.head_dim,
-        );
+        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
         let layers = (0..config.layers)
             .map(|i| {
                 Ok(Layer {
@@ -175,13 +171,9 @@ impl Llama {
             } else {
                 None
             },
-            rope: Rope::new(
-                positions,
-                config.head_dim,
-                config.rope_theta,
-                factors.as_deref(),
-            ),
+            rope: Rope::new(positions, config.head_dim, config.rope_theta, factors.as_deref()),
             scratch: Scratch::default(),
+            interrupt: Arc::default(),
             config,
         })
     }
@@ -190,20 +182,14 @@ impl Llama {
 fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
     let hidden = gguf.usize("llama.embedding_length")?;
     let heads = gguf.usize("llama.attention.head_count")?;
-    let kv_heads = gguf
-        .optional_usize("llama.attention.head_count_kv")?
-        .unwrap_or(heads);
+    let kv_heads = gguf.optional_usize("llama.attention.head_count_kv")?.unwrap_or(heads);
     if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 || hidden % heads != 0 {
         return Err(gguf.corrupt(format!(
             "{hidden} dimensions, {heads} heads and {kv_heads} key/value heads do not divide"
         )));
     }
-    let head_dim = gguf
-        .optional_usize("llama.attention.key_length")?
-        .unwrap_or(hidden / heads);
-    let rotated = gguf
-        .optional_usize("llama.rope.dimension_count")?
-        .unwrap_or(head_dim);
+    let head_dim = gguf.optional_usize("llama.attention.key_length")?.unwrap_or(hidden / heads);
+    let rotated = gguf.optional_usize("llama.rope.dimension_count")?.unwrap_or(head_dim);
     if head_dim % 16 != 0 || hidden % 32 != 0 || rotated != head_dim {
         return Err(gguf.unsupported(format!(
             "heads of {head_dim} dimensions, {rotated} of them rotated, in {hidden}; supported: \
@@ -226,12 +212,8 @@ fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
         ffn: gguf.usize("llama.feed_forward_length")?,
         vocab: embedding.dims.first().copied().unwrap_or(0),
         max_context: gguf.usize("llama.context_length")?,
-        rope_theta: gguf
-            .optional_f32("llama.rope.freq_base")?
-            .unwrap_or(10_000.0),
-        rms_eps: gguf
-            .optional_f32("llama.attention.layer_norm_rms_epsilon")?
-            .unwrap_or(1e-5),
+        rope_theta: gguf.optional_f32("llama.rope.freq_base")?.unwrap_or(10_000.0),
+        rms_eps: gguf.optional_f32("llama.attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
     })
 }
 
@@ -240,23 +222,17 @@ impl Model for Llama {
         &self.config
     }
 
+    fn set_interrupt(&mut self, flag: Arc<AtomicBool>) {
+        self.interrupt = flag;
+    }
+
     fn forward(
         &mut self,
         batch: &[SequenceSlice<'_>],
         kv: &KvPool,
         logits: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let Self {
-            config,
-            isa,
-            threads,
-            embedding,
-            layers,
-            norm,
-            head,
-            rope,
-            scratch,
-        } = self;
+        let Self { config, isa, threads, embedding, layers, norm, head, rope, scratch } = self;
         let isa = *isa;
         let rows: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         let (hidden, head_dim) = (config.hidden, config.head_dim);
@@ -267,17 +243,7 @@ impl Model for Llama {
             head_dim,
             block_size: kv.layout().block_size as usize,
         };
-        let Scratch {
-            x,
-            normed,
-            query,
-            key,
-            value,
-            attended,
-            gate,
-            up,
-            tasks,
-        } = scratch;
+        let Scratch { x, normed, query, key, value, attended, gate, up, tasks } = scratch;
         x.resize(rows * hidden, 0.0);
         normed.resize(rows * hidden, 0.0);
         query.resize(rows * q_width, 0.0);
@@ -300,53 +266,38 @@ impl Model for Llama {
             .map(|slice| {
                 let count = slice.tokens.len();
                 row += count;
-                Queries {
-                    row: row - count,
-                    count,
-                    start: slice.start,
-                    blocks: slice.blocks,
-                }
+                Queries { row: row - count, count, start: slice.start, blocks: slice.blocks }
             })
             .collect();
 
         for (i, layer) in layers.iter().enumerate() {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(ModelError::Interrupted);
+            }
             for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
                 rms_norm(isa, x, &layer.attention_norm, config.rms_eps, normed);
             }
-            layer
-                .query
-                .forward(isa, threads, rows, normed, query, Into::Set);
-            layer
-                .key
-                .forward(isa, threads, rows, normed, key, Into::Set);
-            layer
-                .value
-                .forward(isa, threads, rows, normed, value, Into::Set);
+            layer.query.forward(isa, threads, rows, normed, query, Into::Set);
+            layer.key.forward(isa, threads, rows, normed, key, Into::Set);
+            layer.value.forward(isa, threads, rows, normed, value, Into::Set);
             for q in &queries {
                 for offset in 0..q.count {
                     let (row, position) = (q.row + offset, q.start + offset);
                     let heads = query[row * q_width..][..q_width].chunks_exact_mut(head_dim);
                     heads.for_each(|head| rope.rotate(position, head));
                     let keys = &mut key[row * kv_width..][..kv_width];
-                    keys.chunks_exact_mut(head_dim)
-                        .for_each(|head| rope.rotate(position, head));
+                    keys.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
                     let values = &value[row * kv_width..][..kv_width];
                     // SAFETY: the caller of `forward` owns the blocks that it writes.
                     unsafe { attention::store(kv, &shape, i, q.blocks, position, keys, values) };
                 }
             }
-            attention::attend(
-                isa, threads, kv, &shape, i, &queries, tasks, query, attended,
-            );
-            layer
-                .output
-                .forward(isa, threads, rows, attended, x, Into::Add);
+            attention::attend(isa, threads, kv, &shape, i, &queries, tasks, query, attended);
+            layer.output.forward(isa, threads, rows, attended, x, Into::Add);
             for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
                 rms_norm(isa, x, &layer.ffn_norm, config.rms_eps, normed);
             }
-            layer
-                .gate
-                .forward(isa, threads, rows, normed, gate, Into::Set);
+            layer.gate.forward(isa, threads, rows, normed, gate, Into::Set);
             layer.up.forward(isa, threads, rows, normed, up, Into::Set);
             swiglu(isa, gate, up);
             layer.down.forward(isa, threads, rows, gate, x, Into::Add);
@@ -364,14 +315,7 @@ impl Model for Llama {
         }
         logits.resize(wanted * config.vocab, 0.0);
         let head = head.as_ref().unwrap_or(embedding);
-        head.forward(
-            isa,
-            threads,
-            wanted,
-            &normed[..wanted * hidden],
-            logits,
-            Into::Set,
-        );
+        head.forward(isa, threads, wanted, &normed[..wanted * hidden], logits, Into::Set);
         Ok(())
     }
 }

@@ -173,7 +173,9 @@ impl Scheduler {
 
     /// Takes a sequence out, whatever its state. One that is being pulled goes when its pull ends.
     pub fn remove(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
         match &mut sequence.state {
             State::Pulling { aborted } => {
                 *aborted = true;
@@ -190,8 +192,12 @@ impl Scheduler {
     /// order after those that were cached; `complete` says that the peer computed every token.
     /// Returns whether the sequence goes on.
     pub fn pull_ended(&mut self, id: SequenceId, arrived: usize, complete: bool) -> bool {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-        let State::Pulling { aborted } = sequence.state else { return false };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return false;
+        };
+        let State::Pulling { aborted } = sequence.state else {
+            return false;
+        };
         self.pulling -= 1;
         if aborted {
             self.forget(id);
@@ -219,7 +225,9 @@ impl Scheduler {
         while let Some(&id) = self.running.get(at)
             && *budget > 0
         {
-            let Some(sequence) = self.sequences.get(&id) else { break };
+            let Some(sequence) = self.sequences.get(&id) else {
+                break;
+            };
             if sequence.todo() != 1 {
                 at += 1;
             } else if self.grow(id, plan) {
@@ -234,7 +242,9 @@ impl Scheduler {
     /// The next chunk of each prompt that is being computed.
     fn plan_prompts(&mut self, plan: &mut Plan, budget: &mut usize) {
         for &id in &self.running {
-            let Some(sequence) = self.sequences.get(&id) else { continue };
+            let Some(sequence) = self.sequences.get(&id) else {
+                continue;
+            };
             let todo = sequence.todo();
             let len = todo.min(*budget);
             if todo > 1 && len > 0 {
@@ -248,7 +258,9 @@ impl Scheduler {
     /// it. Returns false when it had to give way itself.
     fn grow(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
         loop {
-            let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                return false;
+            };
             if sequence.computed < sequence.blocks.len() * self.limits.block_size {
                 return true;
             }
@@ -275,7 +287,9 @@ impl Scheduler {
         self.running.retain(|other| *other != id);
         let at = self.waiting.partition_point(|other| *other < id);
         self.waiting.insert(at, id);
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
         self.blocks.release(&sequence.blocks, Owner::Request);
         sequence.blocks.clear();
         (sequence.computed, sequence.committed) = (0, 0);
@@ -301,7 +315,9 @@ impl Scheduler {
     }
 
     fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut usize) -> Admission {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return Admission::Admitted };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Admission::Admitted;
+        };
         if sequence.waits_for.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
             return Admission::PrefixInFlight;
         }
@@ -357,7 +373,9 @@ impl Scheduler {
 
     /// Makes the full blocks that have been computed known by their addresses.
     fn commit(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
         let full = sequence.computed / self.limits.block_size;
         for i in sequence.committed..full {
             let hash = sequence.hashes(i + 1, self.limits.block_size)[i];
@@ -371,7 +389,9 @@ impl Scheduler {
 
     /// Nobody else need wait for this sequence's blocks.
     fn forget_in_flight(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
         let blocks = sequence.tokens.len().saturating_sub(1) / self.limits.block_size;
         let committed = sequence.committed.min(blocks);
         for hash in &sequence.hashes(blocks, self.limits.block_size)[committed..] {

@@ -1,185 +1,379 @@
-use std::collections::{HashMap, HashSet};
+//! The scheduler against a simulated worker: memory that remembers what was written, peers that
+//! deliver, fail or dawdle, and clients that leave.
+
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::kv::BlockId;
+use crate::kv::blocks::Usage;
 
-const LIMITS: Limits = Limits {
-    block_size: 4,
-    max_batch_tokens: 16,
-    max_running: 6,
-    max_waiting: 1000,
-    max_model_len: 64,
-};
-
-fn sequence(id: SequenceId, work: Work, tokens: Vec<u32>) -> Sequence {
-    Sequence::new(id, work, tokens, "", LIMITS.block_size)
+/// What a block's slot holds: a fingerprint of all tokens up to its own.
+fn fingerprint(tokens: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    tokens.hash(&mut hasher);
+    hasher.finish()
 }
 
-/// Runs a plan as an engine would, with a made-up model: the next token is the length.
-fn run(scheduler: &mut Scheduler, plan: &Plan) -> Vec<SequenceId> {
-    let mut sampled = Vec::new();
-    for chunk in &plan.chunks {
-        scheduler.computed(chunk);
-        if chunk.sample {
-            let next = scheduler.get(chunk.id).unwrap().tokens.len() as u32;
-            scheduler.push(chunk.id, next);
-            sampled.push(chunk.id);
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    max_new: usize,
+    generated: usize,
+    /// A peer's pull of which this many blocks were written.
+    written: usize,
+    aborted: bool,
+}
+
+struct Simulation {
+    limits: Limits,
+    scheduler: Scheduler,
+    memory: Vec<Option<u64>>,
+    requests: BTreeMap<SequenceId, Request>,
+    finished: HashSet<SequenceId>,
+    next: SequenceId,
+    plan: Plan,
+}
+
+impl Simulation {
+    fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            scheduler: Scheduler::new(limits),
+            memory: vec![None; limits.blocks * limits.block_size],
+            requests: BTreeMap::new(),
+            finished: HashSet::new(),
+            next: 0,
+            plan: Plan::default(),
         }
     }
-    sampled
+
+    fn arrive(&mut self, tokens: Vec<u32>, max_new: usize, pull: Option<usize>, hold: bool) {
+        let max_new = if hold { 1 } else { max_new };
+        if self.limits.check_fits(tokens.len(), max_new).is_err() {
+            return;
+        }
+        let max_new = max_new.min(self.limits.max_model_len - tokens.len());
+        let (id, salt) = (self.next, String::new());
+        self.next += 1;
+        let pull_from = pull.filter(|_| !hold);
+        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold });
+        let request = Request { max_new, generated: 0, written: 0, aborted: false };
+        self.requests.insert(id, request);
+    }
+
+    fn nth(&self, at: usize, state: impl Fn(State) -> bool) -> Option<SequenceId> {
+        let ids: Vec<SequenceId> = self
+            .requests
+            .keys()
+            .copied()
+            .filter(|id| self.scheduler.get(*id).is_some_and(|seq| state(seq.state())))
+            .collect();
+        (!ids.is_empty()).then(|| ids[at % ids.len()])
+    }
+
+    fn write(&mut self, id: SequenceId, position: usize) {
+        let seq = self.scheduler.get(id).unwrap();
+        let block = seq.blocks()[position / self.limits.block_size];
+        for other in self.requests.keys().filter(|other| **other != id) {
+            let shared = self.scheduler.get(*other).is_some_and(|o| o.blocks().contains(&block));
+            assert!(!shared, "{id} writes block {block} that {other} holds too");
+        }
+        let slot = block as usize * self.limits.block_size + position % self.limits.block_size;
+        self.memory[slot] = Some(fingerprint(&seq.tokens()[..=position]));
+    }
+
+    /// All KV before `end` is that of this very sequence.
+    fn check_read(&self, id: SequenceId, end: usize) {
+        let seq = self.scheduler.get(id).unwrap();
+        for position in 0..end {
+            let block = seq.blocks()[position / self.limits.block_size] as usize;
+            let slot = block * self.limits.block_size + position % self.limits.block_size;
+            let expected = fingerprint(&seq.tokens()[..=position]);
+            assert_eq!(self.memory[slot], Some(expected), "sequence {id}, position {position}");
+        }
+    }
+
+    fn step(&mut self) {
+        let mut plan = std::mem::take(&mut self.plan);
+        let mut owned: HashSet<BlockId> = HashSet::new();
+        for id in self.requests.keys() {
+            // Blocks that somebody owns before the step and after it.
+            if let Some(seq) = self.scheduler.get(*id)
+                && seq.state() != State::Running
+            {
+                owned.extend(seq.blocks());
+            }
+        }
+        self.scheduler.schedule(&mut plan);
+        assert!(plan.tokens() <= self.limits.max_batch_tokens);
+        assert!(self.scheduler.load().running <= self.limits.max_running);
+        assert!(plan.allocated.iter().all(|block| !owned.contains(block)), "pulled or held");
+        let ids: HashSet<SequenceId> = plan.slices.iter().map(|slice| slice.id).collect();
+        assert_eq!(ids.len(), plan.slices.len(), "one slice a sequence");
+        for block in &plan.allocated {
+            let start = *block as usize * self.limits.block_size;
+            self.memory[start..start + self.limits.block_size].fill(None);
+        }
+        for slice in &plan.slices {
+            self.check_read(slice.id, slice.start);
+            for position in slice.start..slice.start + slice.len {
+                self.write(slice.id, position);
+            }
+        }
+        self.scheduler.advance(&plan);
+        for slice in &plan.slices {
+            let seq = self.scheduler.get(slice.id).unwrap();
+            assert_eq!(slice.logits, seq.computed() == seq.tokens().len());
+            if slice.logits {
+                self.sample(slice.id);
+            }
+        }
+        self.plan = plan;
+    }
+
+    fn sample(&mut self, id: SequenceId) {
+        let token = fingerprint(self.scheduler.get(id).unwrap().tokens()) % 2;
+        self.scheduler.push_token(id, token as u32);
+        let request = self.requests.get_mut(&id).unwrap();
+        request.generated += 1;
+        if request.generated == request.max_new {
+            self.scheduler.finish(id);
+            self.finished.insert(id);
+        }
+    }
+
+    /// The peer of a pulled sequence delivers some more blocks, or ends.
+    fn pull(&mut self, id: SequenceId, blocks: usize, ends: bool) {
+        let seq = self.scheduler.get(id).unwrap();
+        let (have, total) = (seq.computed() / self.limits.block_size, seq.blocks().len());
+        let len = seq.tokens().len();
+        let written = self.requests[&id].written;
+        let more = blocks.min(total - have - written);
+        for block in have + written..have + written + more {
+            let end = ((block + 1) * self.limits.block_size).min(len);
+            (block * self.limits.block_size..end).for_each(|position| self.write(id, position));
+        }
+        let request = self.requests.get_mut(&id).unwrap();
+        request.written += more;
+        if !ends {
+            return;
+        }
+        let arrived = request.written;
+        let complete = arrived == total - have;
+        if self.scheduler.pull_ended(id, arrived, complete) {
+            assert!(!self.requests[&id].aborted);
+            if complete {
+                self.sample(id);
+            }
+        } else {
+            assert!(self.requests[&id].aborted);
+        }
+    }
+
+    fn abort(&mut self, id: SequenceId) {
+        self.scheduler.remove(id);
+        self.requests.get_mut(&id).unwrap().aborted = true;
+    }
+
+    /// Everything that was asked for is finished, in bounded time, and nothing is kept.
+    fn drain(mut self) {
+        for _ in 0..20_000 {
+            if self.scheduler.is_empty() {
+                break;
+            }
+            self.step();
+            if let Some(id) = self.nth(0, |state| matches!(state, State::Pulling { .. })) {
+                self.pull(id, 1, id % 3 == 0);
+                if id % 3 != 0 {
+                    self.pull_to_end(id);
+                }
+            }
+            if let Some(id) = self.nth(0, |state| state == State::Held) {
+                self.scheduler.remove(id);
+            }
+        }
+        for (id, request) in &self.requests {
+            assert!(request.aborted || self.finished.contains(id), "{id} starved: {request:?}");
+        }
+        assert!(self.scheduler.is_empty());
+        assert_eq!(self.scheduler.load(), Load::default());
+        assert_eq!(self.scheduler.in_flight(), 0);
+        let Usage { requests, handoff, cached, free } = self.scheduler.usage();
+        assert_eq!((requests, handoff, cached + free), (0, 0, self.limits.blocks));
+    }
+
+    fn pull_to_end(&mut self, id: SequenceId) {
+        if self.scheduler.get(id).is_some() {
+            self.pull(id, usize::MAX, true);
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
-struct Arrival {
-    step: usize,
-    prefix: u32,
-    length: usize,
-    output: usize,
-    work: u8,
-    abort_after: Option<usize>,
+enum Op {
+    Arrive { prompt: Vec<u32>, max_new: usize, pull: Option<usize>, hold: bool },
+    Step,
+    Abort(usize),
+    Pull(usize, usize, bool),
+    Release(usize),
 }
 
-fn arrival() -> impl Strategy<Value = Arrival> {
-    (0usize..30, 0u32..3, 1usize..30, 1usize..20, 0u8..4, prop::option::weighted(0.2, 0usize..15))
-        .prop_map(|(step, prefix, length, output, work, abort_after)| Arrival {
-            step, prefix, length, output, work, abort_after,
-        })
+fn op() -> impl Strategy<Value = Op> {
+    // Few different tokens, so that prompts share prefixes.
+    let prompt = prop_oneof![
+        prop::collection::vec(0u32..2, 1..24),
+        (1usize..40).prop_map(|len| vec![1; len]),
+    ];
+    let arrive = (prompt, 1usize..12, prop::option::of(0usize..8), prop::bool::weighted(0.2));
+    prop_oneof![
+        3 => arrive.prop_map(|(prompt, max_new, pull, hold)| {
+            Op::Arrive { prompt, max_new, pull, hold }
+        }),
+        6 => Just(Op::Step),
+        1 => any::<usize>().prop_map(Op::Abort),
+        2 => (any::<usize>(), 0usize..4, any::<bool>())
+            .prop_map(|(at, blocks, ends)| Op::Pull(at, blocks, ends)),
+        1 => any::<usize>().prop_map(Op::Release),
+    ]
 }
 
 proptest! {
-    /// Whatever arrives: budgets hold, no block is written by two, everybody finishes, and at rest
-    /// nobody holds a block.
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
     #[test]
-    fn everybody_finishes_and_nothing_leaks(
-        arrivals in prop::collection::vec(arrival(), 1..40),
-        pool in 13usize..40,
+    fn every_request_finishes_reads_its_own_kv_and_leaves_nothing(
+        block_size in 1usize..6,
+        blocks in 4usize..24,
+        max_batch_tokens in 1usize..20,
+        max_running in 1usize..6,
+        ops in prop::collection::vec(op(), 0..120),
     ) {
-        let mut scheduler = Scheduler::new(LIMITS, pool);
-        let mut left: HashMap<SequenceId, usize> = HashMap::new();
-        let mut aborts: HashMap<SequenceId, usize> = HashMap::new();
-        let mut pulling: Vec<SequenceId> = Vec::new();
-        let mut finished = 0;
-        let mut step = 0;
-        while finished < arrivals.len() {
-            for (id, arrival) in arrivals.iter().enumerate().filter(|(_, a)| a.step == step) {
-                let id = id as SequenceId;
-                // Prompts share prefixes by construction.
-                let tokens: Vec<u32> = (0..arrival.length as u32).map(|i| arrival.prefix * 1000 + i).collect();
-                let work = match arrival.work { 0 => Work::Prefill, 1 => Work::Pull { min_tokens: 8 }, _ => Work::Local };
-                let max_len = tokens.len() + arrival.output;
-                scheduler.add(sequence(id, work, tokens), max_len).unwrap();
-                left.insert(id, if work == Work::Prefill { 1 } else { arrival.output });
-                if let Some(after) = arrival.abort_after { aborts.insert(id, step + after); }
-            }
-            let plan = scheduler.schedule();
-            let tokens: usize = plan.chunks.iter().map(|c| c.count).sum();
-            prop_assert!(tokens <= LIMITS.max_batch_tokens);
-            prop_assert!(scheduler.running() <= LIMITS.max_running);
-            let mut written = HashSet::new();
-            for chunk in &plan.chunks {
-                let sequence = scheduler.get(chunk.id).unwrap();
-                prop_assert_eq!(sequence.state, State::Running);
-                prop_assert!(sequence.blocks.len() * LIMITS.block_size >= chunk.start + chunk.count);
-                for position in chunk.start..chunk.start + chunk.count {
-                    let block = sequence.blocks[position / LIMITS.block_size];
-                    prop_assert!(written.insert((block, position % LIMITS.block_size)), "two writers");
-                    prop_assert!(position / LIMITS.block_size >= sequence.committed, "a shared block written");
+        let max_model_len = (block_size * blocks + 1).min(60);
+        let mut simulation = Simulation::new(Limits {
+            block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len,
+        });
+        for op in ops {
+            match op {
+                Op::Arrive { prompt, max_new, pull, hold } => {
+                    simulation.arrive(prompt, max_new, pull, hold);
                 }
-            }
-            pulling.extend(plan.admitted.iter().filter(|id| scheduler.get(**id).unwrap().state == State::Pulling));
-            for id in run(&mut scheduler, &plan) {
-                let remaining = left.get_mut(&id).unwrap();
-                *remaining -= 1;
-                if *remaining == 0 {
-                    if scheduler.get(id).unwrap().work == Work::Prefill && id % 2 == 0 {
-                        // The peer fetches at once or a little later.
-                        scheduler.hold(id);
-                        aborts.insert(id, step + 3);
-                    } else {
-                        scheduler.remove(id);
-                        aborts.remove(&id);
-                        finished += 1;
+                Op::Step => simulation.step(),
+                Op::Abort(at) => {
+                    let alive = |state| state != State::Pulling { aborted: true };
+                    if let Some(id) = simulation.nth(at, alive) {
+                        simulation.abort(id);
+                    }
+                }
+                Op::Pull(at, blocks, ends) => {
+                    let pulling = |state| matches!(state, State::Pulling { .. });
+                    if let Some(id) = simulation.nth(at, pulling) {
+                        simulation.pull(id, blocks, ends);
+                    }
+                }
+                Op::Release(at) => {
+                    if let Some(id) = simulation.nth(at, |state| state == State::Held) {
+                        simulation.scheduler.remove(id);
                     }
                 }
             }
-            // Pulls end after a while: in full, in part or not at all.
-            if step % 3 == 0 {
-                for id in pulling.drain(..) {
-                    if let Some(sequence) = scheduler.get(id) {
-                        let len = sequence.tokens.len();
-                        scheduler.pulled(id, [0, len / 2, len - 1][id as usize % 3]);
-                    }
-                }
-            }
-            for id in aborts.iter().filter(|(_, at)| **at == step).map(|(id, _)| *id).collect::<Vec<_>>() {
-                if scheduler.get(id).is_some() {
-                    scheduler.remove(id);
-                    finished += 1;
-                }
-            }
-            step += 1;
-            prop_assert!(step < 5000, "{} of {} finished", finished, arrivals.len());
         }
-        prop_assert_eq!(scheduler.blocks().free(), pool);
-        prop_assert_eq!((scheduler.waiting(), scheduler.running()), (0, 0));
+        simulation.drain();
     }
 }
 
-#[test]
-fn a_running_stream_goes_before_prompts() {
-    let mut scheduler = Scheduler::new(LIMITS, 64);
-    scheduler.add(sequence(0, Work::Local, vec![1, 2, 3]), 20).unwrap();
-    let plan = scheduler.schedule();
-    run(&mut scheduler, &plan);
-    scheduler.add(sequence(1, Work::Local, (100..150).collect()), 60).unwrap();
-    let plan = scheduler.schedule();
-    assert_eq!(plan.chunks[0], Chunk { id: 0, start: 3, count: 1, sample: true });
-    assert_eq!(plan.chunks[1], Chunk { id: 1, start: 0, count: 15, sample: false });
+const ROOMY: Limits = Limits {
+    block_size: 4,
+    blocks: 64,
+    max_batch_tokens: 16,
+    max_running: 8,
+    max_waiting: 4,
+    max_model_len: 200,
+};
+
+fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
+    NewSequence { id, tokens, salt: String::new(), pull_from: None, hold: false }
+}
+
+fn slices(plan: &Plan) -> Vec<(SequenceId, usize, usize)> {
+    plan.slices.iter().map(|slice| (slice.id, slice.start, slice.len)).collect()
 }
 
 #[test]
-fn equal_prompts_are_computed_once() {
-    let mut scheduler = Scheduler::new(LIMITS, 64);
+fn requests_with_one_prompt_compute_it_once() {
+    let mut scheduler = Scheduler::new(ROOMY);
     for id in 0..4 {
-        scheduler.add(sequence(id, Work::Local, (0..40).collect()), 60).unwrap();
+        scheduler.add(new(id, vec![7; 41]));
     }
-    let mut computed = 0;
-    while (0..4).any(|id| scheduler.get(id).unwrap().tokens.len() == 40) {
-        let plan = scheduler.schedule();
-        computed += plan.chunks.iter().filter(|c| c.start < 40).map(|c| c.count).sum::<usize>();
-        run(&mut scheduler, &plan);
+    scheduler.add(new(4, vec![8; 2]));
+    let mut plan = Plan::default();
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        scheduler.schedule(&mut plan);
+        seen.push(slices(&plan));
+        scheduler.advance(&plan);
+        for slice in plan.slices.iter().filter(|slice| slice.logits) {
+            scheduler.push_token(slice.id, 1);
+        }
     }
-    // The first computes all forty; the others only their last, part-filled block.
-    assert_eq!(computed, 40 + 3 * 4);
+    // The second to fourth wait for the first; the fifth, which shares nothing, does not.
+    assert_eq!(seen[0], [(0, 0, 16)]);
+    assert_eq!(seen[1], [(0, 16, 16)]);
+    assert_eq!(seen[2], [(0, 32, 9), (4, 0, 2)]);
+    // Then each computes the token that is not in a full block.
+    assert_eq!(seen[3], [(0, 41, 1), (4, 2, 1), (1, 40, 1), (2, 40, 1), (3, 40, 1)]);
+    assert_eq!(scheduler.stats().prefix_hits, 120);
 }
 
 #[test]
-fn what_can_never_fit_is_refused_at_the_door() {
-    let mut scheduler = Scheduler::new(LIMITS, 4);
-    let refused = scheduler.add(sequence(0, Work::Local, vec![0; 10]), 18);
-    assert_eq!(refused, Err(Refused::TooLong { needs: 18, has: 16 }));
-    let mut limits = LIMITS;
-    limits.max_waiting = 1;
-    let mut scheduler = Scheduler::new(limits, 4);
-    scheduler.add(sequence(0, Work::Local, vec![0; 10]), 16).unwrap();
-    assert_eq!(scheduler.add(sequence(1, Work::Local, vec![0]), 2), Err(Refused::QueueFull));
+fn a_decoding_sequence_is_served_before_a_long_prompt_and_the_budget_holds() {
+    let mut scheduler = Scheduler::new(ROOMY);
+    scheduler.add(new(0, vec![1; 3]));
+    let mut plan = Plan::default();
+    scheduler.schedule(&mut plan);
+    scheduler.advance(&plan);
+    scheduler.push_token(0, 5);
+    scheduler.add(new(1, (0..40).collect()));
+    for start in [0, 15] {
+        scheduler.schedule(&mut plan);
+        assert_eq!(slices(&plan), [(0, 3 + start / 15, 1), (1, start, 15)]);
+        scheduler.advance(&plan);
+        scheduler.push_token(0, 5);
+    }
 }
 
 #[test]
-fn a_short_remainder_is_not_worth_a_pull() {
-    let mut scheduler = Scheduler::new(LIMITS, 64);
-    scheduler.add(sequence(0, Work::Pull { min_tokens: 10 }, (0..20).collect()), 30).unwrap();
-    let plan = scheduler.schedule();
-    assert_eq!((plan.admitted, plan.chunks), (vec![0], vec![]));
-    scheduler.pulled(0, 20);
-    assert_eq!(scheduler.get(0).unwrap().missing(), 0);
-    scheduler.push(0, 7);
-    let plan = scheduler.schedule();
-    assert_eq!(plan.chunks, vec![Chunk { id: 0, start: 20, count: 1, sample: true }]);
-    // The same prompt again has all but its last block cached.
-    scheduler.add(sequence(1, Work::Pull { min_tokens: 10 }, (0..20).collect()), 30).unwrap();
-    let plan = scheduler.schedule();
-    assert_eq!(scheduler.get(1).unwrap().state, State::Running);
-    assert!(plan.chunks.contains(&Chunk { id: 1, start: 16, count: 4, sample: true }));
+fn the_last_to_arrive_gives_way_when_blocks_run_out() {
+    let limits = Limits { blocks: 5, max_model_len: 20, ..ROOMY };
+    let mut scheduler = Scheduler::new(limits);
+    let mut plan = Plan::default();
+    scheduler.add(new(0, vec![1; 8]));
+    scheduler.add(new(1, (10..17).collect()));
+    while scheduler.stats().preemptions == 0 {
+        scheduler.schedule(&mut plan);
+        scheduler.advance(&plan);
+        for slice in plan.slices.iter().filter(|slice| slice.logits) {
+            scheduler.push_token(slice.id, 5);
+        }
+    }
+    assert_eq!(scheduler.get(0).map(Sequence::state), Some(State::Running));
+    assert_eq!(scheduler.get(1).map(Sequence::state), Some(State::Waiting));
+}
+
+#[test]
+fn what_can_never_fit_is_refused_and_a_full_queue_says_so() {
+    let limits = Limits { blocks: 4, max_model_len: 200, max_running: 2, ..ROOMY };
+    assert_eq!(limits.check_fits(0, 1), Err(Refusal::Empty));
+    assert!(matches!(limits.check_fits(200, 1), Err(Refusal::ContextLength { .. })));
+    // 17 tokens: the last is never computed, so four blocks of four are enough.
+    assert_eq!(limits.check_fits(16, 1), Ok(()));
+    assert_eq!(limits.check_fits(16, 2), Err(Refusal::KvMemory { needs: 5, has: 4 }));
+    let load = |waiting, running| Load { waiting, running };
+    assert_eq!(limits.check_queue(load(0, 0), 5), Ok(()), "two places, four may wait");
+    assert!(limits.check_queue(load(0, 0), 6).is_err());
+    assert_eq!(limits.check_queue(load(0, 2), 3), Ok(()));
+    assert!(limits.check_queue(load(0, 2), 4).is_err());
+    assert_eq!(limits.check_queue(load(3, 1), 0), Ok(()));
+    assert!(limits.check_queue(load(4, 1), 0).is_err(), "the free place needs blocks");
 }

@@ -1,0 +1,258 @@
+//! Draws the next token from a row of logits.
+//!
+//! The order is vLLM's: penalties and bias, temperature, min-p, top-k, top-p, draw. The draw for
+//! output token *i* depends on `(seed, i)` alone, so a request that is resumed, preempted or handed
+//! over draws what it would have drawn. The vocabulary is never sorted: top-k and top-p work on the
+//! candidates that a selection or a threshold leaves.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+
+use baton_proto::v1::{SamplingParams, Token, TokenLogprob};
+
+/// How one sequence is sampled: its parameters and what the penalties must remember.
+pub struct Sampler {
+    params: SamplingParams,
+    /// Tokens that end the sequence; kept off until `min_tokens`.
+    ends: Vec<u32>,
+    /// Prompt tokens, once each: for the repetition penalty. Empty when that is off.
+    prompt: Vec<u32>,
+    /// Output tokens and how often. Empty when no penalty is on.
+    output: HashMap<u32, u32>,
+    drawn: u32,
+}
+
+impl Sampler {
+    /// A sampler that goes on after `output`.
+    pub fn new(params: SamplingParams, eos: &[u32], prompt: &[u32], output: &[u32]) -> Self {
+        let mut ends = params.stop_token_ids.clone();
+        ends.extend(eos.iter().filter(|_| !params.ignore_eos));
+        let mut sampler =
+            Self { params, ends, prompt: Vec::new(), output: HashMap::new(), drawn: 0 };
+        if sampler.repetition() {
+            sampler.prompt = prompt.to_vec();
+            sampler.prompt.sort_unstable();
+            sampler.prompt.dedup();
+        }
+        output.iter().for_each(|&token| sampler.record(token));
+        sampler
+    }
+
+    /// Whether a token ends the sequence.
+    pub fn ends_with(&self, token: u32) -> bool {
+        self.ends.contains(&token)
+    }
+
+    /// Output tokens so far.
+    pub fn drawn(&self) -> u32 {
+        self.drawn
+    }
+
+    /// The request's parameters.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
+    /// Counts a token that was drawn elsewhere.
+    pub fn record(&mut self, token: u32) {
+        self.drawn += 1;
+        if self.penalized() {
+            *self.output.entry(token).or_default() += 1;
+        }
+    }
+
+    /// Draws the next token. `logits` is scratch afterwards.
+    pub fn draw(&mut self, logits: &mut [f32]) -> Token {
+        let raw = self.params.logprobs.map(|count| LogSoftmax::new(logits, count as usize));
+        self.adjust(logits);
+        let id = if self.params.temperature <= 0.0 { argmax(logits) } else { self.choose(logits) };
+        self.record(id);
+        let mut token = Token { id, ..Token::default() };
+        if let Some(raw) = raw {
+            token.logprob = Some(raw.of(id));
+            token.top = raw.top;
+        }
+        token
+    }
+
+    fn repetition(&self) -> bool {
+        self.params.repetition_penalty > 0.0 && self.params.repetition_penalty != 1.0
+    }
+
+    fn penalized(&self) -> bool {
+        self.repetition()
+            || self.params.presence_penalty != 0.0
+            || self.params.frequency_penalty != 0.0
+    }
+
+    /// Penalties, bias and the minimum length.
+    fn adjust(&self, logits: &mut [f32]) {
+        if self.repetition() {
+            // Keskar et al. 2019: once for each token seen, in the prompt or the output.
+            let penalty = self.params.repetition_penalty;
+            let new = self.output.keys().filter(|token| self.prompt.binary_search(token).is_err());
+            for &token in self.prompt.iter().chain(new) {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                }
+            }
+        }
+        for (&token, &count) in &self.output {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit -=
+                    self.params.frequency_penalty * count as f32 + self.params.presence_penalty;
+            }
+        }
+        for (&token, &bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        if self.drawn < self.params.min_tokens {
+            for &token in &self.ends {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    fn choose(&self, logits: &[f32]) -> u32 {
+        let scale = 1.0 / self.params.temperature;
+        let largest = largest(logits);
+        // Unnormalized probabilities: the most likely token has exactly one.
+        let weight = |logit: f32| ((logit - largest) * scale).exp();
+        let min_p = self.params.min_p;
+        let top_k = match self.params.top_k as usize {
+            0 => logits.len(),
+            k => k.min(logits.len()),
+        };
+        let draw = uniform(self.params.seed, self.drawn);
+        if min_p <= 0.0 && top_k == logits.len() && self.params.top_p >= 1.0 {
+            // Nothing to leave out: two passes, no list.
+            let total: f64 = logits.iter().map(|&logit| f64::from(weight(logit))).sum();
+            return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), draw * total);
+        }
+        let mut candidates: Vec<(u32, f32)> = logits
+            .iter()
+            .enumerate()
+            .map(|(token, &logit)| (token as u32, weight(logit)))
+            .filter(|&(_, weight)| weight > 0.0 && weight >= min_p)
+            .collect();
+        // Likeliest first; equal ones by id, so that the choice is the same everywhere.
+        let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k - 1, order);
+            candidates.truncate(top_k);
+        }
+        let total = |candidates: &[(u32, f32)]| -> f64 {
+            candidates.iter().map(|&(_, weight)| f64::from(weight)).sum()
+        };
+        if self.params.top_p < 1.0 {
+            let wanted = f64::from(self.params.top_p) * total(&candidates);
+            let mut kept = 0.0;
+            let mut count = 0;
+            // Sort ever larger heads until they hold enough: a sharp distribution needs one.
+            let mut sorted = 0;
+            while count < candidates.len() && kept < wanted {
+                if count == sorted {
+                    let head = (sorted * 4).max(64).min(candidates.len() - sorted);
+                    let rest = &mut candidates[sorted..];
+                    if head < rest.len() {
+                        rest.select_nth_unstable_by(head - 1, order);
+                    }
+                    rest[..head].sort_unstable_by(order);
+                    sorted += head;
+                }
+                kept += f64::from(candidates[count].1);
+                count += 1;
+            }
+            candidates.truncate(count.max(1));
+        }
+        candidates.sort_unstable_by_key(|&(token, _)| token);
+        let total = total(&candidates);
+        pick(candidates.iter().map(|&(token, weight)| (token as usize, weight)), draw * total)
+    }
+}
+
+/// The token in whose share of the weights `target` falls.
+fn pick(weights: impl Iterator<Item = (usize, f32)>, target: f64) -> u32 {
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (token, weight) in weights {
+        if weight > 0.0 {
+            last = token;
+            sum += f64::from(weight);
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last as u32
+}
+
+/// The lowest token with the largest logit.
+fn argmax(logits: &[f32]) -> u32 {
+    let largest = largest(logits);
+    logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
+}
+
+fn largest(logits: &[f32]) -> f32 {
+    // Sixteen running maxima, so that the compiler can use vectors.
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut maxima = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (max, &logit) in maxima.iter_mut().zip(chunk) {
+            *max = max.max(logit);
+        }
+    }
+    maxima.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b))
+}
+
+/// A number in `[0, 1)` that depends on its arguments alone (SplitMix64, Steele et al. 2014).
+fn uniform(seed: u64, index: u32) -> f64 {
+    let mix = |mut x: u64| {
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    };
+    // Two rounds: neighbouring seeds and neighbouring indices must both give unrelated numbers.
+    let state = mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15));
+    let bits = mix(state ^ u64::from(index).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Log-probabilities before any adjustment, as vLLM reports them by default.
+struct LogSoftmax {
+    logits: Vec<f32>,
+    log_sum: f32,
+    top: Vec<TokenLogprob>,
+}
+
+impl LogSoftmax {
+    fn new(logits: &[f32], count: usize) -> Self {
+        let largest = largest(logits);
+        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
+        let log_sum = largest + sum.ln() as f32;
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let by_logit =
+            |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let count = count.min(order.len());
+        if count > 0 && count < order.len() {
+            order.select_nth_unstable_by(count - 1, by_logit);
+        }
+        order.truncate(count);
+        order.sort_unstable_by(by_logit);
+        let top = order
+            .into_iter()
+            .map(|id| TokenLogprob { id, logprob: logits[id as usize] - log_sum })
+            .collect();
+        Self { logits: logits.to_vec(), log_sum, top }
+    }
+
+    fn of(&self, token: u32) -> f32 {
+        self.logits[token as usize] - self.log_sum
+    }
+}

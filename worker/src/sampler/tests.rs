@@ -1,0 +1,154 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn params() -> SamplingParams {
+    SamplingParams {
+        temperature: 1.0,
+        top_p: 1.0,
+        repetition_penalty: 1.0,
+        max_tokens: 100,
+        ..Default::default()
+    }
+}
+
+fn draw(params: SamplingParams, logits: &[f32]) -> u32 {
+    Sampler::new(params, &[], &[], &[]).draw(&mut logits.to_vec()).id
+}
+
+/// The tokens that may be drawn and their probabilities, by sorting everything.
+fn reference(params: &SamplingParams, logits: &[f32]) -> Vec<(u32, f64)> {
+    let weights = logits.iter().map(|&l| (f64::from(l) / f64::from(params.temperature)).exp());
+    let mut all: Vec<(u32, f64)> = weights.enumerate().map(|(i, w)| (i as u32, w)).collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let largest = all[0].1;
+    all.retain(|(_, w)| *w >= f64::from(params.min_p) * largest);
+    if params.top_k > 0 {
+        all.truncate(params.top_k as usize);
+    }
+    let total: f64 = all.iter().map(|(_, w)| w).sum();
+    let mut sum = 0.0;
+    let keep = all
+        .iter()
+        .take_while(|(_, w)| {
+            let before = sum;
+            sum += w;
+            before < f64::from(params.top_p) * total
+        })
+        .count();
+    all.truncate(keep.max(1));
+    let total: f64 = all.iter().map(|(_, w)| w).sum();
+    all.iter().map(|(id, w)| (*id, w / total)).collect()
+}
+
+proptest! {
+    #[test]
+    fn draws_only_what_the_filters_leave(
+        logits in prop::collection::vec(-6f32..6.0, 2..400),
+        temperature in 0.2f32..2.0, top_p in 0.05f32..1.0, top_k in 0u32..50, min_p in 0f32..0.5, seed: u64,
+    ) {
+        let params = SamplingParams { temperature, top_p, top_k, min_p, seed, ..params() };
+        let allowed = reference(&params, &logits);
+        let token = draw(params, &logits);
+        // At the very edge of a threshold single precision may decide otherwise.
+        let edge = allowed.last().unwrap().1 * 0.999;
+        let weight = |id: u32| f64::from(logits[id as usize]) / f64::from(temperature);
+        let least = allowed.iter().map(|(id, _)| weight(*id)).fold(f64::INFINITY, f64::min);
+        prop_assert!(allowed.iter().any(|(id, _)| *id == token) || weight(token) >= least - 1e-3, "{token} {edge}");
+    }
+
+    #[test]
+    fn greedy_is_the_lowest_of_the_largest(logits in prop::collection::vec(-3i8..3, 1..100)) {
+        let logits: Vec<f32> = logits.into_iter().map(f32::from).collect();
+        let token = draw(SamplingParams { temperature: 0.0, ..params() }, &logits) as usize;
+        prop_assert!(logits[..token].iter().all(|&l| l < logits[token]));
+        prop_assert!(logits[token..].iter().all(|&l| l <= logits[token]));
+    }
+
+    #[test]
+    fn log_probabilities_are_a_log_softmax(logits in prop::collection::vec(-20f32..20.0, 5..200), count in 0u32..5) {
+        let mut sampler = Sampler::new(SamplingParams { logprobs: Some(count), ..params() }, &[], &[], &[]);
+        let token = sampler.draw(&mut logits.clone());
+        let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        let expected = |id: u32| f64::from(logits[id as usize]) - sum.ln();
+        prop_assert!((f64::from(token.logprob.unwrap()) - expected(token.id)).abs() < 1e-4);
+        prop_assert_eq!(token.top.len(), count as usize);
+        for (i, top) in token.top.iter().enumerate() {
+            prop_assert!((f64::from(top.logprob) - expected(top.id)).abs() < 1e-4);
+            let above = logits.iter().filter(|&&l| l > logits[top.id as usize]).count();
+            prop_assert!(above <= i);
+        }
+    }
+}
+
+#[test]
+fn draws_follow_the_distribution() {
+    let logits = [0.0, 1.0, -1.0, 2.0, 0.5, -3.0];
+    for settings in [
+        params(),
+        SamplingParams { temperature: 0.7, ..params() },
+        SamplingParams { top_k: 4, ..params() },
+        SamplingParams { top_p: 0.9, ..params() },
+        SamplingParams { min_p: 0.1, temperature: 1.3, ..params() },
+    ] {
+        const DRAWS: usize = 40_000;
+        let mut counts = [0usize; 6];
+        // Half by seed, half by index: both must be random.
+        for i in 0..DRAWS as u64 {
+            let mut sampler =
+                Sampler::new(SamplingParams { seed: i / 2, ..settings.clone() }, &[], &[], &[]);
+            sampler.drawn = (i % 2) as u32;
+            counts[sampler.draw(&mut logits.to_vec()).id as usize] += 1;
+        }
+        let expected = reference(&settings, &logits);
+        let mut chi_square = 0.0;
+        for (id, p) in &expected {
+            let wanted = p * DRAWS as f64;
+            chi_square += (counts[*id as usize] as f64 - wanted).powi(2) / wanted;
+        }
+        assert_eq!(expected.iter().map(|(id, _)| counts[*id as usize]).sum::<usize>(), DRAWS);
+        // The 99.99th percentile of chi-square with five degrees of freedom is 25.7.
+        assert!(chi_square < 25.7, "{settings:?}: {chi_square}");
+    }
+}
+
+#[test]
+fn a_draw_depends_on_seed_and_index_alone() {
+    let logits = vec![0.0; 50_000];
+    let settings = SamplingParams { seed: 7, ..params() };
+    let mut whole = Sampler::new(settings.clone(), &[], &[], &[]);
+    let drawn: Vec<u32> = (0..10).map(|_| whole.draw(&mut logits.clone()).id).collect();
+    let mut resumed = Sampler::new(settings, &[], &[], &drawn[..4]);
+    let rest: Vec<u32> = (0..6).map(|_| resumed.draw(&mut logits.clone()).id).collect();
+    assert_eq!(rest, drawn[4..]);
+    assert_ne!(drawn[0], drawn[1]);
+}
+
+#[test]
+fn penalties_bias_and_minimum_length() {
+    let greedy = SamplingParams { temperature: 0.0, ..params() };
+    let after = |params: SamplingParams, prompt: &[u32], output: &[u32], logits: &[f32]| {
+        Sampler::new(params, &[9], prompt, output).draw(&mut logits.to_vec()).id
+    };
+    // Repetition: prompt and output, positive logits divided, negative multiplied.
+    let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
+    assert_eq!(after(repetition.clone(), &[0], &[], &[3.0, 2.0]), 1);
+    assert_eq!(after(repetition.clone(), &[], &[0], &[3.0, 2.0]), 1);
+    assert_eq!(after(repetition.clone(), &[0], &[0], &[4.5, 2.0]), 0, "once, not twice");
+    assert_eq!(after(repetition, &[0], &[], &[-1.0, -1.5]), 1);
+    // Presence and frequency: output only.
+    let presence = SamplingParams { presence_penalty: 1.0, ..greedy.clone() };
+    assert_eq!(after(presence.clone(), &[0], &[], &[3.0, 2.5]), 0);
+    assert_eq!(after(presence, &[], &[0], &[3.0, 2.5]), 1);
+    let frequency = SamplingParams { frequency_penalty: 0.3, ..greedy.clone() };
+    assert_eq!(after(frequency.clone(), &[], &[0], &[3.0, 2.5]), 0);
+    assert_eq!(after(frequency, &[], &[0, 0], &[3.0, 2.5]), 1);
+    let bias = SamplingParams { logit_bias: [(1, 5.0)].into(), ..greedy.clone() };
+    assert_eq!(after(bias, &[], &[], &[3.0, 0.0]), 1);
+    // Token 9 is EOS, 8 a stop token: neither before the minimum.
+    let mut logits = [0.0; 10];
+    (logits[9], logits[8], logits[3]) = (5.0, 4.0, 3.0);
+    let minimum = SamplingParams { min_tokens: 2, stop_token_ids: vec![8], ..greedy };
+    assert_eq!(after(minimum.clone(), &[], &[1], &logits), 3);
+    assert_eq!(after(minimum, &[], &[1, 2], &logits), 9);
+}
