@@ -4,10 +4,14 @@
 //! computes, [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
 //! share, [`transfer`] moves it between workers.
 
+pub mod config;
+pub mod engine;
 pub mod gguf;
 pub mod kernels;
 pub mod kv;
 pub mod model;
 pub mod sampler;
 pub mod scheduler;
+pub mod service;
 pub mod tokenizer;
+pub mod transfer;

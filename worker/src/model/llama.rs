@@ -232,7 +232,8 @@ impl Model for Llama {
         kv: &KvPool,
         logits: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let Self { config, isa, threads, embedding, layers, norm, head, rope, scratch } = self;
+        let Self { config, isa, threads, embedding, layers, norm, head, rope, scratch, interrupt } =
+            self;
         let isa = *isa;
         let rows: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         let (hidden, head_dim) = (config.hidden, config.head_dim);

@@ -1,0 +1,213 @@
+//! Command line and environment of `baton-worker`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_membership::{EtcdSettings, InstanceRole};
+use baton_proto::v1;
+use clap::Parser;
+
+/// A Baton worker: computes prompts, generates, or both.
+///
+/// It joins the cluster through etcd; gateways find it there. Example:
+///
+///     baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379
+#[derive(Clone, Debug, Parser)]
+#[command(name = "baton-worker", version, verbatim_doc_comment)]
+pub struct Settings {
+    /// What this worker does.
+    #[arg(long, env = "BATON_ROLE")]
+    pub role: Role,
+
+    /// A GGUF file. To replace it under a running worker, rename another over it.
+    #[arg(long, env = "BATON_MODEL")]
+    pub model: PathBuf,
+
+    /// Name that clients use in `model`; by default the file's name without its ending.
+    #[arg(long, env = "BATON_SERVED_MODEL_NAME")]
+    pub served_model_name: Option<String>,
+
+    /// Address to serve gRPC on; port 0 takes any free one.
+    #[arg(long, env = "BATON_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+
+    /// URL under which others reach this worker; by default the listen address.
+    #[arg(long, env = "BATON_ADVERTISE")]
+    pub advertise: Option<String>,
+
+    /// etcd endpoints.
+    #[arg(
+        long,
+        env = "BATON_ETCD",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379"
+    )]
+    pub etcd: Vec<String>,
+
+    /// Name of the cluster: processes of other names are not seen.
+    #[arg(long, env = "BATON_CLUSTER", default_value = "default")]
+    pub cluster: String,
+
+    /// Seconds until etcd forgets this process after its death.
+    #[arg(long, env = "BATON_LEASE_TTL", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_ttl: u64,
+
+    /// Seconds to wait for etcd at start.
+    #[arg(long, env = "BATON_ETCD_TIMEOUT", default_value_t = 10)]
+    pub etcd_timeout: u64,
+
+    /// Memory for the KV cache, such as 512MiB or 2GiB. Touched only as it fills.
+    #[arg(long, env = "BATON_KV_MEMORY", default_value = "1GiB", value_parser = parse_bytes)]
+    pub kv_memory: usize,
+
+    /// Tokens in a KV block: 16, 32, 48 and so on, equal on all workers.
+    #[arg(long, env = "BATON_BLOCK_SIZE", default_value = "16", value_parser = parse_block_size)]
+    pub block_size: usize,
+
+    /// Longest prompt and output together; by default what the model was trained for.
+    #[arg(long, env = "BATON_MAX_MODEL_LEN", value_parser = parse_positive)]
+    pub max_model_len: Option<usize>,
+
+    /// Tokens computed in one step. Less shortens the pauses that long prompts cause, more
+    /// computes prompts faster.
+    #[arg(long, env = "BATON_MAX_BATCH_TOKENS", default_value = "512", value_parser = parse_positive)]
+    pub max_batch_tokens: usize,
+
+    /// Sequences computed at once.
+    #[arg(long, env = "BATON_MAX_RUNNING", default_value = "64", value_parser = parse_positive)]
+    pub max_running: usize,
+
+    /// Requests that may wait; more are refused.
+    #[arg(long, env = "BATON_MAX_WAITING", default_value_t = 256)]
+    pub max_waiting: usize,
+
+    /// Threads that compute; by default one for each core.
+    #[arg(long, env = "BATON_THREADS", value_parser = parse_positive)]
+    pub threads: Option<usize>,
+
+    /// How KV blocks may cross between workers, best first.
+    #[arg(long, env = "BATON_TRANSPORTS", value_delimiter = ',', default_value = "shm,grpc")]
+    pub transports: Vec<Transport>,
+
+    /// Seconds that finished blocks are kept for the worker that asked for them.
+    #[arg(long, env = "BATON_HOLD_LEASE", default_value_t = 30)]
+    pub hold_lease: u64,
+
+    /// Seconds that running requests get to finish after SIGTERM.
+    #[arg(long, env = "BATON_DRAIN_TIMEOUT", default_value_t = 30)]
+    pub drain_timeout: u64,
+
+    /// Form of the log lines on stderr; RUST_LOG sets what is logged.
+    #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    /// Computes prompts for decode workers.
+    Prefill,
+    /// Generates; computes short prompts itself.
+    Decode,
+    /// Both in one process.
+    Unified,
+}
+
+/// How KV blocks cross.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// Shared memory, on one host.
+    Shm,
+    /// A gRPC stream, between any hosts.
+    Grpc,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+impl Settings {
+    /// The part that concerns etcd.
+    pub fn etcd_settings(&self) -> EtcdSettings {
+        EtcdSettings {
+            endpoints: self.etcd.clone(),
+            cluster: self.cluster.clone(),
+            lease_ttl: Duration::from_secs(self.lease_ttl),
+            start_timeout: Duration::from_secs(self.etcd_timeout),
+        }
+    }
+
+    /// The name that clients use.
+    pub fn model_name(&self) -> String {
+        let from_file = || self.model.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        self.served_model_name.clone().or_else(from_file).unwrap_or_default()
+    }
+}
+
+impl Role {
+    /// In the gRPC contract and in etcd.
+    pub fn names(self) -> (v1::Role, InstanceRole) {
+        match self {
+            Self::Prefill => (v1::Role::Prefill, InstanceRole::Prefill),
+            Self::Decode => (v1::Role::Decode, InstanceRole::Decode),
+            Self::Unified => (v1::Role::Unified, InstanceRole::Unified),
+        }
+    }
+}
+
+impl From<Transport> for v1::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Shm => Self::SharedMemory,
+            Transport::Grpc => Self::Grpc,
+        }
+    }
+}
+
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kib" | "k" => 1 << 10,
+        "mib" | "m" => 1 << 20,
+        "gib" | "g" => 1 << 30,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        other => return Err(format!("`{other}` is no unit; use KiB, MiB or GiB")),
+    };
+    let count: usize = digits.parse().map_err(|_| format!("`{text}` is no size such as 512MiB"))?;
+    count.checked_mul(unit).ok_or_else(|| format!("`{text}` is too much"))
+}
+
+fn parse_positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "must be a whole number above 0".into())
+}
+
+fn parse_block_size(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|&n: &usize| n > 0 && n.is_multiple_of(16) && n <= 1024)
+        .ok_or_else(|| "must be a multiple of 16, at most 1024".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(parse_bytes("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_bytes("2g"), Ok(2 << 30));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        for bad in ["", "MiB", "1.5GiB", "-1", "1XB", "99999999999GiB"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! The way into the engine thread.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use baton_proto::v1::Token;
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::mpsc;
+
+use super::{Event, NewRequest};
+use crate::scheduler::{Limits, Load, Refusal, SequenceId};
+
+pub(super) enum Command {
+    Add { id: SequenceId, request: Box<NewRequest>, events: mpsc::Sender<Event>, arrived: Instant },
+    Abort(SequenceId),
+    PullEnded { id: SequenceId, arrived: usize, first: Option<Token> },
+}
+
+/// What outlives the lock: the commands, and whether to go on.
+pub(super) struct Batch {
+    pub(super) commands: VecDeque<Command>,
+    pub(super) stopping: bool,
+}
+
+pub(super) struct Inbox {
+    limits: Limits,
+    state: Mutex<State>,
+    wake: Condvar,
+    /// Raised by an abort: the step in progress is given up.
+    interrupt: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct State {
+    commands: VecDeque<Command>,
+    next_id: SequenceId,
+    /// Requests among the commands.
+    arrived: usize,
+    /// The scheduler's load as of the last drain.
+    load: Load,
+    /// Whether an abort may interrupt the step in progress: not twice in a row, so that a storm
+    /// of cancels cannot stop all progress.
+    interruptible: bool,
+    draining: bool,
+    stopping: bool,
+}
+
+impl Inbox {
+    pub(super) fn new(limits: Limits) -> Self {
+        Self { limits, state: Mutex::default(), wake: Condvar::new(), interrupt: Arc::default() }
+    }
+
+    pub(super) fn interrupt(&self) -> Arc<AtomicBool> {
+        self.interrupt.clone()
+    }
+
+    pub(super) fn add(
+        &self,
+        request: NewRequest,
+        events: mpsc::Sender<Event>,
+    ) -> Result<SequenceId, Refusal> {
+        let mut state = self.state.lock();
+        if state.draining || state.stopping {
+            return Err(Refusal::Stopping);
+        }
+        self.limits.check_queue(state.load, state.arrived)?;
+        state.next_id += 1;
+        state.arrived += 1;
+        let id = state.next_id;
+        let (request, arrived) = (Box::new(request), Instant::now());
+        state.commands.push_back(Command::Add { id, request, events, arrived });
+        self.wake.notify_one();
+        Ok(id)
+    }
+
+    pub(super) fn push(&self, command: Command) {
+        let mut state = self.state.lock();
+        if state.interruptible && matches!(command, Command::Abort(_)) {
+            self.interrupt.store(true, Ordering::Relaxed);
+        }
+        state.commands.push_back(command);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn drain(&self) {
+        self.state.lock().draining = true;
+    }
+
+    pub(super) fn stop(&self) {
+        let mut state = self.state.lock();
+        state.stopping = true;
+        self.interrupt.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// Takes all commands, waiting for one until `until`.
+    pub(super) fn take(&self, until: Option<Instant>) -> Batch {
+        let mut state = self.state.lock();
+        if let Some(until) = until {
+            while state.commands.is_empty() && !state.stopping {
+                if self.wake.wait_until(&mut state, until).timed_out() {
+                    break;
+                }
+            }
+        }
+        state.arrived = 0;
+        Batch { commands: std::mem::take(&mut state.commands), stopping: state.stopping }
+    }
+
+    /// Opens a step: notes the load, and whether the step may be interrupted. False when commands
+    /// have come that should be looked at first.
+    pub(super) fn open_step(&self, load: Load, interruptible: bool) -> bool {
+        let mut state = self.state.lock();
+        state.load = load;
+        state.interruptible = interruptible;
+        if !state.stopping {
+            self.interrupt.store(false, Ordering::Relaxed);
+        }
+        !state.commands.iter().any(|command| matches!(command, Command::Abort(_)))
+    }
+}

@@ -1,0 +1,297 @@
+//! The engine: one thread that owns model, scheduler and block books, and does no I/O.
+//!
+//! * [`Engine`]: starts and stops the thread; takes requests.
+//! * [`RequestHandle`]: one request's events; dropping it cancels the request.
+//! * [`PullOrder`]: blocks that a transfer task fills; dropping it ends the pull.
+//!
+//! Requests come in through a bounded inbox and go out through one bounded channel each, so the
+//! engine never waits for anybody. Aborts and ends of pulls are never refused; there are at most
+//! two for each live request.
+
+mod inbox;
+mod run;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::{SamplingParams, Token, WorkerStatus};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use crate::kv::BlockId;
+use crate::kv::pool::KvPool;
+use crate::model::Model;
+use crate::scheduler::{Limits, Refusal, SequenceId};
+use inbox::{Command, Inbox};
+
+/// A sequence to compute.
+#[derive(Clone, Debug)]
+pub struct NewRequest {
+    /// The prompt.
+    pub prompt: Vec<u32>,
+    /// Output of an earlier attempt, to be continued.
+    pub output: Vec<u32>,
+    /// How to draw tokens.
+    pub sampling: SamplingParams,
+    /// Requests share cached blocks only when their salts are equal.
+    pub salt: String,
+    /// What is wanted.
+    pub purpose: Purpose,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// What a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Tokens. With `pull_from`, the prompt is to be pulled when at least this many of its tokens
+    /// are not cached here.
+    Generate {
+        /// The least that is worth a hand-off.
+        pull_from: Option<usize>,
+    },
+    /// KV blocks and the first token, for a peer. The blocks are kept until the request's handle
+    /// is dropped.
+    Prefill,
+}
+
+/// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `Token`s, `Finished`.
+#[derive(Debug)]
+pub enum Event {
+    /// It has its blocks.
+    Admitted {
+        /// Prompt tokens found in the prefix cache.
+        cached: usize,
+        /// How long it waited.
+        waited: Duration,
+    },
+    /// Its blocks are to be filled from the peer.
+    Pull(PullOrder),
+    /// [`Purpose::Prefill`]: these blocks, from position `first` of the sequence, are complete.
+    Blocks {
+        /// Position of the first, in blocks.
+        first: usize,
+        /// The blocks, and the generation of each.
+        blocks: Vec<(BlockId, u64)>,
+    },
+    /// A token was drawn.
+    Token(Token),
+    /// It is over.
+    Finished(Finish),
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// At an end-of-sequence token, or at this stop token.
+    Stop(Option<u32>),
+    /// At `max_tokens` or at the end of the context. For [`Purpose::Prefill`]: its work is done.
+    Length,
+    /// Its deadline passed.
+    Deadline,
+    /// The worker stops.
+    Stopping,
+    /// The step failed.
+    Failed(String),
+}
+
+/// What the engine must know.
+pub struct Settings {
+    /// Bounds of the scheduler. `max_model_len` is lowered to what the pool holds.
+    pub limits: Limits,
+    /// Tokens that end a sequence.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// The running engine.
+pub struct Engine {
+    inbox: Arc<Inbox>,
+    status: Arc<Mutex<WorkerStatus>>,
+    limits: Limits,
+    vocab: usize,
+    pool: Arc<KvPool>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the engine's thread.
+    pub fn start(model: Box<dyn Model>, pool: KvPool, settings: Settings) -> std::io::Result<Self> {
+        let mut limits = settings.limits;
+        limits.blocks = pool.blocks();
+        limits.max_model_len = limits.max_model_len.min(limits.blocks * limits.block_size);
+        let pool = Arc::new(pool);
+        let inbox = Arc::new(Inbox::new(limits));
+        let status = Arc::new(Mutex::new(WorkerStatus::default()));
+        let vocab = model.config().vocab;
+        let engine =
+            run::Running::new(model, pool.clone(), limits, settings.eos_token_ids, &inbox, &status);
+        let thread =
+            std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+        Ok(Self { inbox, status, limits, vocab, pool, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// The KV pool.
+    pub fn pool(&self) -> &Arc<KvPool> {
+        &self.pool
+    }
+
+    /// The bounds in force.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Gauges and counters as of the last step.
+    pub fn status(&self) -> WorkerStatus {
+        self.status.lock().clone()
+    }
+
+    /// Takes a request, or says why not.
+    pub fn submit(&self, request: NewRequest) -> Result<RequestHandle, SubmitError> {
+        let tokens = request.prompt.iter().chain(&request.output);
+        let stops = &request.sampling.stop_token_ids;
+        let biased = request.sampling.logit_bias.keys();
+        if let Some(&id) = tokens.chain(stops).chain(biased).find(|id| **id as usize >= self.vocab)
+        {
+            return Err(SubmitError::TokenOutOfRange { id, vocab: self.vocab });
+        }
+        let done = request.output.len();
+        let new = (request.sampling.max_tokens as usize).saturating_sub(done).max(1);
+        let new = if request.purpose == Purpose::Prefill { 1 } else { new };
+        let len = request.prompt.len() + done;
+        self.limits.check_fits(len, new)?;
+        // Room for every event there can be: one for each token, and a few more.
+        let most = new.min(self.limits.max_model_len - len) + len / self.limits.block_size + 8;
+        let (sender, events) = mpsc::channel(most);
+        let id = self.inbox.add(request, sender)?;
+        Ok(RequestHandle { id, events, inbox: self.inbox.clone() })
+    }
+
+    /// Refuses new requests from here on; those that are in go on.
+    pub fn drain(&self) {
+        self.inbox.drain();
+        self.status.lock().draining = true;
+    }
+
+    /// Ends all requests and the thread.
+    pub fn stop(&self) {
+        self.inbox.stop();
+        if let Some(thread) = self.thread.lock().take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// It does not fit, or not now.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A token that the model does not have.
+    #[error("token id {id} is outside the vocabulary of {vocab}")]
+    TokenOutOfRange {
+        /// The token.
+        id: u32,
+        /// How many there are.
+        vocab: usize,
+    },
+}
+
+/// A request in the engine. Dropping it cancels the request and frees its blocks.
+pub struct RequestHandle {
+    id: SequenceId,
+    events: mpsc::Receiver<Event>,
+    inbox: Arc<Inbox>,
+}
+
+impl RequestHandle {
+    /// What happens next; `None` after the end.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+}
+
+impl Drop for RequestHandle {
+    fn drop(&mut self) {
+        self.inbox.push(Command::Abort(self.id));
+    }
+}
+
+/// Blocks of a sequence, to be filled by whoever holds the order. The engine neither reads nor
+/// frees them until the order is gone.
+pub struct PullOrder {
+    id: SequenceId,
+    /// All blocks of the sequence.
+    blocks: Vec<BlockId>,
+    /// Leading blocks that are filled already.
+    cached: usize,
+    /// Blocks filled so far, in order, after the cached ones.
+    arrived: usize,
+    /// The peer's first token, when every block is filled.
+    first: Option<Token>,
+    pool: Arc<KvPool>,
+    inbox: Arc<Inbox>,
+}
+
+impl PullOrder {
+    /// Leading blocks that need not be sent.
+    pub fn cached_blocks(&self) -> usize {
+        self.cached
+    }
+
+    /// Bytes of a block.
+    pub fn block_bytes(&self) -> usize {
+        self.pool.block_bytes()
+    }
+
+    /// Fills the next block. `index` is its position in the sequence: blocks come in order.
+    pub fn fill(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
+        if index != self.cached + self.arrived || index >= self.blocks.len() {
+            return Err(format!("block {index} came out of order"));
+        }
+        if bytes.len() != self.pool.block_bytes() {
+            return Err(format!("block {index} has {} bytes", bytes.len()));
+        }
+        // SAFETY: the engine gave this block to the order and touches it only when that is gone.
+        unsafe { self.pool.write_block(self.blocks[index], bytes) };
+        self.arrived += 1;
+        Ok(())
+    }
+
+    /// Forgets what has come: it may be wrong.
+    pub fn discard(&mut self) {
+        self.arrived = 0;
+    }
+
+    /// Ends the pull well. An error when blocks are missing.
+    pub fn complete(mut self, first: Token) -> Result<(), String> {
+        let missing = self.blocks.len() - self.cached - self.arrived;
+        if missing > 0 {
+            return Err(format!("{missing} blocks did not come"));
+        }
+        self.first = Some(first);
+        Ok(())
+    }
+}
+
+impl Drop for PullOrder {
+    fn drop(&mut self) {
+        self.inbox.push(Command::PullEnded {
+            id: self.id,
+            arrived: self.arrived,
+            first: self.first.take(),
+        });
+    }
+}
+
+impl std::fmt::Debug for PullOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PullOrder").field("id", &self.id).field("arrived", &self.arrived).finish()
+    }
+}

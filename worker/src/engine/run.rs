@@ -1,0 +1,325 @@
+//! The engine's loop: commands in, one step, events out.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::{Token, WorkerStatus};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tracing::{error, warn};
+
+use super::inbox::{Command, Inbox};
+use super::{Event, Finish, NewRequest, PullOrder, Purpose};
+use crate::kv::pool::KvPool;
+use crate::model::{Model, ModelError, SequenceSlice};
+use crate::sampler::Sampler;
+use crate::scheduler::{Limits, NewSequence, Plan, Scheduler, SequenceId, Slice};
+
+/// The longest sleep: deadlines are looked at this often when nothing else happens.
+const NAP: Duration = Duration::from_millis(50);
+
+/// A request in progress.
+struct Active {
+    events: mpsc::Sender<Event>,
+    sampler: Sampler,
+    purpose: Purpose,
+    arrived: Instant,
+    deadline: Instant,
+    /// [`Purpose::Prefill`]: leading blocks announced as complete.
+    announced: usize,
+}
+
+pub(super) struct Running {
+    model: Box<dyn Model>,
+    pool: Arc<KvPool>,
+    limits: Limits,
+    eos: Vec<u32>,
+    inbox: Arc<Inbox>,
+    status: Arc<Mutex<WorkerStatus>>,
+    scheduler: Scheduler,
+    requests: HashMap<SequenceId, Active>,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+    logits: Vec<f32>,
+}
+
+impl Running {
+    pub(super) fn new(
+        mut model: Box<dyn Model>,
+        pool: Arc<KvPool>,
+        limits: Limits,
+        eos: Vec<u32>,
+        inbox: &Arc<Inbox>,
+        status: &Arc<Mutex<WorkerStatus>>,
+    ) -> Self {
+        model.set_interrupt(inbox.interrupt());
+        Self {
+            model,
+            pool,
+            limits,
+            eos,
+            inbox: inbox.clone(),
+            status: status.clone(),
+            scheduler: Scheduler::new(limits),
+            requests: HashMap::new(),
+            prompt_tokens: 0,
+            generation_tokens: 0,
+            logits: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        let mut plan = Plan::default();
+        let mut interrupted = false;
+        let mut idle = true;
+        self.publish();
+        loop {
+            let batch = self.inbox.take(idle.then(|| Instant::now() + NAP));
+            if batch.stopping {
+                let all: Vec<SequenceId> = self.requests.keys().copied().collect();
+                all.into_iter().for_each(|id| self.end(id, Finish::Stopping));
+                self.publish();
+                return;
+            }
+            batch.commands.into_iter().for_each(|command| self.apply(command));
+            self.enforce_deadlines();
+            self.scheduler.schedule(&mut plan);
+            // Before anything is written: what peers may still copy of these blocks is void.
+            plan.allocated.iter().for_each(|&block| self.pool.renew(block));
+            self.announce_admissions(&plan);
+            self.publish();
+            idle = plan.slices.is_empty();
+            if !self.inbox.open_step(self.scheduler.load(), !interrupted) && !interrupted {
+                // An abort came in: it may make this step, or a part of it, pointless.
+                idle = false;
+                interrupted = true;
+                continue;
+            }
+            interrupted = false;
+            if !idle {
+                interrupted = self.step(&plan);
+            }
+        }
+    }
+
+    fn apply(&mut self, command: Command) {
+        match command {
+            Command::Add { id, request, events, arrived } => {
+                self.add(id, *request, events, arrived)
+            }
+            Command::Abort(id) => {
+                self.requests.remove(&id);
+                self.scheduler.remove(id);
+            }
+            Command::PullEnded { id, arrived, first } => {
+                let goes_on = self.scheduler.pull_ended(id, arrived, first.is_some());
+                if let (true, Some(token)) = (goes_on, first) {
+                    if let Some(active) = self.requests.get_mut(&id) {
+                        active.sampler.record(token.id);
+                    }
+                    self.accept(id, token);
+                }
+            }
+        }
+    }
+
+    fn add(
+        &mut self,
+        id: SequenceId,
+        request: NewRequest,
+        events: mpsc::Sender<Event>,
+        arrived: Instant,
+    ) {
+        let NewRequest { prompt, output, sampling, salt, purpose, deadline } = request;
+        let sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
+        let mut tokens = prompt;
+        tokens.extend(&output);
+        let (pull_from, hold) = match purpose {
+            Purpose::Generate { pull_from } => (pull_from, false),
+            Purpose::Prefill => (None, true),
+        };
+        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold });
+        let active = Active { events, sampler, purpose, arrived, deadline, announced: 0 };
+        self.requests.insert(id, active);
+    }
+
+    fn enforce_deadlines(&mut self) {
+        let now = Instant::now();
+        let late: Vec<SequenceId> = self
+            .requests
+            .iter()
+            .filter(|(_, active)| active.deadline <= now)
+            .map(|(id, _)| *id)
+            .collect();
+        late.into_iter().for_each(|id| self.end(id, Finish::Deadline));
+    }
+
+    fn announce_admissions(&mut self, plan: &Plan) {
+        for &id in &plan.admitted {
+            let Some(active) = self.requests.get(&id) else { continue };
+            let Some(sequence) = self.scheduler.get(id) else { continue };
+            self.prompt_tokens += sequence.tokens().len() as u64;
+            let (cached, waited) = (sequence.cached(), active.arrived.elapsed());
+            self.send(id, Event::Admitted { cached, waited });
+            // Cached blocks are complete already.
+            self.announce_blocks(id, false);
+        }
+        for &id in &plan.pulls {
+            let Some(sequence) = self.scheduler.get(id) else { continue };
+            let order = PullOrder {
+                id,
+                blocks: sequence.blocks().to_vec(),
+                cached: sequence.computed() / self.limits.block_size,
+                arrived: 0,
+                first: None,
+                pool: self.pool.clone(),
+                inbox: self.inbox.clone(),
+            };
+            // If nobody listens, dropping the order ends the pull.
+            self.send(id, Event::Pull(order));
+        }
+    }
+
+    /// Tells a peer which blocks are complete: the full ones, and with `all` the last one too.
+    fn announce_blocks(&mut self, id: SequenceId, all: bool) {
+        let Some(active) = self.requests.get_mut(&id) else { return };
+        let Some(sequence) = self.scheduler.get(id) else { return };
+        if active.purpose != Purpose::Prefill {
+            return;
+        }
+        let complete = match all {
+            true => sequence.blocks().len(),
+            false => sequence.computed() / self.limits.block_size,
+        };
+        let first = active.announced;
+        if complete > first {
+            active.announced = complete;
+            let blocks = sequence.blocks()[first..complete]
+                .iter()
+                .map(|&block| (block, self.pool.generation(block)))
+                .collect();
+            self.send(id, Event::Blocks { first, blocks });
+        }
+    }
+
+    /// Computes a plan. True when it was interrupted: then nothing has changed.
+    fn step(&mut self, plan: &Plan) -> bool {
+        let scheduler = &self.scheduler;
+        let batch: Vec<SequenceSlice<'_>> = plan
+            .slices
+            .iter()
+            .filter_map(|slice| {
+                let sequence = scheduler.get(slice.id)?;
+                Some(SequenceSlice {
+                    start: slice.start,
+                    tokens: &sequence.tokens()[slice.start..slice.start + slice.len],
+                    blocks: sequence.blocks(),
+                    logits: slice.logits,
+                })
+            })
+            .collect();
+        let (model, logits) = (&mut self.model, &mut self.logits);
+        let pass = catch_unwind(AssertUnwindSafe(|| model.forward(&batch, &self.pool, logits)));
+        drop(batch);
+        let failure = match pass {
+            Ok(Ok(())) => None,
+            Ok(Err(ModelError::Interrupted)) => return true,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("the forward pass panicked".to_owned()),
+        };
+        if let Some(failure) = failure {
+            error!(failure, requests = plan.slices.len(), "a step failed");
+            for slice in &plan.slices {
+                self.end(slice.id, Finish::Failed(failure.clone()));
+            }
+            return false;
+        }
+        self.scheduler.advance(plan);
+        let vocab = self.model.config().vocab;
+        let mut logits = std::mem::take(&mut self.logits);
+        let mut rows = logits.chunks_exact_mut(vocab);
+        for slice in &plan.slices {
+            let row = if slice.logits { rows.next() } else { None };
+            self.after(slice, row);
+        }
+        self.logits = logits;
+        false
+    }
+
+    /// Goes on with one sequence after its slice was computed.
+    fn after(&mut self, slice: &Slice, logits: Option<&mut [f32]>) {
+        let Some(active) = self.requests.get_mut(&slice.id) else { return };
+        let Some(logits) = logits else { return self.announce_blocks(slice.id, false) };
+        let token = active.sampler.draw(logits);
+        match active.purpose {
+            Purpose::Generate { .. } => self.accept(slice.id, token),
+            Purpose::Prefill => {
+                self.announce_blocks(slice.id, true);
+                self.send(slice.id, Event::Token(token));
+                self.send(slice.id, Event::Finished(Finish::Length));
+                // Its blocks are kept until the handle is dropped.
+                self.scheduler.finish(slice.id);
+            }
+        }
+    }
+
+    /// Gives out a token and ends the sequence or continues it.
+    fn accept(&mut self, id: SequenceId, token: Token) {
+        let token_id = token.id;
+        let Some(active) = self.requests.get(&id) else { return };
+        let sampler = &active.sampler;
+        let positions = self.scheduler.get(id).map_or(0, |sequence| sequence.tokens().len()) + 1;
+        let finish = if sampler.ends_with(token_id) && sampler.drawn() > sampler.params().min_tokens
+        {
+            let stops = &sampler.params().stop_token_ids;
+            Some(Finish::Stop(stops.contains(&token_id).then_some(token_id)))
+        } else if sampler.drawn() >= sampler.params().max_tokens
+            || positions >= self.limits.max_model_len
+        {
+            Some(Finish::Length)
+        } else {
+            None
+        };
+        self.generation_tokens += 1;
+        self.send(id, Event::Token(token));
+        match finish {
+            Some(finish) => self.end(id, finish),
+            None => self.scheduler.push_token(id, token_id),
+        }
+    }
+
+    fn send(&self, id: SequenceId, event: Event) {
+        // The channel holds every event there can be; a closed one means an abort is on its way.
+        if let Some(active) = self.requests.get(&id)
+            && let Err(mpsc::error::TrySendError::Full(event)) = active.events.try_send(event)
+        {
+            warn!(id, ?event, "an event did not fit");
+        }
+    }
+
+    fn end(&mut self, id: SequenceId, finish: Finish) {
+        self.send(id, Event::Finished(finish));
+        self.requests.remove(&id);
+        self.scheduler.remove(id);
+    }
+
+    fn publish(&self) {
+        let (load, usage, stats) =
+            (self.scheduler.load(), self.scheduler.usage(), self.scheduler.stats());
+        let mut status = self.status.lock();
+        status.running = load.running as u32;
+        status.waiting = load.waiting as u32;
+        status.max_waiting = self.limits.max_waiting as u32;
+        status.kv_blocks_total = self.pool.blocks() as u64;
+        status.kv_blocks_requests = usage.requests as u64;
+        status.kv_blocks_handoff = usage.handoff as u64;
+        status.kv_blocks_cached = usage.cached as u64;
+        status.preemptions = stats.preemptions;
+        status.prompt_tokens = self.prompt_tokens;
+        status.generation_tokens = self.generation_tokens;
+        status.prefix_cache_queries = stats.prefix_queries;
+        status.prefix_cache_hits = stats.prefix_hits;
+    }
+}

@@ -1,0 +1,190 @@
+//! `baton-worker`: loads a model, joins the cluster, computes.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use baton_membership::{InstanceRecord, Registration};
+use baton_proto::v1::ModelCard;
+use baton_worker::config::{LogFormat, Settings};
+use baton_worker::engine::{self, Engine};
+use baton_worker::gguf::LoadError;
+use baton_worker::kv::pool::KvPool;
+use baton_worker::model;
+use baton_worker::scheduler::Limits;
+use baton_worker::service::{Parts, WorkerService, bind};
+use clap::Parser as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+/// Exit codes, from `sysexits.h` where it has one.
+mod exit {
+    pub(super) const FAILURE: u8 = 1;
+    pub(super) const CONFIG: u8 = 2;
+    pub(super) const BAD_MODEL: u8 = 65;
+    pub(super) const NO_MODEL: u8 = 66;
+    pub(super) const NO_ETCD: u8 = 69;
+    pub(super) const PORT_IN_USE: u8 = 98;
+}
+
+struct Failure(u8, String);
+
+impl Failure {
+    fn new(code: u8, error: impl std::fmt::Display) -> Self {
+        Self(code, error.to_string())
+    }
+}
+
+#[tokio::main(worker_threads = 2)]
+async fn main() -> ExitCode {
+    let settings = Settings::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match settings.log_format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+    match run(settings).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure(code, message)) => {
+            eprintln!("error: {message}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+async fn run(settings: Settings) -> Result<(), Failure> {
+    // Before anything slow, so that a bad address is told at once.
+    let listener = bind(settings.listen).await.map_err(|error| {
+        let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
+        Failure::new(if in_use { exit::PORT_IN_USE } else { exit::FAILURE }, error)
+    })?;
+    let address = listener.local_addr().map_err(|error| Failure::new(exit::FAILURE, error))?;
+    if address.ip().is_unspecified() && settings.advertise.is_none() {
+        let message = format!(
+            "--listen {address} takes any address, so others need one to call: set --advertise \
+             http://HOST:{}",
+            address.port()
+        );
+        return Err(Failure(exit::CONFIG, message));
+    }
+    let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
+    let mut terminate = stop_signal(SignalKind::terminate())?;
+    let mut interrupt = stop_signal(SignalKind::interrupt())?;
+
+    let (parts, instance) = load(&settings, advertised).await?;
+    let engine = parts.engine.clone();
+    let service =
+        WorkerService::new(parts).map_err(|error| Failure::new(exit::BAD_MODEL, error))?;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tokio::spawn(service.serve(listener, async {
+        let _ = stopped.await;
+    }));
+    let registration = Registration::start(&settings.etcd_settings(), instance.clone())
+        .await
+        .map_err(|error| Failure::new(exit::NO_ETCD, error))?;
+    println!("ready {} {}", instance.role, instance.address);
+    info!(id = instance.id, address = instance.address, "serving");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping: running requests may finish");
+    engine.drain();
+    registration.withdraw().await;
+    let drained = async {
+        while engine.status().running + engine.status().waiting > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = drained => {}
+        () = tokio::time::sleep(Duration::from_secs(settings.drain_timeout)) => {
+            warn!("giving up requests that did not finish in time");
+        }
+        _ = terminate.recv() => warn!("stopping at once"),
+        _ = interrupt.recv() => warn!("stopping at once"),
+    }
+    // Joining a thread: not on the runtime's own threads.
+    let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
+    let _ = stop.send(());
+    // Streams of status never end by themselves.
+    let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
+    Ok(())
+}
+
+async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = settings.threads.unwrap_or(cores);
+    let (path, positions) = (settings.model.clone(), settings.max_model_len);
+    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, positions))
+        .await
+        .map_err(|error| Failure::new(exit::BAD_MODEL, error))?
+        .map_err(|error| match error {
+            LoadError::Missing(_) => Failure::new(exit::NO_MODEL, error),
+            _ => Failure::new(exit::BAD_MODEL, error),
+        })?;
+    let config = loaded.model.config().clone();
+    let layout = model::kv_layout(&config, settings.block_size);
+    let blocks = settings.kv_memory / layout.block_bytes as usize;
+    if blocks < 2 {
+        let message = format!(
+            "--kv-memory holds {blocks} blocks of {} bytes; give at least {} bytes",
+            layout.block_bytes,
+            2 * layout.block_bytes
+        );
+        return Err(Failure(exit::CONFIG, message));
+    }
+    let pool = KvPool::new(layout, blocks)
+        .map_err(|error| Failure(exit::FAILURE, format!("cannot map the KV pool: {error}")))?;
+    let limits = Limits {
+        block_size: settings.block_size,
+        blocks,
+        max_batch_tokens: settings.max_batch_tokens,
+        max_running: settings.max_running,
+        max_waiting: settings.max_waiting,
+        max_model_len: settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
+    };
+    let eos_token_ids = loaded.eos_token_ids.clone();
+    let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })
+        .map_err(|error| Failure(exit::FAILURE, format!("cannot start the engine: {error}")))?;
+    let (role, instance_role) = settings.role.names();
+    let name = settings.model_name();
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let instance = InstanceRecord {
+        id: format!("{instance_role}-{}", uuid::Uuid::new_v4().simple()),
+        role: instance_role,
+        address,
+        model: name.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        started_ms: started.as_millis() as u64,
+    };
+    let model = ModelCard {
+        name,
+        root: settings.model.display().to_string(),
+        architecture: config.architecture.clone(),
+        max_model_len: engine.limits().max_model_len as u32,
+        vocab_size: config.vocab as u32,
+        eos_token_ids: loaded.eos_token_ids,
+        weights_digest: loaded.weights_digest,
+        tokenizer_digest: String::new(),
+    };
+    let parts = Parts {
+        instance_id: instance.id.clone(),
+        role,
+        model,
+        tokenizer: loaded.tokenizer,
+        transports: settings.transports.iter().map(|&transport| transport.into()).collect(),
+        hold_lease: Duration::from_secs(settings.hold_lease),
+        engine: Arc::new(engine),
+    };
+    Ok((parts, instance))
+}
+
+fn stop_signal(kind: SignalKind) -> Result<Signal, Failure> {
+    signal(kind).map_err(|error| Failure::new(exit::FAILURE, error))
+}

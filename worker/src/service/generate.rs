@@ -1,0 +1,195 @@
+//! `Generate`: one sequence, from its prompt to its end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::generate_event::Event as Out;
+use baton_proto::v1::{
+    FinishReason, Finished, GenerateEvent, GenerateRequest, PrefillRequest, Role, Started, Token,
+    Tokens, Transport,
+};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::{Owned, Shared, refused, timeout};
+use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
+use crate::transfer::TransferError;
+use crate::transfer::pull::Pulled;
+
+type Sender = mpsc::Sender<Result<GenerateEvent, Status>>;
+
+/// Checks a request, puts it into the engine and drives it.
+pub(super) fn start(
+    shared: Arc<Shared>,
+    request: GenerateRequest,
+) -> Result<Owned<GenerateEvent>, Status> {
+    if shared.role == Role::Prefill {
+        return Err(Status::failed_precondition("a prefill worker does not generate"));
+    }
+    let sampling = request
+        .sampling
+        .clone()
+        .ok_or_else(|| Status::invalid_argument("`sampling` is missing"))?;
+    if sampling.max_tokens == 0 || sampling.max_tokens as usize <= request.output_token_ids.len() {
+        return Err(Status::invalid_argument("`max_tokens` leaves nothing to generate"));
+    }
+    let deadline = Instant::now() + timeout(request.timeout_ms);
+    let pull_from = request.prefill.is_some().then_some(request.handoff_min_tokens.max(1) as usize);
+    let handle = shared
+        .engine
+        .submit(NewRequest {
+            prompt: request.prompt_token_ids.clone(),
+            output: request.output_token_ids.clone(),
+            sampling,
+            salt: request.cache_salt.clone(),
+            purpose: Purpose::Generate { pull_from },
+            deadline,
+        })
+        .map_err(refused)?;
+    Ok(Owned::spawn(move |sender| async move {
+        let mut driver = Driver {
+            shared,
+            request,
+            deadline,
+            sender,
+            started: Started::default(),
+            announced: false,
+            admitted: Instant::now(),
+        };
+        driver.run(handle).await;
+    }))
+}
+
+struct Driver {
+    shared: Arc<Shared>,
+    request: GenerateRequest,
+    deadline: Instant,
+    sender: Sender,
+    started: Started,
+    /// Whether `started` has been sent.
+    announced: bool,
+    admitted: Instant,
+}
+
+impl Driver {
+    async fn run(&mut self, mut handle: RequestHandle) {
+        while let Some(event) = handle.next().await {
+            let sent = match event {
+                Event::Admitted { cached, waited } => {
+                    self.admitted = Instant::now();
+                    self.started.cached_tokens = cached as u32;
+                    self.started.queue_us = micros(waited);
+                    true
+                }
+                Event::Pull(order) => {
+                    // A deadline ends the request while it is pulled: then the pull is dropped,
+                    // and the order with it.
+                    let end = {
+                        let pull = self.pull(order);
+                        tokio::pin!(pull);
+                        tokio::select! {
+                            started = &mut pull => Ok(started),
+                            event = handle.next() => Err(event),
+                        }
+                    };
+                    match end {
+                        Ok(started) => {
+                            self.started = started;
+                            true
+                        }
+                        Err(Some(Event::Finished(finish))) => return self.finish(finish).await,
+                        // Tokens come only after the pull has ended.
+                        Err(_) => return,
+                    }
+                }
+                Event::Token(token) => self.token(token).await,
+                Event::Finished(finish) => return self.finish(finish).await,
+                Event::Blocks { .. } => true,
+            };
+            if !sent {
+                return;
+            }
+        }
+    }
+
+    async fn token(&mut self, token: Token) -> bool {
+        if !self.announced {
+            self.announced = true;
+            self.started.prefill_us = micros(self.admitted.elapsed());
+            let started = std::mem::take(&mut self.started);
+            if !self.send(Out::Started(started)).await {
+                return false;
+            }
+        }
+        self.send(Out::Tokens(Tokens { tokens: vec![token] })).await
+    }
+
+    async fn finish(&mut self, finish: Finish) {
+        let (reason, stop_token_id) = match finish {
+            Finish::Stop(token) => (FinishReason::Stop, token),
+            Finish::Length => (FinishReason::Length, None),
+            Finish::Deadline => return self.fail(Status::deadline_exceeded("out of time")).await,
+            Finish::Stopping => {
+                return self.fail(Status::unavailable("the worker is shutting down")).await;
+            }
+            Finish::Failed(reason) => return self.fail(Status::internal(reason)).await,
+        };
+        self.send(Out::Finished(Finished { reason: reason.into(), stop_token_id })).await;
+    }
+
+    async fn fail(&self, status: Status) {
+        let _ = self.sender.send(Err(status)).await;
+    }
+
+    async fn send(&self, event: Out) -> bool {
+        self.sender.send(Ok(GenerateEvent { event: Some(event) })).await.is_ok()
+    }
+
+    /// Has the peer compute the prompt. Whatever comes of it, the engine goes on afterwards.
+    async fn pull(&self, order: PullOrder) -> Started {
+        let mut started = self.started.clone();
+        let Some(peer) = &self.request.prefill else { return started };
+        let shared = &self.shared;
+        let layout = *shared.engine.pool().layout();
+        let have = order.cached_blocks() * layout.block_size as usize;
+        let mut token_ids = self.request.prompt_token_ids.clone();
+        token_ids.extend(&self.request.output_token_ids);
+        let tokens = token_ids.len();
+        let request = PrefillRequest {
+            request_id: self.request.request_id.clone(),
+            token_ids,
+            sampling: self.request.sampling.clone(),
+            cache_salt: self.request.cache_salt.clone(),
+            have_tokens: have as u32,
+            output_tokens: self.request.output_token_ids.len() as u32,
+            kv_layout: Some(layout),
+            weights_digest: shared.model.weights_digest.clone(),
+            transports: Vec::new(),
+            timeout_ms: 0,
+        };
+        shared.handoffs.requests.fetch_add(1, Relaxed);
+        let pulled: Result<Pulled, TransferError> =
+            shared.puller.pull(&peer.address, request, order, self.deadline).await;
+        match pulled {
+            Ok(Pulled { transport, bytes }) => {
+                let counter = match transport {
+                    Transport::SharedMemory => &shared.handoffs.bytes_shared_memory,
+                    _ => &shared.handoffs.bytes_grpc,
+                };
+                counter.fetch_add(bytes, Relaxed);
+                started.handed_off_tokens = (tokens - have) as u32;
+                started.prefill_instance_id = peer.instance_id.clone();
+                started.set_transport(transport);
+            }
+            Err(_) => {
+                shared.handoffs.failures.fetch_add(1, Relaxed);
+            }
+        }
+        started
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros() as u64
+}

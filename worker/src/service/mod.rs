@@ -1,0 +1,260 @@
+//! The worker's gRPC service: `baton.v1.Worker`.
+//!
+//! A request's life is bound to its response stream. A task of its own drives each request; the
+//! stream holds the task, and dropping the stream ends it, which drops the engine's handle, which
+//! frees the blocks.
+
+mod generate;
+mod prefill;
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use baton_proto::v1::worker_server::{Worker, WorkerServer};
+use baton_proto::v1::{self, ModelCard, Role, WorkerDescription, WorkerStatus};
+use baton_proto::{MAX_MESSAGE_BYTES, TokenizerBundle};
+use bytes::Bytes;
+use futures::Stream;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+use crate::engine::{Engine, SubmitError};
+use crate::scheduler::Refusal;
+use crate::transfer::pull::Puller;
+
+/// Events on their way to a client that reads slowly.
+const STREAM_DEPTH: usize = 32;
+/// Bytes of one piece of the tokenizer.
+const CHUNK_BYTES: usize = 1024 * 1024;
+/// The most a request may ask for: longer waits are cut.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+/// What a service is made of.
+pub struct Parts {
+    /// Unique for this start.
+    pub instance_id: String,
+    /// What the worker does.
+    pub role: Role,
+    /// The model, for clients.
+    pub model: ModelCard,
+    /// The tokenizer, for gateways.
+    pub tokenizer: TokenizerBundle,
+    /// How blocks may cross, best first.
+    pub transports: Vec<v1::Transport>,
+    /// How long finished blocks are kept for a peer.
+    pub hold_lease: Duration,
+    /// The engine.
+    pub engine: Arc<Engine>,
+}
+
+/// The service.
+pub struct WorkerService {
+    shared: Arc<Shared>,
+    tokenizer: Bytes,
+}
+
+/// What the tasks of requests share.
+struct Shared {
+    instance_id: String,
+    role: Role,
+    model: ModelCard,
+    transports: Vec<v1::Transport>,
+    hold_lease: Duration,
+    engine: Arc<Engine>,
+    puller: Puller,
+    handoffs: Handoffs,
+}
+
+/// Counters of hand-offs that arrived here.
+#[derive(Default)]
+struct Handoffs {
+    requests: AtomicU64,
+    failures: AtomicU64,
+    bytes_shared_memory: AtomicU64,
+    bytes_grpc: AtomicU64,
+}
+
+impl WorkerService {
+    /// A service over a running engine. Fills in the card's `tokenizer_digest`.
+    pub fn new(parts: Parts) -> Result<Self, serde_json::Error> {
+        let tokenizer = serde_json::to_vec(&parts.tokenizer)?;
+        let mut model = parts.model;
+        model.tokenizer_digest = blake3::hash(&tokenizer).to_hex().to_string();
+        let shared = Shared {
+            instance_id: parts.instance_id,
+            role: parts.role,
+            model,
+            puller: Puller::new(parts.transports.clone()),
+            transports: parts.transports,
+            hold_lease: parts.hold_lease,
+            engine: parts.engine,
+            handoffs: Handoffs::default(),
+        };
+        Ok(Self { shared: Arc::new(shared), tokenizer: tokenizer.into() })
+    }
+
+    /// Serves until `shutdown` resolves and all streams have ended.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), tonic::transport::Error> {
+        let service = WorkerServer::new(self)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .http2_keepalive_interval(Some(Duration::from_secs(5)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(5)))
+            .initial_stream_window_size(4 * 1024 * 1024)
+            .initial_connection_window_size(16 * 1024 * 1024)
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+            .await
+    }
+}
+
+impl Shared {
+    fn status(&self) -> WorkerStatus {
+        let mut status = self.engine.status();
+        status.handoff_requests = self.handoffs.requests.load(Relaxed);
+        status.handoff_failures = self.handoffs.failures.load(Relaxed);
+        status.handoff_bytes_shared_memory = self.handoffs.bytes_shared_memory.load(Relaxed);
+        status.handoff_bytes_grpc = self.handoffs.bytes_grpc.load(Relaxed);
+        status
+    }
+}
+
+/// A response stream that owns the task behind it.
+pub struct Owned<T> {
+    messages: mpsc::Receiver<Result<T, Status>>,
+    task: AbortHandle,
+}
+
+impl<T: Send + 'static> Owned<T> {
+    /// Runs `task` for as long as somebody listens.
+    fn spawn<F>(task: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let (sender, messages) = mpsc::channel(STREAM_DEPTH);
+        Self { messages, task: tokio::spawn(task(sender)).abort_handle() }
+    }
+}
+
+impl<T> Stream for Owned<T> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.messages.poll_recv(context)
+    }
+}
+
+impl<T> Drop for Owned<T> {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What a refusal is in gRPC.
+fn refused(error: SubmitError) -> Status {
+    match &error {
+        SubmitError::Refused(Refusal::QueueFull { .. }) => {
+            Status::resource_exhausted(error.to_string())
+        }
+        SubmitError::Refused(Refusal::Stopping) => Status::unavailable(error.to_string()),
+        _ => Status::invalid_argument(error.to_string()),
+    }
+}
+
+fn timeout(millis: u64) -> Duration {
+    if millis == 0 { MAX_TIMEOUT } else { Duration::from_millis(millis).min(MAX_TIMEOUT) }
+}
+
+#[tonic::async_trait]
+impl Worker for WorkerService {
+    type FetchTokenizerStream = Owned<v1::ModelChunk>;
+    type GenerateStream = Owned<v1::GenerateEvent>;
+    type PrefillStream = Owned<v1::PrefillEvent>;
+    type WatchStatusStream = Owned<WorkerStatus>;
+
+    async fn describe(
+        &self,
+        _request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<WorkerDescription>, Status> {
+        let shared = &self.shared;
+        Ok(Response::new(WorkerDescription {
+            instance_id: shared.instance_id.clone(),
+            role: shared.role.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            model: Some(shared.model.clone()),
+            kv_layout: Some(*shared.engine.pool().layout()),
+            transports: shared.transports.iter().map(|&kind| kind.into()).collect(),
+        }))
+    }
+
+    async fn fetch_tokenizer(
+        &self,
+        _request: Request<v1::FetchTokenizerRequest>,
+    ) -> Result<Response<Self::FetchTokenizerStream>, Status> {
+        let tokenizer = self.tokenizer.clone();
+        Ok(Response::new(Owned::spawn(|sender| async move {
+            for start in (0..tokenizer.len()).step_by(CHUNK_BYTES) {
+                let end = (start + CHUNK_BYTES).min(tokenizer.len());
+                let chunk = v1::ModelChunk { payload: tokenizer.slice(start..end) };
+                if sender.send(Ok(chunk)).await.is_err() {
+                    return;
+                }
+            }
+        })))
+    }
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        generate::start(self.shared.clone(), request.into_inner()).map(Response::new)
+    }
+
+    async fn prefill(
+        &self,
+        request: Request<v1::PrefillRequest>,
+    ) -> Result<Response<Self::PrefillStream>, Status> {
+        prefill::start(self.shared.clone(), request.into_inner()).map(Response::new)
+    }
+
+    async fn watch_status(
+        &self,
+        request: Request<v1::WatchStatusRequest>,
+    ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let every =
+            Duration::from_millis(request.into_inner().interval_ms.clamp(10, 60_000).into());
+        let shared = self.shared.clone();
+        Ok(Response::new(Owned::spawn(move |sender| async move {
+            let mut ticks = tokio::time::interval(every);
+            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                ticks.tick().await;
+                if sender.send(Ok(shared.status())).await.is_err() {
+                    return;
+                }
+            }
+        })))
+    }
+}
+
+/// Binds a listener; the address in the error, because the system does not say it.
+pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let reason = format!("cannot listen on {address}: {error}; choose another with --listen");
+        std::io::Error::new(error.kind(), reason)
+    })
+}

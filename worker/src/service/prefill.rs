@@ -1,0 +1,115 @@
+//! `Prefill`: a prompt's KV for a peer.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_proto::v1::prefill_event::Event as Out;
+use baton_proto::v1::{PrefillEvent, PrefillFinished, PrefillRequest, Role};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::{Owned, Shared, refused, timeout};
+use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
+use crate::transfer::{Transport, transports};
+
+/// Checks a request, puts it into the engine and publishes its blocks.
+pub(super) fn start(
+    shared: Arc<Shared>,
+    request: PrefillRequest,
+) -> Result<Owned<PrefillEvent>, Status> {
+    if shared.role == Role::Decode {
+        return Err(Status::failed_precondition("a decode worker does not compute for others"));
+    }
+    if request.kv_layout.as_ref() != Some(shared.engine.pool().layout())
+        || request.weights_digest != shared.model.weights_digest
+    {
+        return Err(Status::failed_precondition(
+            "the workers' models or KV layouts differ; start both with the same --model and \
+             --block-size",
+        ));
+    }
+    let block_size = shared.engine.limits().block_size;
+    let (have, len) = (request.have_tokens as usize, request.token_ids.len());
+    if !have.is_multiple_of(block_size) || have >= len.max(1) {
+        return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the prompt"));
+    }
+    let wanted: Vec<_> =
+        request.transports().filter(|kind| shared.transports.contains(kind)).collect();
+    let transport = transports(&wanted)
+        .into_iter()
+        .next()
+        .ok_or_else(|| Status::failed_precondition("no transport in common"))?;
+    let prompt = len
+        .checked_sub(request.output_tokens as usize)
+        .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
+    let sampling =
+        request.sampling.ok_or_else(|| Status::invalid_argument("`sampling` is missing"))?;
+    let handle = shared
+        .engine
+        .submit(NewRequest {
+            prompt: request.token_ids[..prompt].to_vec(),
+            output: request.token_ids[prompt..].to_vec(),
+            sampling,
+            salt: request.cache_salt,
+            purpose: Purpose::Prefill,
+            deadline: Instant::now() + timeout(request.timeout_ms),
+        })
+        .map_err(refused)?;
+    let first_wanted = have / block_size;
+    Ok(Owned::spawn(move |sender| async move {
+        if let Err(status) = publish(&shared, &*transport, handle, first_wanted, &sender).await {
+            let _ = sender.send(Err(status)).await;
+        }
+    }))
+}
+
+type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
+
+/// Sends blocks as they are computed, then keeps them until the caller has let go or the hold
+/// lease ends. Returns early when nobody listens.
+async fn publish(
+    shared: &Shared,
+    transport: &dyn Transport,
+    mut handle: RequestHandle,
+    first_wanted: usize,
+    sender: &Sender,
+) -> Result<(), Status> {
+    let gone = || Status::cancelled("the caller has gone");
+    let send = async |event: Out| {
+        sender.send(Ok(PrefillEvent { event: Some(event) })).await.map_err(|_| gone())
+    };
+    let pool = shared.engine.pool();
+    send(Out::Accepted(transport.accept(pool))).await?;
+    let mut finished = PrefillFinished::default();
+    while let Some(event) = handle.next().await {
+        match event {
+            Event::Admitted { cached, .. } => finished.cached_tokens = cached as u32,
+            Event::Blocks { first, blocks } => {
+                let skip = first_wanted.saturating_sub(first).min(blocks.len());
+                if skip < blocks.len() {
+                    for event in transport.publish(pool, first + skip, &blocks[skip..]) {
+                        send(event).await?;
+                    }
+                }
+            }
+            Event::Token(token) => finished.first_token = Some(token),
+            Event::Finished(Finish::Length) => {
+                send(Out::Finished(finished)).await?;
+                tokio::select! {
+                    () = sender.closed() => {}
+                    () = tokio::time::sleep(shared.hold_lease) => {
+                        return Err(Status::aborted("the blocks were not fetched in time"));
+                    }
+                }
+                return Ok(());
+            }
+            Event::Finished(Finish::Deadline) => {
+                return Err(Status::deadline_exceeded("out of time"));
+            }
+            Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
+            Event::Finished(_) => return Err(Status::unavailable("the worker is shutting down")),
+            Event::Pull(_) => return Err(Status::internal("a prefill was told to pull")),
+        }
+    }
+    Err(Status::internal("the engine dropped the request"))
+}

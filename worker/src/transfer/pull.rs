@@ -1,0 +1,175 @@
+//! One hand-off, from the decode worker's side.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use baton_proto::MAX_MESSAGE_BYTES;
+use baton_proto::v1;
+use baton_proto::v1::prefill_event::Event;
+use baton_proto::v1::worker_client::WorkerClient;
+use parking_lot::Mutex;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+use tracing::{info, warn};
+
+use super::{Source, TransferError, Transport, transports};
+use crate::engine::PullOrder;
+
+/// How long a peer may take to say that it has the request.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Peers whose connection is kept.
+const MAX_PEERS: usize = 256;
+
+/// How a hand-off went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pulled {
+    /// The transport that carried the blocks.
+    pub transport: v1::Transport,
+    /// What it carried.
+    pub bytes: u64,
+}
+
+/// Connections to prefill workers.
+pub struct Puller {
+    transports: Vec<v1::Transport>,
+    peers: Mutex<HashMap<String, Channel>>,
+}
+
+impl Puller {
+    /// Pulls over these transports, best first.
+    pub fn new(transports: Vec<v1::Transport>) -> Self {
+        Self { transports, peers: Mutex::default() }
+    }
+
+    /// Fills an order from a peer and ends it. When this fails the order is ended too, with what
+    /// has come: the engine computes the rest.
+    pub async fn pull(
+        &self,
+        address: &str,
+        mut request: v1::PrefillRequest,
+        mut order: PullOrder,
+        deadline: Instant,
+    ) -> Result<Pulled, TransferError> {
+        let mut kinds = self.transports.clone();
+        loop {
+            request.transports = kinds.iter().map(|&kind| kind.into()).collect();
+            request.timeout_ms = millis_until(deadline);
+            let attempt = self.attempt(address, &request, &mut order, &kinds, deadline).await;
+            match attempt {
+                Ok((pulled, first)) => {
+                    order.complete(first).map_err(TransferError::Protocol)?;
+                    return Ok(pulled);
+                }
+                // The best transport does not reach this peer: go on without it.
+                Err(error @ TransferError::NotHere { .. }) if kinds.len() > 1 => {
+                    info!(%error, address, "falling back to the next transport");
+                    kinds.remove(0);
+                    order.discard();
+                }
+                Err(error) => {
+                    warn!(%error, address, "hand-off failed; computing the prompt here");
+                    self.peers.lock().remove(address);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn attempt(
+        &self,
+        address: &str,
+        request: &v1::PrefillRequest,
+        order: &mut PullOrder,
+        kinds: &[v1::Transport],
+        deadline: Instant,
+    ) -> Result<(Pulled, v1::Token), TransferError> {
+        let mut client = WorkerClient::new(self.channel(address)?)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let accept_by = deadline.min(Instant::now() + ACCEPT_TIMEOUT);
+        let call = client.prefill(Request::new(request.clone()));
+        let mut events = by(accept_by, call).await?.into_inner();
+        let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
+            return Err(TransferError::Protocol("expected the acceptance".into()));
+        };
+        let transport: Box<dyn Transport> = transports(kinds)
+            .into_iter()
+            .find(|transport| transport.kind() == accepted.transport())
+            .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
+        let layout = request.kv_layout.unwrap_or_default();
+        let mut source = transport.open(&accepted, &layout)?;
+        let mut bytes = 0;
+        loop {
+            match next(&mut events, deadline).await {
+                Ok(Some(Event::Finished(finished))) => {
+                    let first = finished
+                        .first_token
+                        .ok_or_else(|| TransferError::Protocol("no first token".into()))?;
+                    return Ok((Pulled { transport: transport.kind(), bytes }, first));
+                }
+                Ok(Some(event)) => bytes += source.take(event, order)?,
+                Ok(None) => {
+                    keep_or_discard(source.as_ref(), order);
+                    let status = Status::unavailable("the peer ended the stream early");
+                    return Err(TransferError::Peer(status));
+                }
+                Err(error) => {
+                    keep_or_discard(source.as_ref(), order);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn channel(&self, address: &str) -> Result<Channel, TransferError> {
+        let mut peers = self.peers.lock();
+        if let Some(channel) = peers.get(address) {
+            return Ok(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(address.to_owned())
+            .map_err(|error| TransferError::Protocol(format!("{address}: {error}")))?;
+        let channel = endpoint
+            .connect_timeout(Duration::from_secs(1))
+            .http2_keep_alive_interval(Duration::from_secs(2))
+            .keep_alive_timeout(Duration::from_secs(2))
+            .keep_alive_while_idle(true)
+            .tcp_nodelay(true)
+            // A block is about a megabyte: the default window would cost a round trip for each.
+            .initial_stream_window_size(16 * 1024 * 1024)
+            .initial_connection_window_size(32 * 1024 * 1024)
+            .connect_lazy();
+        if peers.len() >= MAX_PEERS {
+            peers.clear();
+        }
+        peers.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}
+
+fn keep_or_discard(source: &dyn Source, order: &mut PullOrder) {
+    if !source.survives_peer() {
+        order.discard();
+    }
+}
+
+async fn next(
+    events: &mut tonic::Streaming<v1::PrefillEvent>,
+    deadline: Instant,
+) -> Result<Option<Event>, TransferError> {
+    Ok(by(deadline, events.message()).await?.and_then(|event| event.event))
+}
+
+async fn by<T>(
+    deadline: Instant,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, TransferError> {
+    match tokio::time::timeout_at(deadline.into(), call).await {
+        Ok(answer) => Ok(answer?),
+        Err(_) => Err(TransferError::Peer(Status::deadline_exceeded("the peer took too long"))),
+    }
+}
+
+/// Milliseconds left, at least one.
+pub fn millis_until(deadline: Instant) -> u64 {
+    deadline.saturating_duration_since(Instant::now()).as_millis().max(1) as u64
+}
