@@ -1,1 +1,34 @@
-//! The test harness.
+//! The harness of the whole-cluster tests.
+//!
+//! Every test owns its cluster: a real etcd and real Baton processes on free ports, with a
+//! temporary folder for their files. Nothing is shared between tests, so they run in parallel,
+//! and nothing outlives them, however they end.
+//!
+//! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`process`]: one child process: its logs, its signals, its end.
+//! * [`etcd`]: a real etcd that can be stopped and started again.
+//! * [`http`]: a client of the gateway that also checks the framing of what it reads.
+//! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
+//! * [`prometheus`]: a strict reader of the Prometheus text format.
+//! * [`reference`]: outputs of an independent implementation on the same weights.
+//! * [`poll`]: waiting for a condition, never for a time.
+//!
+//! Harness functions panic when what they do fails: a test has nothing better to do either.
+
+#![forbid(unsafe_code)]
+
+pub mod binaries;
+pub mod cluster;
+pub mod etcd;
+pub mod grpc;
+pub mod http;
+pub mod leftovers;
+pub mod poll;
+pub mod ports;
+pub mod process;
+pub mod prometheus;
+pub mod reference;
+
+pub use cluster::{Cluster, Role, Worker};
+pub use http::{Api, Reply, Sse};
+pub use poll::eventually;

@@ -1,6 +1,8 @@
 //! The model, the tokenizer and the chat template against independent implementations: see
 //! `tests/reference/README.md` at the top of the repository.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::PathBuf;
 use std::str::FromStr as _;
 

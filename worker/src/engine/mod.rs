@@ -142,7 +142,7 @@ impl Engine {
 
     /// Gauges and counters as of the last step.
     pub fn status(&self) -> WorkerStatus {
-        self.status.lock().clone()
+        *self.status.lock()
     }
 
     /// Takes a request, or says why not.

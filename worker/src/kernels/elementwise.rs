@@ -8,7 +8,7 @@ use super::lanes::{LANES, Lanes};
 /// # Panics
 /// When the lengths differ or are no multiple of sixteen.
 pub fn rms_norm(isa: super::cpu::Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    assert!(x.len() == weight.len() && x.len() == out.len() && x.len() % LANES == 0);
+    assert!(x.len() == weight.len() && x.len() == out.len() && x.len().is_multiple_of(LANES));
     // SAFETY: all three slices have the same length, a multiple of sixteen.
     unsafe { rms_norm_row(isa, x.as_ptr(), weight.as_ptr(), eps, out.as_mut_ptr(), x.len()) }
 }
@@ -45,7 +45,7 @@ dispatch! {
 /// # Panics
 /// When the lengths differ or are no multiple of sixteen.
 pub fn swiglu(isa: super::cpu::Isa, gate: &mut [f32], up: &[f32]) {
-    assert!(gate.len() == up.len() && gate.len() % LANES == 0);
+    assert!(gate.len() == up.len() && gate.len().is_multiple_of(LANES));
     // SAFETY: both slices have the same length, a multiple of sixteen.
     unsafe { swiglu_row(isa, gate.as_mut_ptr(), up.as_ptr(), gate.len()) }
 }

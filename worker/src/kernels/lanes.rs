@@ -80,6 +80,7 @@ pub unsafe trait Lanes: Copy {
     /// Range reduction by powers of two and a degree-6 polynomial (Cephes `expf`). Below -87 the
     /// result is `e^-87`, which is zero for every use here.
     #[inline(always)]
+    #[allow(clippy::excessive_precision)]
     unsafe fn exp(self) -> Self {
         // SAFETY: the caller has the instruction set.
         unsafe {

@@ -110,18 +110,22 @@ impl Linear {
 
     unsafe fn panel(&self, isa: Isa, panel: &[u8], call: &Call) {
         let few = call.rows <= STREAM_ROWS;
-        // SAFETY (all four): handed on from the caller.
         match self.weight.dtype {
+            // SAFETY: handed on from the caller.
             GgmlDType::Q4_0 if few => unsafe { stream_q4_0(isa, panel.as_ptr(), call) },
+            // SAFETY: handed on from the caller.
             GgmlDType::Q4_1 if few => unsafe { stream_q4_1(isa, panel.as_ptr(), call) },
+            // SAFETY: handed on from the caller.
             GgmlDType::Q8_0 if few => unsafe { stream_q8_0(isa, panel.as_ptr(), call) },
             dtype => SCRATCH.with_borrow_mut(|decoded| {
                 decoded.resize((PANEL * self.inputs).max(decoded.len()), 0.0);
                 let (from, to) = (panel.as_ptr(), decoded.as_mut_ptr());
-                // SAFETY: `decoded` holds the panel; the rest is handed on.
                 match dtype {
+                    // SAFETY: `decoded` holds the panel; the rest is handed on.
                     GgmlDType::Q4_0 => unsafe { decode_q4_0(isa, from, to, call) },
+                    // SAFETY: `decoded` holds the panel; the rest is handed on.
                     GgmlDType::Q4_1 => unsafe { decode_q4_1(isa, from, to, call) },
+                    // SAFETY: `decoded` holds the panel; the rest is handed on.
                     GgmlDType::Q8_0 => unsafe { decode_q8_0(isa, from, to, call) },
                     _ => {
                         let rows = panel.chunks_exact(self.row_bytes());

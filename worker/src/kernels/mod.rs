@@ -12,8 +12,13 @@
 //! lanes in the same order for one row as for many. So a token does not depend on batching, chunked
 //! prefill, prefix-cache hits or the worker that computed it.
 //!
+//! Tile loops index arrays of registers by constant bounds, which is what lets the compiler keep
+//! them in registers; iterators over them read worse.
+//!
 //! A CUDA device has the same functions with device buffers in place of slices; the model above
 //! does not change.
+
+#![allow(clippy::needless_range_loop)]
 
 pub mod attention;
 pub mod cpu;

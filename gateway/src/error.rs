@@ -1,0 +1,140 @@
+//! What a client is told when something goes wrong: the one place that decides status and body.
+//!
+//! Body: `{"error": {"message", "type", "param", "code"}}`, `code` equal to the HTTP status, as
+//! vLLM has it. `type` is the HTTP phrase (`Bad Request`) where a body does not parse, and the
+//! error's name (`BadRequestError`) where its values are refused.
+
+use std::fmt;
+
+use actix_web::http::StatusCode;
+use actix_web::http::header::{HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
+use actix_web::{HttpResponse, ResponseError};
+use serde_json::{Value, json};
+
+/// An error on its way to a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    message: String,
+    param: Option<String>,
+    retry_after: Option<u32>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self { status, kind, message: message.into(), param: None, retry_after: None }
+    }
+
+    /// 400: the body does not parse, or a field has the wrong type.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "Bad Request", message)
+    }
+
+    /// 400: a field has a value that cannot be served.
+    pub fn bad_value(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message).param(param)
+    }
+
+    /// 400: what is asked for is not built.
+    pub fn not_supported(param: &str) -> Self {
+        Self::bad_value(param, format!("`{param}` is not supported by this server; leave it out"))
+    }
+
+    /// 401.
+    pub fn unauthorized() -> Self {
+        let message = "A valid API key is required: send `Authorization: Bearer KEY`.";
+        Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", message)
+    }
+
+    /// 404: no worker serves this model.
+    pub fn unknown_model(model: &str) -> Self {
+        let message = format!("The model `{model}` does not exist.");
+        Self::new(StatusCode::NOT_FOUND, "NotFoundError", message).param("model")
+    }
+
+    /// 404: no such route.
+    pub fn unknown_route(path: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "Not Found", format!("No route {path}."))
+    }
+
+    /// 405.
+    pub fn wrong_method(method: &str, path: &str) -> Self {
+        let message = format!("{path} does not take {method}.");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed", message)
+    }
+
+    /// 413.
+    pub fn body_too_large(limit: usize) -> Self {
+        let message = format!(
+            "The request body is larger than {limit} bytes; send less or raise --max-body-bytes."
+        );
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large", message)
+    }
+
+    /// 429: every queue is full.
+    pub fn overloaded(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError", message);
+        Self { retry_after: Some(1), ..error }
+    }
+
+    /// 503: nobody can serve this now.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError", message);
+        Self { retry_after: Some(1), ..error }
+    }
+
+    /// 504: the request's time is over.
+    pub fn timed_out() -> Self {
+        let message = "The request took longer than --request-timeout allows.";
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "GatewayTimeoutError", message)
+    }
+
+    /// 500.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
+    }
+
+    /// Names the field at fault.
+    pub fn param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// The body; also sent as a frame when a stream has begun.
+    pub fn body(&self) -> Value {
+        json!({
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.status.as_u16(),
+            }
+        })
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}: {}", self.status.as_u16(), self.kind, self.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        self.status
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.status);
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.insert_header((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")));
+        }
+        if let Some(seconds) = self.retry_after {
+            response.insert_header((RETRY_AFTER, seconds));
+        }
+        response.json(self.body())
+    }
+}

@@ -1,0 +1,81 @@
+//! Which worker takes a request: pure functions over plain numbers.
+//!
+//! A decode worker costs the tokens it would still have to compute, plus the work it already has.
+//! Cache hits pull requests with the same prefix together; a bound on the imbalance keeps them
+//! from piling up on one worker.
+
+pub mod prefix_index;
+
+/// Tokens that one running request counts for: about what a decode step of it takes from prefill.
+const REQUEST_COST: u64 = 64;
+/// Requests by which a worker may lead the least loaded one and still be chosen for its cache:
+/// this many, or half of the least load if that is more.
+const MAX_LEAD: usize = 8;
+
+/// A worker as the router sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Leading prompt tokens that it is believed to have cached.
+    pub cached_tokens: usize,
+    /// Requests it has: the larger of what it reports and what this gateway has sent.
+    pub requests: usize,
+    /// Prompt tokens that this gateway has sent it and that are not answered yet.
+    pub pending_tokens: u64,
+    /// Whether its queue is full.
+    pub full: bool,
+}
+
+/// The best of `candidates` for a prompt of `prompt_tokens`; `None` when all are full.
+pub fn choose(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
+    let open = || candidates.iter().enumerate().filter(|(_, candidate)| !candidate.full);
+    let least = open().map(|(_, candidate)| candidate.requests).min()?;
+    let bound = least + MAX_LEAD.max(least / 2);
+    open()
+        .filter(|(_, candidate)| candidate.requests <= bound)
+        .min_by_key(|(at, candidate)| {
+            let uncached = prompt_tokens.saturating_sub(candidate.cached_tokens) as u64;
+            let load = candidate.requests as u64 * REQUEST_COST + candidate.pending_tokens;
+            (uncached + load, *at)
+        })
+        .map(|(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const IDLE: Candidate = Candidate { cached_tokens: 0, requests: 0, pending_tokens: 0, full: false };
+
+    #[test]
+    fn a_cached_prefix_attracts_and_load_repels() {
+        let cached = Candidate { cached_tokens: 1000, ..IDLE };
+        assert_eq!(choose(1200, &[IDLE, cached]), Some(1));
+        let busy = Candidate { cached_tokens: 100, requests: 6, ..IDLE };
+        assert_eq!(choose(120, &[busy, IDLE]), Some(1));
+        let full = Candidate { full: true, ..cached };
+        assert_eq!(choose(1200, &[full, IDLE]), Some(1));
+        assert_eq!(choose(1200, &[full, full]), None);
+        assert_eq!(choose(10, &[]), None);
+    }
+
+    proptest! {
+        /// One hot prefix, all requests for it, nobody ever done: still nobody is buried.
+        #[test]
+        fn the_imbalance_is_bounded(workers in 2usize..8, requests in 1usize..300, prompt in 1usize..4000) {
+            let mut all = vec![IDLE; workers];
+            all[0].cached_tokens = prompt;
+            for _ in 0..requests {
+                let at = choose(prompt, &all).unwrap();
+                all[at].requests += 1;
+                all[at].cached_tokens = prompt;
+            }
+            let (least, most) = (
+                all.iter().map(|c| c.requests).min().unwrap(),
+                all.iter().map(|c| c.requests).max().unwrap(),
+            );
+            prop_assert!(most <= least + MAX_LEAD.max(least / 2) + 1, "{least} {most}");
+        }
+    }
+}

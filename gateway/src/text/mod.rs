@@ -1,0 +1,60 @@
+//! Text in, tokens out, and back: tokenizer, chat template, incremental detokenizing.
+
+pub mod detokenize;
+pub mod stop;
+pub mod template;
+
+use std::str::FromStr as _;
+
+use baton_proto::TokenizerBundle;
+use tokenizers::Tokenizer;
+
+use template::ChatTemplate;
+
+/// What a model needs to read and write text. Made once from a worker's bundle.
+pub struct TextModel {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template, if the model has one.
+    pub template: Option<ChatTemplate>,
+    /// Bytes of the longest token: a prompt with more bytes than this times the context cannot fit.
+    pub longest_token: usize,
+}
+
+impl TextModel {
+    /// Builds it.
+    pub fn new(bundle: &TokenizerBundle) -> Result<Self, String> {
+        let tokenizer = Tokenizer::from_str(&bundle.tokenizer_json)
+            .map_err(|error| format!("the worker's tokenizer does not load: {error}"))?;
+        let longest_token =
+            tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1).max(1);
+        let template = bundle
+            .chat_template
+            .as_ref()
+            .map(|source| {
+                ChatTemplate::new(source, bundle.bos_token.clone(), bundle.eos_token.clone())
+            })
+            .transpose()
+            .map_err(|error| format!("the worker's chat template does not compile: {error}"))?;
+        Ok(Self { tokenizer, template, longest_token })
+    }
+
+    /// Tokenizes a text.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+        self.tokenizer
+            .encode_fast(text, add_special_tokens)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| error.to_string())
+    }
+
+    /// The text of some tokens.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
+        // The decoder fails on nothing that a vocabulary check lets through.
+        self.tokenizer.decode(ids, skip_special_tokens).unwrap_or_default()
+    }
+
+    /// Whether the vocabulary has this token.
+    pub fn knows(&self, id: u32) -> bool {
+        self.tokenizer.id_to_token(id).is_some()
+    }
+}

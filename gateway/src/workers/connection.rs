@@ -1,0 +1,158 @@
+//! The connection to one worker.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use baton_membership::InstanceRecord;
+use baton_proto::TokenizerBundle;
+use baton_proto::v1::{DescribeRequest, FetchTokenizerRequest, WatchStatusRequest};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tonic::transport::Endpoint;
+use tonic::Status;
+use tracing::{debug, warn};
+
+use super::{Registry, Served, Worker};
+use crate::routing::prefix_index::PrefixIndex;
+use crate::text::TextModel;
+
+/// Limit of the short calls.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a worker reports, and the silence that counts as death.
+const STATUS_EVERY: Duration = Duration::from_millis(250);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
+/// Waits between attempts to reach a worker that does not answer.
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Blocks remembered of a worker that does not say how many it has.
+const DEFAULT_PREFIXES: usize = 4096;
+
+/// Makes a worker of a record and starts its task; `None` for an address that is none.
+pub(super) fn start(
+    registry: &Arc<Registry>,
+    record: InstanceRecord,
+) -> Option<(Arc<Worker>, AbortHandle)> {
+    let endpoint = match Endpoint::from_shared(record.address.clone()) {
+        Ok(endpoint) => endpoint,
+        Err(error) => {
+            warn!(id = record.id, address = record.address, %error, "a worker's address is no URL");
+            return None;
+        }
+    };
+    let channel = endpoint
+        .connect_timeout(Duration::from_secs(1))
+        .http2_keep_alive_interval(Duration::from_secs(2))
+        .keep_alive_timeout(Duration::from_secs(2))
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
+        .connect_lazy();
+    let worker = Arc::new(Worker {
+        record,
+        channel,
+        served: ArcSwapOption::empty(),
+        status: ArcSwapOption::empty(),
+        alive: AtomicBool::new(false),
+        listed: AtomicBool::new(true),
+        requests: AtomicUsize::new(0),
+        pending_tokens: AtomicU64::new(0),
+        full_until: Mutex::new(None),
+        prefixes: Mutex::new(None),
+        suspect: Notify::new(),
+    });
+    let task = tokio::spawn(run(registry.clone(), worker.clone())).abort_handle();
+    Some((worker, task))
+}
+
+async fn run(registry: Arc<Registry>, worker: Arc<Worker>) {
+    let mut wait = RETRY.0;
+    loop {
+        let error = match follow(&registry, &worker, &mut wait).await {
+            Ok(()) => Status::unavailable("the worker closed the status stream"),
+            Err(error) => error,
+        };
+        if worker.alive.swap(false, Relaxed) {
+            warn!(id = worker.record.id, %error, "worker does not answer any more");
+        } else {
+            debug!(id = worker.record.id, %error, "worker does not answer yet");
+        }
+        registry.forget_unlisted(&worker);
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(RETRY.1);
+    }
+}
+
+/// Learns what the worker serves, then listens until the stream of status ends.
+async fn follow(
+    registry: &Registry,
+    worker: &Worker,
+    wait: &mut Duration,
+) -> Result<(), Status> {
+    if worker.served.load().is_none() {
+        worker.served.store(Some(Arc::new(learn(registry, worker).await?)));
+    }
+    let request = WatchStatusRequest { interval_ms: STATUS_EVERY.as_millis() as u32 };
+    let mut stream = within(worker.client().watch_status(request)).await?.into_inner();
+    loop {
+        let next = tokio::time::timeout(STATUS_TIMEOUT, stream.message());
+        let status = tokio::select! {
+            status = next => status.map_err(|_| Status::deadline_exceeded("no status"))??,
+            // A request could not reach it: prove by a new stream that it lives.
+            () = worker.suspect.notified() => return Err(Status::unavailable("a request failed")),
+        };
+        let Some(status) = status else { return Ok(()) };
+        let mut prefixes = worker.prefixes.lock();
+        if prefixes.is_none() {
+            let blocks = usize::try_from(status.kv_blocks_total).unwrap_or(DEFAULT_PREFIXES);
+            *prefixes = Some(PrefixIndex::new(blocks.max(1)));
+        }
+        drop(prefixes);
+        worker.status.store(Some(Arc::new(status)));
+        worker.alive.store(true, Relaxed);
+        *wait = RETRY.0;
+    }
+}
+
+async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
+    let description = within(worker.client().describe(DescribeRequest {})).await?.into_inner();
+    let card = description
+        .model
+        .clone()
+        .ok_or_else(|| Status::internal("the worker's description names no model"))?;
+    let known = registry.texts.lock().get(&card.tokenizer_digest).and_then(|text| text.upgrade());
+    let text = match known {
+        Some(text) => text,
+        None => {
+            let text = Arc::new(fetch_text(worker).await?);
+            registry.texts.lock().insert(card.tokenizer_digest.clone(), Arc::downgrade(&text));
+            text
+        }
+    };
+    Ok(Served { description, card, text })
+}
+
+async fn fetch_text(worker: &Worker) -> Result<TextModel, Status> {
+    let mut chunks =
+        within(worker.client().fetch_tokenizer(FetchTokenizerRequest {})).await?.into_inner();
+    let mut json = Vec::new();
+    while let Some(chunk) = within(chunks.message()).await? {
+        json.extend_from_slice(&chunk.payload);
+    }
+    // Building a tokenizer of fifty thousand merges takes a while.
+    let built = tokio::task::spawn_blocking(move || {
+        let bundle: TokenizerBundle =
+            serde_json::from_slice(&json).map_err(|error| error.to_string())?;
+        TextModel::new(&bundle)
+    });
+    built.await.map_err(|error| Status::internal(error.to_string()))?.map_err(Status::internal)
+}
+
+async fn within<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    match tokio::time::timeout(CALL_TIMEOUT, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Status::deadline_exceeded("no answer in time")),
+    }
+}
+

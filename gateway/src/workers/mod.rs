@@ -1,0 +1,323 @@
+//! The workers as this gateway sees them.
+//!
+//! * [`Registry`]: all workers, by instance; what models they serve.
+//! * [`connection`]: one task per worker that connects, learns what it serves and listens to its
+//!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
+//!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+
+mod connection;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership};
+use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::{ModelCard, WorkerDescription, WorkerStatus};
+use baton_proto::{BlockHash, MAX_MESSAGE_BYTES};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tonic::transport::Channel;
+use tracing::info;
+
+use crate::routing::prefix_index::PrefixIndex;
+use crate::routing::{Candidate, choose};
+use crate::text::TextModel;
+
+/// How long a worker that refused for want of room is passed over.
+const FULL_FOR: Duration = Duration::from_millis(250);
+
+/// A worker process.
+pub struct Worker {
+    /// Its record in etcd.
+    pub record: InstanceRecord,
+    channel: Channel,
+    /// What it serves; known once it has answered.
+    served: ArcSwapOption<Served>,
+    /// Its last status.
+    status: ArcSwapOption<WorkerStatus>,
+    /// Whether the status stream flows.
+    alive: AtomicBool,
+    /// Whether etcd still lists it.
+    listed: AtomicBool,
+    /// Calls of this gateway in progress.
+    requests: AtomicUsize,
+    /// Prompt tokens of calls that have not brought a token yet.
+    pending_tokens: AtomicU64,
+    full_until: Mutex<Option<Instant>>,
+    prefixes: Mutex<Option<PrefixIndex>>,
+    /// Wakes the connection task to look again at once.
+    suspect: Notify,
+}
+
+/// What a worker serves.
+pub struct Served {
+    /// Its own words.
+    pub description: WorkerDescription,
+    /// The model.
+    pub card: ModelCard,
+    /// The model's tokenizer and template, shared by all workers that have the same.
+    pub text: Arc<TextModel>,
+}
+
+impl Worker {
+    /// A client for its gRPC service.
+    pub fn client(&self) -> WorkerClient<Channel> {
+        WorkerClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// What it serves, if it has answered.
+    pub fn served(&self) -> Option<Arc<Served>> {
+        self.served.load_full()
+    }
+
+    /// Its last status.
+    pub fn status(&self) -> Option<Arc<WorkerStatus>> {
+        self.status.load_full()
+    }
+
+    /// Whether it may be sent requests.
+    pub fn alive(&self) -> bool {
+        self.alive.load(Relaxed) && !self.status.load().as_ref().is_some_and(|s| s.draining)
+    }
+
+    /// Takes the worker out of routing until it answers again.
+    pub fn mark_down(&self) {
+        self.alive.store(false, Relaxed);
+        self.suspect.notify_one();
+    }
+
+    /// Passes the worker over for a moment.
+    pub fn mark_full(&self) {
+        *self.full_until.lock() = Some(Instant::now() + FULL_FOR);
+    }
+
+    fn candidate(&self, hashes: &[BlockHash], block_size: usize) -> Candidate {
+        let reported = self.status.load().as_ref().map_or(0, |s| (s.running + s.waiting) as usize);
+        let matching = self.prefixes.lock().as_ref().map_or(0, |index| index.matching(hashes));
+        Candidate {
+            cached_tokens: matching * block_size,
+            requests: self.requests.load(Relaxed).max(reported),
+            pending_tokens: self.pending_tokens.load(Relaxed),
+            full: self.full_until.lock().is_some_and(|until| Instant::now() < until),
+        }
+    }
+}
+
+/// A worker chosen for a request. Dropping it takes the request off its account.
+pub struct Ticket {
+    /// The worker.
+    pub worker: Arc<Worker>,
+    /// Leading prompt tokens that it is believed to have cached.
+    pub cached_tokens: usize,
+    pending: u64,
+}
+
+impl Ticket {
+    fn new(worker: Arc<Worker>, cached_tokens: usize, pending: u64) -> Self {
+        worker.requests.fetch_add(1, Relaxed);
+        worker.pending_tokens.fetch_add(pending, Relaxed);
+        Self { worker, cached_tokens, pending }
+    }
+
+    /// Notes that the prompt has been computed.
+    pub fn answered(&mut self) {
+        self.worker.pending_tokens.fetch_sub(std::mem::take(&mut self.pending), Relaxed);
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.answered();
+        self.worker.requests.fetch_sub(1, Relaxed);
+    }
+}
+
+/// Why no worker was chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoWorker {
+    /// None that serves the model answers.
+    Absent,
+    /// All that do have full queues.
+    Full,
+}
+
+/// All workers.
+pub struct Registry {
+    workers: RwLock<BTreeMap<String, Arc<Worker>>>,
+    tasks: Mutex<HashMap<String, AbortHandle>>,
+    texts: Mutex<HashMap<String, Weak<TextModel>>>,
+    etcd_connected: AtomicBool,
+}
+
+impl Registry {
+    /// Follows the cluster's membership for as long as the process lives.
+    pub fn start(watch: ClusterWatch) -> Arc<Self> {
+        let registry = Arc::new(Self {
+            workers: RwLock::default(),
+            tasks: Mutex::default(),
+            texts: Mutex::default(),
+            etcd_connected: AtomicBool::new(true),
+        });
+        let follower = registry.clone();
+        let mut view = watch.subscribe();
+        tokio::spawn(async move {
+            // Owns the watch: it lives as long as the task.
+            let _watch = watch;
+            loop {
+                let membership = view.borrow_and_update().clone();
+                follower.apply(&membership);
+                if view.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        registry
+    }
+
+    /// Whether etcd answers.
+    pub fn etcd_connected(&self) -> bool {
+        self.etcd_connected.load(Relaxed)
+    }
+
+    /// All workers, by instance id.
+    pub fn workers(&self) -> Vec<Arc<Worker>> {
+        self.workers.read().values().cloned().collect()
+    }
+
+    /// What serves `model`; with an empty name, whatever was there first.
+    pub fn served(&self, model: &str) -> Option<Arc<Served>> {
+        let mut found: Vec<_> = self
+            .workers()
+            .iter()
+            .filter(|worker| worker.record.role.generates())
+            .filter_map(|worker| {
+                let served = worker.served()?;
+                let wanted = model.is_empty() || served.card.name == model;
+                wanted.then_some((!worker.alive(), worker.record.started_ms, served))
+            })
+            .collect();
+        found.sort_by_key(|(down, started, _)| (*down, *started));
+        found.into_iter().next().map(|(_, _, served)| served)
+    }
+
+    /// One of each model served, by name.
+    pub fn models(&self) -> Vec<Arc<Served>> {
+        let mut models = BTreeMap::new();
+        for served in self.workers().iter().filter_map(|worker| worker.served()) {
+            models.entry(served.card.name.clone()).or_insert(served);
+        }
+        models.into_values().collect()
+    }
+
+    /// Whether a generation could be served now.
+    pub fn ready(&self) -> bool {
+        self.workers.read().values().any(|worker| {
+            worker.record.role.generates() && worker.alive() && worker.served.load().is_some()
+        })
+    }
+
+    /// Chooses the worker that generates. `avoid` names instances that just failed.
+    pub fn choose_decode(
+        &self,
+        served: &Served,
+        prompt_tokens: usize,
+        hashes: &[BlockHash],
+        avoid: &[String],
+    ) -> Result<Ticket, NoWorker> {
+        let ticket = self.choose(served, prompt_tokens, hashes, |worker| {
+            worker.record.role.generates() && !avoid.contains(&worker.record.id)
+        })?;
+        if let Some(prefixes) = &mut *ticket.worker.prefixes.lock() {
+            prefixes.insert(hashes);
+        }
+        Ok(ticket)
+    }
+
+    /// Chooses the worker that computes a prompt for another.
+    pub fn choose_prefill(&self, served: &Served, prompt_tokens: usize) -> Option<Ticket> {
+        self.choose(served, prompt_tokens, &[], |worker| worker.record.role == InstanceRole::Prefill)
+            .ok()
+    }
+
+    fn choose(
+        &self,
+        served: &Served,
+        prompt_tokens: usize,
+        hashes: &[BlockHash],
+        eligible: impl Fn(&Worker) -> bool,
+    ) -> Result<Ticket, NoWorker> {
+        let workers: Vec<Arc<Worker>> = self
+            .workers()
+            .into_iter()
+            .filter(|worker| worker.alive() && eligible(worker))
+            .filter(|worker| {
+                worker.served.load().as_ref().is_some_and(|other| other.card.name == served.card.name)
+            })
+            .collect();
+        if workers.is_empty() {
+            return Err(NoWorker::Absent);
+        }
+        let block_size = served.block_size();
+        let candidates: Vec<Candidate> =
+            workers.iter().map(|worker| worker.candidate(hashes, block_size)).collect();
+        let at = choose(prompt_tokens, &candidates).ok_or(NoWorker::Full)?;
+        let cached = candidates[at].cached_tokens.min(prompt_tokens);
+        let pending = (prompt_tokens - cached) as u64;
+        Ok(Ticket::new(workers[at].clone(), cached, pending))
+    }
+
+    fn apply(self: &Arc<Self>, membership: &Membership) {
+        self.etcd_connected.store(membership.etcd_connected, Relaxed);
+        let mut workers = self.workers.write();
+        for (id, worker) in &*workers {
+            worker.listed.store(membership.instances.contains_key(id), Relaxed);
+        }
+        // A worker that is not listed but still answers stays: a lease that ran out is a hint.
+        let gone: Vec<String> = workers
+            .iter()
+            .filter(|(_, worker)| !worker.listed.load(Relaxed) && !worker.alive.load(Relaxed))
+            .map(|(id, _)| id.clone())
+            .collect();
+        gone.iter().for_each(|id| self.forget(&mut workers, id));
+        for record in membership.instances.values() {
+            let is_worker = record.role.generates() || record.role == InstanceRole::Prefill;
+            if is_worker && !workers.contains_key(&record.id) {
+                if let Some((worker, task)) = connection::start(self, record.clone()) {
+                    info!(id = record.id, role = %record.role, address = record.address, "worker found");
+                    self.tasks.lock().insert(record.id.clone(), task);
+                    workers.insert(record.id.clone(), worker);
+                }
+            }
+        }
+    }
+
+    fn forget(&self, workers: &mut BTreeMap<String, Arc<Worker>>, id: &str) {
+        workers.remove(id);
+        if let Some(task) = self.tasks.lock().remove(id) {
+            task.abort();
+        }
+        info!(id, "worker gone");
+    }
+
+    /// Called by a connection that broke: etcd no longer lists the worker, and now it is silent.
+    fn forget_unlisted(&self, worker: &Worker) {
+        if !worker.listed.load(Relaxed) {
+            let mut workers = self.workers.write();
+            self.forget(&mut workers, &worker.record.id);
+        }
+    }
+}
+
+impl Served {
+    /// Tokens in a KV block.
+    pub fn block_size(&self) -> usize {
+        self.description.kv_layout.as_ref().map_or(16, |layout| layout.block_size.max(1) as usize)
+    }
+}

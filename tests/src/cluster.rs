@@ -1,0 +1,406 @@
+//! Starts, changes and stops a cluster.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use baton_proto::v1::WorkerStatus;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::binaries::{MODEL_NAME, model, program};
+use crate::etcd::Etcd;
+use crate::http::Api;
+use crate::poll::eventually;
+use crate::process::{Process, Spec};
+use crate::{grpc, leftovers};
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Computes prompts.
+    Prefill,
+    /// Generates.
+    Decode,
+    /// Does both.
+    Unified,
+}
+
+impl Role {
+    /// The name on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Unified => "unified",
+        }
+    }
+}
+
+/// A worker process and its gRPC address.
+#[derive(Debug)]
+pub struct Worker {
+    /// What it does.
+    pub role: Role,
+    /// Its process.
+    pub process: Process,
+    /// Its advertised address.
+    pub address: String,
+}
+
+impl Worker {
+    /// The worker's gauges and counters.
+    pub async fn status(&self) -> WorkerStatus {
+        grpc::status(&self.address).await
+    }
+}
+
+/// What a cluster is made of. [`Cluster::builder`] gives the smallest one.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    prefill: usize,
+    decode: usize,
+    unified: usize,
+    coordinator: bool,
+    lease_ttl: u64,
+    keys: Vec<String>,
+    worker_args: Vec<OsString>,
+    gateway_args: Vec<OsString>,
+    gateway_env: Vec<(OsString, OsString)>,
+}
+
+impl Builder {
+    /// This many prefill workers.
+    pub fn prefill(mut self, count: usize) -> Self {
+        self.prefill = count;
+        self
+    }
+
+    /// This many decode workers.
+    pub fn decode(mut self, count: usize) -> Self {
+        self.decode = count;
+        self
+    }
+
+    /// This many unified workers.
+    pub fn unified(mut self, count: usize) -> Self {
+        self.unified = count;
+        self
+    }
+
+    /// A coordinator as well.
+    pub fn coordinator(mut self) -> Self {
+        self.coordinator = true;
+        self
+    }
+
+    /// Transports that workers offer, such as `shm` or `grpc`.
+    pub fn transport(self, transports: &str) -> Self {
+        self.worker_arg("--transports", transports)
+    }
+
+    /// Memory of each worker's KV cache, such as `64MiB`.
+    pub fn kv_memory(self, size: &str) -> Self {
+        self.worker_arg("--kv-memory", size)
+    }
+
+    /// Lease of the processes' registrations, in seconds.
+    pub fn lease_ttl(mut self, seconds: u64) -> Self {
+        self.lease_ttl = seconds;
+        self
+    }
+
+    /// A key that clients must send. The cluster's own client sends the first.
+    pub fn api_key(mut self, key: &str) -> Self {
+        self.keys.push(key.to_owned());
+        self.gateway_arg("--api-key", key)
+    }
+
+    /// Hands the prompt over when at least this many of its tokens are not cached.
+    pub fn handoff_min_tokens(self, tokens: usize) -> Self {
+        self.gateway_arg("--handoff-min-tokens", &tokens.to_string())
+    }
+
+    /// Another flag of every worker.
+    pub fn worker_arg(mut self, flag: &str, value: &str) -> Self {
+        self.worker_args.extend([flag.into(), value.into()]);
+        self
+    }
+
+    /// Another flag of the gateway.
+    pub fn gateway_arg(mut self, flag: &str, value: &str) -> Self {
+        self.gateway_args.extend([flag.into(), value.into()]);
+        self
+    }
+
+    /// A key that clients must send, given to the gateway by its environment.
+    pub fn api_key_from_env(mut self, key: &str) -> Self {
+        self.keys.push(key.to_owned());
+        self.gateway_env.push(("VLLM_API_KEY".into(), key.into()));
+        self
+    }
+
+    /// Starts everything and waits until a request would be served as the builder says.
+    pub async fn start(self) -> Cluster {
+        let dir = tempfile::Builder::new()
+            .prefix("baton-test-")
+            .tempdir()
+            .expect("a folder");
+        let etcd = Etcd::start(dir.path()).await;
+        let common = common_args(&etcd, self.lease_ttl);
+        let mut workers = Vec::new();
+        let roles = [
+            (Role::Prefill, self.prefill),
+            (Role::Decode, self.decode),
+            (Role::Unified, self.unified),
+        ];
+        for (role, count) in roles {
+            for n in 0..count {
+                let name = format!("{}-{n}", role.as_str());
+                let spec = worker_spec(name, role, &common, &self.worker_args);
+                let process = Process::start(&spec, dir.path());
+                workers.push(Worker {
+                    role,
+                    process,
+                    address: String::new(),
+                });
+            }
+        }
+        for worker in &mut workers {
+            worker.address = worker.process.ready().await;
+        }
+        let coordinator = if self.coordinator {
+            Some(start_daemon("baton-coordinator", &common, &[], &[], dir.path()).await)
+        } else {
+            None
+        };
+        let gateway = start_daemon(
+            "baton-gateway",
+            &common,
+            &self.gateway_args,
+            &self.gateway_env,
+            dir.path(),
+        )
+        .await;
+        let api = Api::new(&gateway.1, self.keys.first().map(String::as_str));
+        let cluster = Cluster {
+            api,
+            gateway,
+            coordinator,
+            workers,
+            etcd,
+            builder: self,
+            dir,
+        };
+        cluster.serves().await;
+        cluster
+    }
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// A client of the gateway.
+    pub api: Api,
+    /// Its workers, in the order prefill, decode, unified, then those added.
+    pub workers: Vec<Worker>,
+    /// Its etcd.
+    pub etcd: Etcd,
+    gateway: (Process, String),
+    coordinator: Option<(Process, String)>,
+    builder: Builder,
+    // Last, so that the processes end before their folder goes.
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// One etcd and one gateway; add workers.
+    pub fn builder() -> Builder {
+        let builder = Builder {
+            prefill: 0,
+            decode: 0,
+            unified: 0,
+            coordinator: false,
+            lease_ttl: 5,
+            keys: Vec::new(),
+            worker_args: Vec::new(),
+            gateway_args: Vec::new(),
+            gateway_env: Vec::new(),
+        };
+        builder.worker_arg("--threads", "2").kv_memory("512MiB")
+    }
+
+    /// A cluster of one unified worker, for tests of what does not depend on the hand-off.
+    pub async fn unified() -> Self {
+        Self::builder().unified(1).start().await
+    }
+
+    /// Starts another worker and waits for its `ready` line.
+    pub async fn add_worker(&mut self, role: Role) -> &Worker {
+        let name = format!("{}-{}", role.as_str(), self.workers.len());
+        let common = common_args(&self.etcd, self.builder.lease_ttl);
+        let spec = worker_spec(name, role, &common, &self.builder.worker_args);
+        let mut process = Process::start(&spec, self.dir.path());
+        let address = process.ready().await;
+        self.workers.push(Worker {
+            role,
+            process,
+            address,
+        });
+        self.workers.last().expect("the worker just added")
+    }
+
+    /// Kills a worker with no chance to say goodbye, and forgets it.
+    pub fn kill_worker(&mut self, index: usize) {
+        self.workers.remove(index).process.kill();
+    }
+
+    /// The only worker of this role.
+    pub fn only(&self, role: Role) -> &Worker {
+        let mut of_role = self.workers.iter().filter(|worker| worker.role == role);
+        let worker = of_role.next().expect("a worker of this role");
+        assert!(of_role.next().is_none(), "several {role:?} workers");
+        worker
+    }
+
+    /// The coordinator's address.
+    pub fn coordinator(&self) -> &str {
+        &self
+            .coordinator
+            .as_ref()
+            .expect("built with a coordinator")
+            .1
+    }
+
+    /// The gateway's process.
+    pub fn gateway(&self) -> &Process {
+        &self.gateway.0
+    }
+
+    /// The folder of this cluster's files.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The flags that join a daemon to this cluster.
+    pub fn join_args(&self) -> Vec<OsString> {
+        common_args(&self.etcd, self.builder.lease_ttl)
+    }
+
+    /// Asserts that the gateway answers a request now.
+    pub async fn still_serves(&self) {
+        let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});
+        let reply = self.api.ok("/v1/completions", &body).await;
+        assert_eq!(reply["usage"]["completion_tokens"], 2, "{reply}");
+    }
+
+    /// Waits until the gateway knows the model, and so at least one worker.
+    async fn serves(&self) {
+        if !self
+            .workers
+            .iter()
+            .any(|worker| worker.role != Role::Prefill)
+        {
+            return;
+        }
+        eventually(
+            "the gateway lists the model",
+            Duration::from_secs(30),
+            async || {
+                let reply = self.api.get("/v1/models").await;
+                let listed = reply.json()["data"]
+                    .as_array()
+                    .is_some_and(|models| !models.is_empty());
+                if listed { Ok(()) } else { Err(reply.text) }
+            },
+        )
+        .await;
+    }
+
+    /// Asserts that no request and no KV block is left on any worker.
+    pub async fn at_rest(&self) {
+        for worker in &self.workers {
+            let what = format!("{} is at rest", worker.process.name());
+            eventually(&what, Duration::from_secs(5), async || {
+                let status = worker.status().await;
+                let busy = u64::from(status.running + status.waiting);
+                if busy + grpc::owned_blocks(&status) == 0 {
+                    Ok(())
+                } else {
+                    Err(format!("{status:?}"))
+                }
+            })
+            .await;
+        }
+    }
+
+    /// Ends the test: everything must be at rest, stop when asked, and leave nothing behind.
+    pub async fn finish(mut self) {
+        self.at_rest().await;
+        self.gateway.0.stop().await;
+        if let Some((coordinator, _)) = &mut self.coordinator {
+            coordinator.stop().await;
+        }
+        for worker in &mut self.workers {
+            worker.process.stop().await;
+        }
+        // A worker that was killed may still be there: its lease is running out.
+        let left = self.etcd.instances();
+        let stopped: Vec<&str> = self.workers.iter().map(|worker| &*worker.address).collect();
+        let left = left
+            .iter()
+            .find(|left| stopped.contains(&&*left.address) || left.model.is_empty());
+        assert_eq!(left, None, "still registered after a graceful stop");
+        self.etcd.kill();
+        leftovers::assert_none(self.dir.path());
+    }
+}
+
+/// The flags that all daemons share.
+fn common_args(etcd: &Etcd, lease_ttl: u64) -> Vec<OsString> {
+    let ttl = lease_ttl.to_string();
+    [
+        "--listen",
+        "127.0.0.1:0",
+        "--etcd",
+        etcd.url(),
+        "--lease-ttl",
+        &ttl,
+    ]
+    .map(Into::into)
+    .into()
+}
+
+fn worker_spec(name: String, role: Role, common: &[OsString], extra: &[OsString]) -> Spec {
+    let mut args = common.to_vec();
+    args.extend([
+        "--role".into(),
+        role.as_str().into(),
+        "--model".into(),
+        model().into(),
+    ]);
+    args.extend(["--served-model-name".into(), MODEL_NAME.into()]);
+    // Later flags must win over the builder's defaults: clap refuses a flag given twice.
+    let pairs: Vec<&[OsString]> = extra.chunks(2).collect();
+    for (i, pair) in pairs.iter().enumerate() {
+        if !pairs[i + 1..].iter().any(|later| later[0] == pair[0]) {
+            args.extend(pair.iter().cloned());
+        }
+    }
+    Spec::new(name, program("baton-worker"), args)
+}
+
+async fn start_daemon(
+    name: &str,
+    common: &[OsString],
+    args: &[OsString],
+    env: &[(OsString, OsString)],
+    dir: &Path,
+) -> (Process, String) {
+    let args = common.iter().chain(args).cloned();
+    let mut spec = Spec::new(name, program(name), args);
+    spec.env = env.to_vec();
+    let mut process = Process::start(&spec, dir);
+    let address = process.ready().await;
+    (process, address)
+}

@@ -1,0 +1,65 @@
+//! The workers' and the coordinator's own view, asked directly.
+
+use std::time::Duration;
+
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::{ClusterView, GetClusterRequest, WatchStatusRequest, WorkerStatus};
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long a connection or a unary call may take.
+const CALL_WITHIN: Duration = Duration::from_secs(10);
+
+/// A client of the worker at `address`.
+pub async fn worker(address: &str) -> WorkerClient<Channel> {
+    WorkerClient::new(connect(address).await)
+}
+
+/// The worker's status as of now.
+pub async fn status(address: &str) -> WorkerStatus {
+    let mut stream = watch(address, Duration::from_secs(60)).await;
+    next(&mut stream).await
+}
+
+/// The worker's status, over and over.
+pub async fn watch(address: &str, interval: Duration) -> Streaming<WorkerStatus> {
+    let interval_ms = interval.as_millis().try_into().expect("an interval");
+    let request = WatchStatusRequest { interval_ms };
+    let reply = worker(address).await.watch_status(request).await;
+    reply
+        .unwrap_or_else(|e| panic!("WatchStatus of {address}: {e}"))
+        .into_inner()
+}
+
+/// The next status of a watch.
+pub async fn next(stream: &mut Streaming<WorkerStatus>) -> WorkerStatus {
+    let message = tokio::time::timeout(CALL_WITHIN, stream.message()).await;
+    let message = message.expect("a status in time").expect("a status");
+    message.expect("the worker still answers")
+}
+
+/// The cluster as the coordinator sees it.
+pub async fn cluster_view(address: &str) -> ClusterView {
+    let mut client = CoordinatorClient::new(connect(address).await);
+    let view = tokio::time::timeout(CALL_WITHIN, client.get_cluster(GetClusterRequest {})).await;
+    view.expect("a view in time")
+        .expect("the cluster's view")
+        .into_inner()
+}
+
+/// KV blocks that somebody owns: zero when no request is in flight.
+pub fn owned_blocks(status: &WorkerStatus) -> u64 {
+    status.kv_blocks_requests + status.kv_blocks_handoff
+}
+
+/// Bytes that arrived in hand-offs, by whatever transport.
+pub fn handoff_bytes(status: &WorkerStatus) -> u64 {
+    status.handoff_bytes_shared_memory + status.handoff_bytes_grpc
+}
+
+async fn connect(address: &str) -> Channel {
+    let endpoint = Endpoint::from_shared(address.to_owned()).expect("an address");
+    let channel = endpoint.connect_timeout(CALL_WITHIN).connect().await;
+    channel.unwrap_or_else(|e| panic!("connect to {address}: {e}"))
+}

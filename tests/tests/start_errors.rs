@@ -1,0 +1,353 @@
+//! What a daemon says, and with which exit code, when it cannot start.
+
+use std::ffi::OsString;
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use baton_tests::binaries::{model, program};
+use baton_tests::etcd::Etcd;
+use baton_tests::process::{Process, Spec};
+use baton_tests::{leftovers, ports};
+use tempfile::TempDir;
+
+const DAEMONS: [&str; 3] = ["baton-worker", "baton-gateway", "baton-coordinator"];
+
+/// Runs a daemon that must fail: with this exit code, nothing on stdout, and one line on stderr
+/// (besides its log) that starts with `error: ` and names each of `names`.
+async fn fails(dir: &TempDir, name: &str, args: &[OsString], code: i32, names: &[&str]) {
+    fails_within(dir, name, args, code, names, Duration::from_secs(5)).await;
+}
+
+async fn fails_within(
+    dir: &TempDir,
+    name: &str,
+    args: &[OsString],
+    code: i32,
+    names: &[&str],
+    within: Duration,
+) {
+    let spec = Spec::new(name, program(name), args.iter().cloned());
+    let mut process = Process::start(&spec, dir.path());
+    let status = process.end(within).await;
+    let stderr = process.stderr();
+    assert_eq!(
+        status.code(),
+        Some(code),
+        "{name} {args:?}: {status}\n{stderr}"
+    );
+    assert_eq!(process.stdout(), "", "{name} {args:?}");
+    let errors: Vec<&str> = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
+    let [error] = errors[..] else {
+        panic!("{name} {args:?}: no single error line:\n{stderr}")
+    };
+    for part in names {
+        // clap puts the flag or the way out on the lines after the error.
+        let text = if code == 2 { stderr.as_str() } else { error };
+        assert!(
+            text.contains(part),
+            "{name} {args:?}: {part:?} is not in {text:?}"
+        );
+    }
+    assert!(!stderr.contains("panicked"), "{name} {args:?}:\n{stderr}");
+    leftovers::assert_none(dir.path());
+}
+
+fn args<const N: usize>(args: [&str; N]) -> Vec<OsString> {
+    args.map(Into::into).into()
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+/// The arguments of a daemon that would start, given an etcd and a model.
+fn sound(name: &str, etcd: &str, listen: &str, model: &Path) -> Vec<OsString> {
+    let mut all = args(["--etcd", etcd, "--listen", listen]);
+    if name == "baton-worker" {
+        all.extend(args(["--role", "unified", "--model", path(model)]));
+        all.extend(args(["--threads", "2", "--kv-memory", "64MiB"]));
+    }
+    all
+}
+
+async fn model_error(model: &Path, code: i32) {
+    let dir = tempfile::tempdir().expect("a folder");
+    let etcd = Etcd::start(dir.path()).await;
+    let worker = sound("baton-worker", etcd.url(), "127.0.0.1:0", model);
+    let spec = Spec::new("baton-worker", program("baton-worker"), worker.clone());
+    let mut process = Process::start(&spec, dir.path());
+    let status = process.end(Duration::from_secs(5)).await;
+    let stderr = process.stderr();
+    assert_eq!(status.code(), Some(code), "{}: {stderr}", model.display());
+    let errors: Vec<&str> = stderr
+        .lines()
+        .filter(|line| line.starts_with("error: "))
+        .collect();
+    let [error] = errors[..] else {
+        panic!("no single error line:\n{stderr}")
+    };
+    assert!(
+        error.contains(path(model)),
+        "the file is not named: {error}"
+    );
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    assert_eq!(process.stdout(), "");
+    assert!(
+        etcd.instances().is_empty(),
+        "a worker that cannot serve has registered"
+    );
+}
+
+#[tokio::test]
+async fn a_missing_model_file_is_exit_code_66() {
+    model_error(Path::new("/no/such/folder/model.gguf"), 66).await;
+}
+
+#[tokio::test]
+async fn a_folder_as_the_model_file_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    model_error(folder.path(), 65).await;
+}
+
+/// A GGUF cut off inside its header, its metadata, its tensor list and its data; and broken ones.
+#[tokio::test]
+async fn a_truncated_or_corrupt_model_file_is_exit_code_65() {
+    let good = fs::read(model()).expect("read the model");
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("broken.gguf");
+    for keep in [0, 3, 7, 20, 1000, 500_000, good.len() / 2, good.len() - 1] {
+        fs::write(&file, &good[..keep]).expect("write a truncated model");
+        model_error(&file, 65).await;
+    }
+    let mut corruptions: Vec<(&str, Vec<u8>)> = Vec::new();
+    corruptions.push(("not a GGUF", b"#!/bin/sh\necho hello\n".repeat(1000)));
+    corruptions.push(("another magic", [b"GGML".as_slice(), &good[4..]].concat()));
+    let version = 99u32.to_le_bytes();
+    corruptions.push((
+        "a version of the future",
+        [b"GGUF", &version, &good[8..]].concat(),
+    ));
+    let huge = u64::MAX.to_le_bytes();
+    corruptions.push(("endless tensors", [&good[..8], &huge, &good[16..]].concat()));
+    corruptions.push((
+        "endless metadata",
+        [&good[..16], &huge, &good[24..]].concat(),
+    ));
+    corruptions.push((
+        "a key of endless length",
+        [&good[..24], &huge, &good[32..]].concat(),
+    ));
+    let mut zeros = good.clone();
+    zeros[24..4096].fill(0);
+    corruptions.push(("zeroed metadata", zeros));
+    for (what, bytes) in corruptions {
+        eprintln!("{what}");
+        fs::write(&file, bytes).expect("write a corrupt model");
+        model_error(&file, 65).await;
+    }
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_exit_code_98() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let etcd = Etcd::start(dir.path()).await;
+    let taken = TcpListener::bind("127.0.0.1:0").expect("take a port");
+    let address = taken.local_addr().expect("its address").to_string();
+    for name in DAEMONS {
+        let spec_args = sound(name, etcd.url(), &address, &model());
+        let spec = Spec::new(name, program(name), spec_args);
+        let mut process = Process::start(&spec, dir.path());
+        let status = process.end(Duration::from_secs(5)).await;
+        let stderr = process.stderr();
+        assert_eq!(status.code(), Some(98), "{name}: {stderr}");
+        let error = stderr
+            .lines()
+            .find(|line| line.starts_with("error: "))
+            .expect("an error line");
+        assert!(
+            error.contains(&address) && error.contains("--listen"),
+            "{name}: {error}"
+        );
+    }
+    assert!(
+        etcd.instances().is_empty(),
+        "a daemon that cannot serve has registered"
+    );
+}
+
+#[tokio::test]
+async fn an_etcd_that_does_not_answer_is_exit_code_69() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let nobody = format!("http://127.0.0.1:{}", ports::free());
+    for name in DAEMONS {
+        let mut all = sound(name, &nobody, "127.0.0.1:0", &model());
+        all.extend(args(["--etcd-timeout", "2"]));
+        let start = Instant::now();
+        fails_within(
+            &dir,
+            name,
+            &all,
+            69,
+            &[&nobody, "--etcd"],
+            Duration::from_secs(8),
+        )
+        .await;
+        let took = start.elapsed();
+        assert!(
+            took >= Duration::from_millis(1500),
+            "{name} gave up after {took:?}"
+        );
+    }
+}
+
+/// A listener that accepts and says nothing: worse than a refused connection.
+#[tokio::test]
+async fn an_etcd_that_accepts_but_says_nothing_is_exit_code_69() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let url = format!("http://{}", silent.local_addr().expect("its address"));
+    for name in DAEMONS {
+        let mut all = sound(name, &url, "127.0.0.1:0", &model());
+        all.extend(args(["--etcd-timeout", "2"]));
+        fails_within(&dir, name, &all, 69, &[&url], Duration::from_secs(8)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_etcd_that_comes_up_late_is_waited_for() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut etcd = Etcd::start(dir.path()).await;
+    etcd.kill();
+    let mut all = sound("baton-coordinator", etcd.url(), "127.0.0.1:0", &model());
+    all.extend(args(["--etcd-timeout", "30"]));
+    let spec = Spec::new("baton-coordinator", program("baton-coordinator"), all);
+    let mut coordinator = Process::start(&spec, dir.path());
+    // Whichever comes first, the coordinator must not give up: etcd takes its time to start.
+    etcd.restart().await;
+    coordinator.ready().await;
+    coordinator.stop().await;
+}
+
+#[tokio::test]
+async fn a_bad_flag_is_exit_code_2_and_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let model = model();
+    let model = path(&model);
+    for name in DAEMONS {
+        fails(
+            &dir,
+            name,
+            &args(["--no-such-flag"]),
+            2,
+            &["--no-such-flag"],
+        )
+        .await;
+        fails(
+            &dir,
+            name,
+            &args(["--listen", "nonsense"]),
+            2,
+            &["--listen"],
+        )
+        .await;
+        fails(&dir, name, &args(["--lease-ttl", "0"]), 2, &["--lease-ttl"]).await;
+        fails(
+            &dir,
+            name,
+            &args(["--lease-ttl", "soon"]),
+            2,
+            &["--lease-ttl"],
+        )
+        .await;
+        fails(
+            &dir,
+            name,
+            &args(["--log-format", "xml"]),
+            2,
+            &["--log-format", "json"],
+        )
+        .await;
+    }
+    let worker = [
+        ["--role", "captain"],
+        ["--kv-memory", "lots"],
+        ["--kv-memory", "0"],
+        ["--block-size", "0"],
+        ["--max-batch-tokens", "0"],
+        ["--max-running", "0"],
+        ["--threads", "0"],
+        ["--transports", "pigeon"],
+    ];
+    for [flag, value] in worker {
+        let mut all = args(["--model", model]);
+        if flag != "--role" {
+            all.extend(args(["--role", "unified"]));
+        }
+        all.extend(args([flag, value]));
+        fails(&dir, "baton-worker", &all, 2, &[flag]).await;
+    }
+    fails(
+        &dir,
+        "baton-worker",
+        &args(["--model", model]),
+        2,
+        &["--role"],
+    )
+    .await;
+    fails(
+        &dir,
+        "baton-worker",
+        &args(["--role", "unified"]),
+        2,
+        &["--model"],
+    )
+    .await;
+    let missing = args(["--api-key-file", "/no/such/file"]);
+    fails(
+        &dir,
+        "baton-gateway",
+        &missing,
+        2,
+        &["--api-key-file", "/no/such/file"],
+    )
+    .await;
+    fails(
+        &dir,
+        "baton-gateway",
+        &args(["--max-inflight", "0"]),
+        2,
+        &["--max-inflight"],
+    )
+    .await;
+    fails(
+        &dir,
+        "baton-gateway",
+        &args(["--request-timeout", "0"]),
+        2,
+        &["--request-timeout"],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn every_program_explains_itself() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for name in DAEMONS.into_iter().chain(["baton"]) {
+        for flag in ["--help", "--version"] {
+            let spec = Spec::new(name, program(name), [flag]);
+            let mut process = Process::start(&spec, dir.path());
+            let status = process.end(Duration::from_secs(5)).await;
+            assert!(status.success(), "{name} {flag}: {status}");
+            assert!(
+                process.stdout().contains("baton"),
+                "{name} {flag}: {}",
+                process.stdout()
+            );
+        }
+    }
+}
