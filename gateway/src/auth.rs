@@ -53,7 +53,15 @@ mod tests {
         for good in ["Bearer a", "bearer b", "BEARER  b "] {
             assert!(keys.admit("/v1/models", Some(good)), "{good}");
         }
-        for bad in [None, Some(""), Some("a"), Some("Bearer"), Some("Bearer "), Some("Basic a"), Some("Bearer c")] {
+        for bad in [
+            None,
+            Some(""),
+            Some("a"),
+            Some("Bearer"),
+            Some("Bearer "),
+            Some("Basic a"),
+            Some("Bearer c"),
+        ] {
             assert!(!keys.admit("/v1/models", bad), "{bad:?}");
             assert!(keys.admit("/health", bad));
         }

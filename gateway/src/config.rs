@@ -24,7 +24,12 @@ pub struct Settings {
     pub advertise: Option<String>,
 
     /// etcd endpoints.
-    #[arg(long, env = "BATON_ETCD", value_delimiter = ',', default_value = "http://127.0.0.1:2379")]
+    #[arg(
+        long,
+        env = "BATON_ETCD",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379"
+    )]
     pub etcd: Vec<String>,
 
     /// Name of the cluster: processes of other names are not seen.

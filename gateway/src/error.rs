@@ -64,6 +64,12 @@ impl ApiError {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed", message)
     }
 
+    /// 408: the client sends too slowly.
+    pub fn slow_body() -> Self {
+        let message = "The request's body did not arrive in time.";
+        Self::new(StatusCode::REQUEST_TIMEOUT, "Request Timeout", message)
+    }
+
     /// 413.
     pub fn body_too_large(limit: usize) -> Self {
         let message = format!(
@@ -93,6 +99,11 @@ impl ApiError {
     /// 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
+    }
+
+    /// Whether the same request may succeed a moment later.
+    pub fn may_pass(&self) -> bool {
+        self.retry_after.is_some()
     }
 
     /// Names the field at fault.

@@ -1,1 +1,22 @@
-//! The gateway.
+//! HTTP in, gRPC out.
+//!
+//! * [`http`]: routes, bodies, streams of events, clients that leave.
+//! * [`api`]: what clients send and get, without I/O.
+//! * [`generate`]: one sequence's life over the workers.
+//! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
+//! * [`text`]: tokenizer, chat template, stop strings.
+//!
+//! The gateway holds no tensors, and serves on what it last knew when etcd is away.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod auth;
+pub mod config;
+pub mod error;
+pub mod generate;
+pub mod http;
+pub mod metrics;
+pub mod routing;
+pub mod text;
+pub mod workers;

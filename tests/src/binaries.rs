@@ -26,9 +26,7 @@ pub fn program(name: &str) -> PathBuf {
 pub fn build_dir() -> PathBuf {
     let test = std::env::current_exe().expect("the path of this test");
     let deps = test.parent().expect("a test lies in a folder");
-    deps.parent()
-        .expect("the folder `deps` lies in the build's folder")
-        .to_path_buf()
+    deps.parent().expect("the folder `deps` lies in the build's folder").to_path_buf()
 }
 
 /// The repository's root.
@@ -50,10 +48,6 @@ pub fn model_dir() -> PathBuf {
 /// The default model's file.
 pub fn model() -> PathBuf {
     let path = model_dir().join(MODEL);
-    assert!(
-        path.is_file(),
-        "{} is missing: run `baton model fetch` first",
-        path.display()
-    );
+    assert!(path.is_file(), "{} is missing: run `baton model fetch` first", path.display());
     path
 }

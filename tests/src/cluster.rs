@@ -142,10 +142,7 @@ impl Builder {
 
     /// Starts everything and waits until a request would be served as the builder says.
     pub async fn start(self) -> Cluster {
-        let dir = tempfile::Builder::new()
-            .prefix("baton-test-")
-            .tempdir()
-            .expect("a folder");
+        let dir = tempfile::Builder::new().prefix("baton-test-").tempdir().expect("a folder");
         let etcd = Etcd::start(dir.path()).await;
         let common = common_args(&etcd, self.lease_ttl);
         let mut workers = Vec::new();
@@ -159,11 +156,7 @@ impl Builder {
                 let name = format!("{}-{n}", role.as_str());
                 let spec = worker_spec(name, role, &common, &self.worker_args);
                 let process = Process::start(&spec, dir.path());
-                workers.push(Worker {
-                    role,
-                    process,
-                    address: String::new(),
-                });
+                workers.push(Worker { role, process, address: String::new() });
             }
         }
         for worker in &mut workers {
@@ -183,15 +176,7 @@ impl Builder {
         )
         .await;
         let api = Api::new(&gateway.1, self.keys.first().map(String::as_str));
-        let cluster = Cluster {
-            api,
-            gateway,
-            coordinator,
-            workers,
-            etcd,
-            builder: self,
-            dir,
-        };
+        let cluster = Cluster { api, gateway, coordinator, workers, etcd, builder: self, dir };
         cluster.serves().await;
         cluster
     }
@@ -242,11 +227,7 @@ impl Cluster {
         let spec = worker_spec(name, role, &common, &self.builder.worker_args);
         let mut process = Process::start(&spec, self.dir.path());
         let address = process.ready().await;
-        self.workers.push(Worker {
-            role,
-            process,
-            address,
-        });
+        self.workers.push(Worker { role, process, address });
         self.workers.last().expect("the worker just added")
     }
 
@@ -265,11 +246,7 @@ impl Cluster {
 
     /// The coordinator's address.
     pub fn coordinator(&self) -> &str {
-        &self
-            .coordinator
-            .as_ref()
-            .expect("built with a coordinator")
-            .1
+        &self.coordinator.as_ref().expect("built with a coordinator").1
     }
 
     /// The gateway's process.
@@ -296,24 +273,14 @@ impl Cluster {
 
     /// Waits until the gateway knows the model, and so at least one worker.
     async fn serves(&self) {
-        if !self
-            .workers
-            .iter()
-            .any(|worker| worker.role != Role::Prefill)
-        {
+        if !self.workers.iter().any(|worker| worker.role != Role::Prefill) {
             return;
         }
-        eventually(
-            "the gateway lists the model",
-            Duration::from_secs(30),
-            async || {
-                let reply = self.api.get("/v1/models").await;
-                let listed = reply.json()["data"]
-                    .as_array()
-                    .is_some_and(|models| !models.is_empty());
-                if listed { Ok(()) } else { Err(reply.text) }
-            },
-        )
+        eventually("the gateway lists the model", Duration::from_secs(30), async || {
+            let reply = self.api.get("/v1/models").await;
+            let listed = reply.json()["data"].as_array().is_some_and(|models| !models.is_empty());
+            if listed { Ok(()) } else { Err(reply.text) }
+        })
         .await;
     }
 
@@ -347,9 +314,8 @@ impl Cluster {
         // A worker that was killed may still be there: its lease is running out.
         let left = self.etcd.instances();
         let stopped: Vec<&str> = self.workers.iter().map(|worker| &*worker.address).collect();
-        let left = left
-            .iter()
-            .find(|left| stopped.contains(&&*left.address) || left.model.is_empty());
+        let left =
+            left.iter().find(|left| stopped.contains(&&*left.address) || left.model.is_empty());
         assert_eq!(left, None, "still registered after a graceful stop");
         self.etcd.kill();
         leftovers::assert_none(self.dir.path());
@@ -359,26 +325,12 @@ impl Cluster {
 /// The flags that all daemons share.
 fn common_args(etcd: &Etcd, lease_ttl: u64) -> Vec<OsString> {
     let ttl = lease_ttl.to_string();
-    [
-        "--listen",
-        "127.0.0.1:0",
-        "--etcd",
-        etcd.url(),
-        "--lease-ttl",
-        &ttl,
-    ]
-    .map(Into::into)
-    .into()
+    ["--listen", "127.0.0.1:0", "--etcd", etcd.url(), "--lease-ttl", &ttl].map(Into::into).into()
 }
 
 fn worker_spec(name: String, role: Role, common: &[OsString], extra: &[OsString]) -> Spec {
     let mut args = common.to_vec();
-    args.extend([
-        "--role".into(),
-        role.as_str().into(),
-        "--model".into(),
-        model().into(),
-    ]);
+    args.extend(["--role".into(), role.as_str().into(), "--model".into(), model().into()]);
     args.extend(["--served-model-name".into(), MODEL_NAME.into()]);
     // Later flags must win over the builder's defaults: clap refuses a flag given twice.
     let pairs: Vec<&[OsString]> = extra.chunks(2).collect();

@@ -25,12 +25,7 @@ impl Etcd {
     pub async fn start(dir: &Path) -> Self {
         let address = |port| format!("http://127.0.0.1:{port}");
         let (client, peer) = (address(ports::free()), address(ports::free()));
-        let mut etcd = Self {
-            dir: dir.to_path_buf(),
-            client,
-            peer,
-            process: None,
-        };
+        let mut etcd = Self { dir: dir.to_path_buf(), client, peer, process: None };
         etcd.restart().await;
         etcd
     }
@@ -68,11 +63,7 @@ impl Etcd {
             }
             let reply = reqwest::get(&health).await.map_err(|e| format!("{e:?}"))?;
             let body = reply.text().await.map_err(|e| format!("{e:?}"))?;
-            if body.contains("true") {
-                Ok(())
-            } else {
-                Err(body)
-            }
+            if body.contains("true") { Ok(()) } else { Err(body) }
         })
         .await;
         self.process = Some(process);
@@ -82,24 +73,12 @@ impl Etcd {
     pub fn instances(&self) -> Vec<InstanceRecord> {
         let output = Command::new("etcdctl")
             .env("ETCDCTL_API", "3")
-            .args([
-                "--endpoints",
-                &self.client,
-                "get",
-                "--prefix",
-                "--print-value-only",
-            ])
+            .args(["--endpoints", &self.client, "get", "--prefix", "--print-value-only"])
             .arg(instances_prefix("default"))
             .output()
             .expect("run etcdctl");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let records = serde_json::Deserializer::from_slice(&output.stdout).into_iter();
-        records
-            .map(|record| record.expect("an instance record"))
-            .collect()
+        records.map(|record| record.expect("an instance record")).collect()
     }
 }

@@ -27,9 +27,7 @@ pub async fn watch(address: &str, interval: Duration) -> Streaming<WorkerStatus>
     let interval_ms = interval.as_millis().try_into().expect("an interval");
     let request = WatchStatusRequest { interval_ms };
     let reply = worker(address).await.watch_status(request).await;
-    reply
-        .unwrap_or_else(|e| panic!("WatchStatus of {address}: {e}"))
-        .into_inner()
+    reply.unwrap_or_else(|e| panic!("WatchStatus of {address}: {e}")).into_inner()
 }
 
 /// The next status of a watch.
@@ -43,9 +41,7 @@ pub async fn next(stream: &mut Streaming<WorkerStatus>) -> WorkerStatus {
 pub async fn cluster_view(address: &str) -> ClusterView {
     let mut client = CoordinatorClient::new(connect(address).await);
     let view = tokio::time::timeout(CALL_WITHIN, client.get_cluster(GetClusterRequest {})).await;
-    view.expect("a view in time")
-        .expect("the cluster's view")
-        .into_inner()
+    view.expect("a view in time").expect("the cluster's view").into_inner()
 }
 
 /// KV blocks that somebody owns: zero when no request is in flight.

@@ -22,24 +22,14 @@ pub struct Api {
 impl Api {
     /// A client of the gateway at `base`, which sends `key` when there is one.
     pub fn new(base: &str, key: Option<&str>) -> Self {
-        let client = reqwest::Client::builder()
-            .timeout(REPLY_WITHIN)
-            .no_proxy()
-            .build();
+        let client = reqwest::Client::builder().timeout(REPLY_WITHIN).no_proxy().build();
         let client = client.expect("an HTTP client");
-        Self {
-            base: base.to_owned(),
-            key: key.map(str::to_owned),
-            client,
-        }
+        Self { base: base.to_owned(), key: key.map(str::to_owned), client }
     }
 
     /// The same client with another key, or none.
     pub fn with_key(&self, key: Option<&str>) -> Self {
-        Self {
-            key: key.map(str::to_owned),
-            ..self.clone()
-        }
+        Self { key: key.map(str::to_owned), ..self.clone() }
     }
 
     /// The gateway's address.
@@ -55,10 +45,7 @@ impl Api {
         content_type: Option<&str>,
         body: impl Into<reqwest::Body>,
     ) -> Result<Reply, reqwest::Error> {
-        let mut request = self
-            .client
-            .request(method, format!("{}{path}", self.base))
-            .body(body);
+        let mut request = self.client.request(method, format!("{}{path}", self.base)).body(body);
         if let Some(content_type) = content_type {
             request = request.header(CONTENT_TYPE, content_type);
         }
@@ -68,11 +55,7 @@ impl Api {
         let reply = request.send().await?;
         let (status, headers) = (reply.status(), reply.headers().clone());
         let text = String::from_utf8(reply.bytes().await?.to_vec()).expect("a body in UTF-8");
-        Ok(Reply {
-            status,
-            headers,
-            text,
-        })
+        Ok(Reply { status, headers, text })
     }
 
     /// `GET path`.
@@ -83,14 +66,7 @@ impl Api {
 
     /// `POST path` with a JSON body.
     pub async fn post(&self, path: &str, body: &Value) -> Reply {
-        let reply = self
-            .send(
-                Method::POST,
-                path,
-                Some("application/json"),
-                body.to_string(),
-            )
-            .await;
+        let reply = self.send(Method::POST, path, Some("application/json"), body.to_string()).await;
         reply.unwrap_or_else(|e| panic!("POST {path}: {e:?}"))
     }
 
@@ -109,26 +85,14 @@ impl Api {
         if let Some(key) = &self.key {
             request = request.header(AUTHORIZATION, format!("Bearer {key}"));
         }
-        let reply = request
-            .send()
-            .await
-            .unwrap_or_else(|e| panic!("POST {path}: {e:?}"));
+        let reply = request.send().await.unwrap_or_else(|e| panic!("POST {path}: {e:?}"));
         if reply.status() != StatusCode::OK {
             panic!("POST {path}: {} {:?}", reply.status(), reply.text().await);
         }
-        let content_type = reply.headers()[CONTENT_TYPE]
-            .to_str()
-            .expect("a media type");
+        let content_type = reply.headers()[CONTENT_TYPE].to_str().expect("a media type");
         assert_eq!(content_type, "text/event-stream; charset=utf-8");
-        let bytes = reply
-            .bytes_stream()
-            .map(|chunk| chunk.map(|bytes| bytes.to_vec()))
-            .boxed();
-        Sse {
-            bytes,
-            buffer: Vec::new(),
-            done: false,
-        }
+        let bytes = reply.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed();
+        Sse { bytes, buffer: Vec::new(), done: false }
     }
 }
 
@@ -158,9 +122,7 @@ impl Reply {
 
     /// A header's text; empty when there is none.
     pub fn header(&self, name: &str) -> &str {
-        self.headers
-            .get(name)
-            .map_or("", |value| value.to_str().expect("a header in ASCII"))
+        self.headers.get(name).map_or("", |value| value.to_str().expect("a header in ASCII"))
     }
 
     /// Why this is not the contract's error body, or its `error` object.
@@ -180,14 +142,8 @@ impl Reply {
             && error["code"] == status
             && error["type"].is_string()
             && (error["param"].is_null() || error["param"].is_string())
-            && error["message"]
-                .as_str()
-                .is_some_and(|message| !message.is_empty());
-        if good {
-            Ok(error.clone())
-        } else {
-            Err(format!("an odd error object: {shown}"))
-        }
+            && error["message"].as_str().is_some_and(|message| !message.is_empty());
+        if good { Ok(error.clone()) } else { Err(format!("an odd error object: {shown}")) }
     }
 }
 
@@ -204,15 +160,9 @@ impl Sse {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let frame: Vec<u8> = self.buffer.drain(..end + 2).collect();
-                assert!(
-                    !self.done,
-                    "a frame after [DONE]: {:?}",
-                    String::from_utf8_lossy(&frame)
-                );
+                assert!(!self.done, "a frame after [DONE]: {:?}", String::from_utf8_lossy(&frame));
                 let frame = String::from_utf8(frame).expect("a frame in UTF-8");
-                let data = frame
-                    .strip_prefix("data: ")
-                    .unwrap_or_else(|| panic!("{frame:?}"));
+                let data = frame.strip_prefix("data: ").unwrap_or_else(|| panic!("{frame:?}"));
                 let data = data.trim_end_matches('\n');
                 assert!(!data.contains('\n'), "a frame of several lines: {frame:?}");
                 if data == "[DONE]" {
@@ -225,10 +175,7 @@ impl Sse {
                 Some(chunk) => self.buffer.extend(chunk.expect("the stream goes on")),
                 None => {
                     let rest = String::from_utf8_lossy(&self.buffer);
-                    assert!(
-                        self.done && rest.is_empty(),
-                        "ended without [DONE]; rest {rest:?}"
-                    );
+                    assert!(self.done && rest.is_empty(), "ended without [DONE]; rest {rest:?}");
                     return None;
                 }
             }
@@ -248,38 +195,25 @@ impl Sse {
 /// The text that a stream's events give to choice `index`, of either route.
 pub fn streamed_text(events: &[Value], index: u64) -> String {
     choices(events, index)
-        .filter_map(|choice| {
-            choice["text"]
-                .as_str()
-                .or(choice["delta"]["content"].as_str())
-        })
+        .filter_map(|choice| choice["text"].as_str().or(choice["delta"]["content"].as_str()))
         .collect()
 }
 
 /// The token ids that a stream's events give to choice `index`.
 pub fn streamed_ids(events: &[Value], index: u64) -> Vec<u32> {
-    choices(events, index)
-        .flat_map(|choice| ids(&choice["token_ids"]))
-        .collect()
+    choices(events, index).flat_map(|choice| ids(&choice["token_ids"])).collect()
 }
 
 /// The choices of a stream's events with this index.
 pub fn choices(events: &[Value], index: u64) -> impl Iterator<Item = &Value> {
-    let all = events
-        .iter()
-        .flat_map(|event| event["choices"].as_array().into_iter().flatten());
+    let all = events.iter().flat_map(|event| event["choices"].as_array().into_iter().flatten());
     all.filter(move |choice| choice["index"] == index)
 }
 
 /// A JSON list of token ids; empty when there is none.
 pub fn ids(list: &Value) -> Vec<u32> {
     let ids = list.as_array().into_iter().flatten();
-    ids.map(|id| {
-        id.as_u64()
-            .and_then(|id| id.try_into().ok())
-            .expect("a token id")
-    })
-    .collect()
+    ids.map(|id| id.as_u64().and_then(|id| id.try_into().ok()).expect("a token id")).collect()
 }
 
 /// A client that sends a request byte by byte and can leave at any time.
@@ -294,19 +228,14 @@ impl RawClient {
         let host = api.base.strip_prefix("http://").expect("an http address");
         let mut stream = tokio::net::TcpStream::connect(host).await.expect("connect");
         let body = body.to_string();
-        let key = api
-            .key
-            .as_ref()
-            .map_or(String::new(), |k| format!("Authorization: Bearer {k}\r\n"));
+        let key =
+            api.key.as_ref().map_or(String::new(), |k| format!("Authorization: Bearer {k}\r\n"));
         let request = format!(
             "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{key}\
              Content-Length: {}\r\n\r\n{body}",
             body.len()
         );
-        stream
-            .write_all(request.as_bytes())
-            .await
-            .expect("send the request");
+        stream.write_all(request.as_bytes()).await.expect("send the request");
         Self { stream }
     }
 

@@ -12,19 +12,13 @@ pub fn processes(dir: &Path) -> Vec<String> {
     let mark = format!("{MARK}={}", dir.display()).into_bytes();
     let entries = fs::read_dir("/proc").expect("list /proc");
     let numbered = entries.flatten().filter(|entry| {
-        entry
-            .file_name()
-            .to_string_lossy()
-            .bytes()
-            .all(|byte| byte.is_ascii_digit())
+        entry.file_name().to_string_lossy().bytes().all(|byte| byte.is_ascii_digit())
     });
     numbered
         .filter(|entry| {
             // A process that ended meanwhile, or a zombie, reads as empty.
             let environment = fs::read(entry.path().join("environ")).unwrap_or_default();
-            environment
-                .split(|byte| *byte == 0)
-                .any(|variable| variable == mark)
+            environment.split(|byte| *byte == 0).any(|variable| variable == mark)
         })
         .map(|entry| {
             let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -48,20 +42,11 @@ pub fn shared_memory() -> Vec<String> {
 /// Asserts that a stopped cluster left no process, no shared-memory file and no temporary file.
 pub fn assert_none(dir: &Path) {
     let processes = processes(dir);
-    assert!(
-        processes.is_empty(),
-        "processes left behind: {processes:#?}"
-    );
+    assert!(processes.is_empty(), "processes left behind: {processes:#?}");
     let shared = shared_memory();
-    assert!(
-        shared.is_empty(),
-        "shared-memory files left behind: {shared:?}"
-    );
+    assert!(shared.is_empty(), "shared-memory files left behind: {shared:?}");
     let temporary: Vec<_> = fs::read_dir(dir.join("tmp"))
         .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
         .unwrap_or_default();
-    assert!(
-        temporary.is_empty(),
-        "temporary files left behind: {temporary:?}"
-    );
+    assert!(temporary.is_empty(), "temporary files left behind: {temporary:?}");
 }

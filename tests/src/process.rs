@@ -41,12 +41,7 @@ impl Spec {
         args: impl IntoIterator<Item = A>,
     ) -> Self {
         let args = args.into_iter().map(Into::into).collect();
-        Self {
-            name: name.into(),
-            program,
-            args,
-            env: Vec::new(),
-        }
+        Self { name: name.into(), program, args, env: Vec::new() }
     }
 }
 
@@ -86,13 +81,7 @@ impl Process {
         let child = command
             .spawn()
             .unwrap_or_else(|e| panic!("start {} through setpriv (util-linux): {e}", spec.name));
-        Self {
-            name: spec.name.clone(),
-            child,
-            stdout,
-            stderr,
-            started: Instant::now(),
-        }
+        Self { name: spec.name.clone(), child, stdout, stderr, started: Instant::now() }
     }
 
     /// Waits for the `ready <role> <address>` line and returns the address.
@@ -100,11 +89,7 @@ impl Process {
         let what = format!("{} is ready", self.name);
         let (line, _) = eventually(&what, READY_WITHIN, async || {
             if let Some(status) = self.exited() {
-                panic!(
-                    "{} ended at its start with {status}:\n{}",
-                    self.name,
-                    self.stderr()
-                );
+                panic!("{} ended at its start with {status}:\n{}", self.name, self.stderr());
             }
             let out = self.stdout();
             out.split_inclusive('\n')
@@ -114,9 +99,7 @@ impl Process {
         })
         .await;
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [_, _, address] = words[..] else {
-            panic!("an odd ready line: {line:?}")
-        };
+        let [_, _, address] = words[..] else { panic!("an odd ready line: {line:?}") };
         address.to_owned()
     }
 
@@ -179,12 +162,7 @@ impl Process {
     pub async fn stop(&mut self) {
         self.signal(Signal::SIGTERM);
         let status = self.end(STOP_WITHIN).await;
-        assert!(
-            status.success(),
-            "{} stopped with {status}:\n{}",
-            self.name,
-            self.stderr()
-        );
+        assert!(status.success(), "{} stopped with {status}:\n{}", self.name, self.stderr());
     }
 }
 
@@ -204,9 +182,7 @@ impl Drop for Process {
 
 /// This process's environment without Baton's own settings, which would leak into every test.
 fn inherited() -> Vec<(OsString, OsString)> {
-    std::env::vars_os()
-        .filter(|(key, _)| setting(key))
-        .collect()
+    std::env::vars_os().filter(|(key, _)| setting(key)).collect()
 }
 
 fn setting(key: &OsString) -> bool {
@@ -217,12 +193,7 @@ fn setting(key: &OsString) -> bool {
 /// Names for logs that no earlier process of the same name has.
 fn log_files(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
     (0..)
-        .map(|n| {
-            (
-                dir.join(format!("{name}.{n}.out")),
-                dir.join(format!("{name}.{n}.err")),
-            )
-        })
+        .map(|n| (dir.join(format!("{name}.{n}.out")), dir.join(format!("{name}.{n}.err"))))
         .find(|(out, _)| !out.exists())
         .expect("a free name")
 }

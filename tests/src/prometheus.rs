@@ -33,9 +33,7 @@ impl Scrape {
         }
         let mut reader = Reader::default();
         for (number, line) in text.lines().enumerate() {
-            reader
-                .line(line)
-                .map_err(|e| format!("line {}: {e}: {line:?}", number + 1))?;
+            reader.line(line).map_err(|e| format!("line {}: {e}: {line:?}", number + 1))?;
         }
         for (name, family) in &reader.scrape.families {
             family.check(name).map_err(|e| format!("{name}: {e}"))?;
@@ -63,11 +61,7 @@ impl Scrape {
             })
             .map(|(_, _, value)| *value)
             .collect();
-        if matching.is_empty() {
-            None
-        } else {
-            Some(matching.iter().sum())
-        }
+        if matching.is_empty() { None } else { Some(matching.iter().sum()) }
     }
 }
 
@@ -94,10 +88,7 @@ impl Family {
         if !name.ends_with("_total") {
             return Err("a counter's name ends with _total".into());
         }
-        let bad = self
-            .samples
-            .iter()
-            .find(|(_, _, value)| !(*value >= 0.0 && value.is_finite()));
+        let bad = self.samples.iter().find(|(_, _, value)| !(*value >= 0.0 && value.is_finite()));
         bad.map_or(Ok(()), |bad| Err(format!("a counter below zero: {bad:?}")))
     }
 
@@ -135,21 +126,14 @@ impl Series {
             return Err("no _sum or no _count".into());
         };
         if !self.buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1) {
-            return Err(format!(
-                "buckets not in order or not cumulative: {:?}",
-                self.buckets
-            ));
+            return Err(format!("buckets not in order or not cumulative: {:?}", self.buckets));
         }
         match self.buckets.last() {
             Some((le, last)) if *le == f64::INFINITY && *last == count => {}
             other => return Err(format!("+Inf is {other:?}, _count is {count}")),
         }
         let empty = count == 0.0;
-        if empty && sum != 0.0 {
-            Err(format!("_count 0 but _sum {sum}"))
-        } else {
-            Ok(())
-        }
+        if empty && sum != 0.0 { Err(format!("_count 0 but _sum {sum}")) } else { Ok(()) }
     }
 }
 
@@ -182,23 +166,14 @@ impl Reader {
             return Ok(());
         }
         let (name, labels, value) = sample(line)?;
-        let family = self
-            .scrape
-            .families
-            .get_mut(&self.current)
-            .ok_or("a sample of no family")?;
-        let suffix = name
-            .strip_prefix(&self.current)
-            .ok_or("a sample of another family")?;
+        let family = self.scrape.families.get_mut(&self.current).ok_or("a sample of no family")?;
+        let suffix = name.strip_prefix(&self.current).ok_or("a sample of another family")?;
         let allowed: &[&str] = match family.kind.as_str() {
             "histogram" => &["_bucket", "_sum", "_count"],
             _ => &[""],
         };
         if !allowed.contains(&suffix) {
-            return Err(format!(
-                "not a sample of the {} {}",
-                family.kind, self.current
-            ));
+            return Err(format!("not a sample of the {} {}", family.kind, self.current));
         }
         family.samples.push((name, labels, value));
         Ok(())
@@ -209,8 +184,7 @@ impl Reader {
             return Err("an odd name".into());
         }
         if self.current != name {
-            self.closed
-                .insert(std::mem::replace(&mut self.current, name.to_owned()));
+            self.closed.insert(std::mem::replace(&mut self.current, name.to_owned()));
             if self.closed.contains(name) {
                 return Err("a family in two groups".into());
             }
@@ -290,9 +264,7 @@ fn number(text: &str) -> Result<f64, String> {
 /// Whether this is a metric's name, by the format's description.
 fn is_name(name: &str) -> bool {
     let mut chars = name.chars();
-    chars
-        .next()
-        .is_some_and(|c| c.is_ascii_alphabetic() || c == '_' || c == ':')
+    chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_' || c == ':')
         && chars.all(|c| c.is_ascii_alphanumeric() || c == '_' || c == ':')
 }
 

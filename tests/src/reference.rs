@@ -78,9 +78,7 @@ pub fn chat_template() -> Vec<Templated> {
 }
 
 fn read<T: DeserializeOwned>(name: &str) -> Vec<T> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("reference")
-        .join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference").join(name);
     let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut file: Value =
         serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -97,10 +95,7 @@ mod tests {
         let cases = greedy();
         assert!(cases.len() >= 40, "{}", cases.len());
         let lengths: Vec<usize> = cases.iter().map(|case| case.prompt.len()).collect();
-        assert_eq!(
-            (lengths.iter().min(), lengths.iter().max()),
-            (Some(&1), Some(&1500))
-        );
+        assert_eq!((lengths.iter().min(), lengths.iter().max()), (Some(&1), Some(&1500)));
         for case in &cases {
             assert_eq!(case.top.len(), case.output.len(), "{}", case.name);
             for (top, token) in case.top.iter().zip(&case.output) {
@@ -112,10 +107,6 @@ mod tests {
     #[test]
     fn all_files_are_read() {
         assert!(tokenize().len() >= 100);
-        assert!(
-            chat_template()
-                .iter()
-                .any(|case| !case.add_generation_prompt)
-        );
+        assert!(chat_template().iter().any(|case| !case.add_generation_prompt));
     }
 }

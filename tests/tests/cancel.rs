@@ -40,11 +40,7 @@ async fn freed(cluster: &Cluster, left: Instant) -> Duration {
         .await;
         left.elapsed()
     });
-    futures::future::join_all(waits)
-        .await
-        .into_iter()
-        .max()
-        .expect("a worker")
+    futures::future::join_all(waits).await.into_iter().max().expect("a worker")
 }
 
 async fn freed_in_time(cluster: &Cluster, what: &str, left: Instant) {
@@ -56,9 +52,7 @@ async fn freed_in_time(cluster: &Cluster, what: &str, left: Instant) {
 /// A prompt of about `tokens` tokens that no other prompt shares a prefix with.
 fn prompt(tokens: usize) -> Vec<u32> {
     let salt = rand::random_range(1000..20_000);
-    (0..tokens as u32)
-        .map(|i| 1000 + (i * 37 + salt) % 20_000)
-        .collect()
+    (0..tokens as u32).map(|i| 1000 + (i * 37 + salt) % 20_000).collect()
 }
 
 fn request(prompt_tokens: usize, max_tokens: usize, stream: bool) -> Value {
@@ -86,10 +80,7 @@ async fn a_client_that_leaves_during_decode_frees_its_blocks() {
             let before = decode.status().await.generation_tokens;
             let client =
                 RawClient::post(&cluster.api, "/v1/completions", &request(200, 1500, stream)).await;
-            until(decode, "tokens flow", |status| {
-                status.generation_tokens > before + 4
-            })
-            .await;
+            until(decode, "tokens flow", |status| status.generation_tokens > before + 4).await;
             let what = format!("decode, stream {stream}, round {round}");
             freed_in_time(&cluster, &what, client.leave()).await;
         }
@@ -105,16 +96,8 @@ async fn a_client_that_leaves_during_a_long_prefill_frees_its_blocks_on_both_wor
     for stream in [true, false] {
         let client =
             RawClient::post(&cluster.api, "/v1/completions", &request(4000, 4, stream)).await;
-        until(prefill, "the prompt is computed", |status| {
-            status.running > 0
-        })
-        .await;
-        freed_in_time(
-            &cluster,
-            &format!("prefill, stream {stream}"),
-            client.leave(),
-        )
-        .await;
+        until(prefill, "the prompt is computed", |status| status.running > 0).await;
+        freed_in_time(&cluster, &format!("prefill, stream {stream}"), client.leave()).await;
     }
     cluster.still_serves().await;
     cluster.finish().await;
@@ -127,16 +110,8 @@ async fn a_client_that_leaves_a_unified_worker_during_prefill_frees_its_blocks()
     for stream in [true, false] {
         let client =
             RawClient::post(&cluster.api, "/v1/completions", &request(4000, 4, stream)).await;
-        until(worker, "the prompt is computed", |status| {
-            status.running > 0
-        })
-        .await;
-        freed_in_time(
-            &cluster,
-            &format!("unified, stream {stream}"),
-            client.leave(),
-        )
-        .await;
+        until(worker, "the prompt is computed", |status| status.running > 0).await;
+        freed_in_time(&cluster, &format!("unified, stream {stream}"), client.leave()).await;
     }
     cluster.still_serves().await;
     cluster.finish().await;
@@ -154,16 +129,8 @@ async fn leaves_during_the_hand_off(transport: &str) {
         })
         .await;
         let left = client.leave();
-        assert_eq!(
-            during.generation_tokens, before.generation_tokens,
-            "the hand-off was over"
-        );
-        freed_in_time(
-            &cluster,
-            &format!("hand-off over {transport}, stream {stream}"),
-            left,
-        )
-        .await;
+        assert_eq!(during.generation_tokens, before.generation_tokens, "the hand-off was over");
+        freed_in_time(&cluster, &format!("hand-off over {transport}, stream {stream}"), left).await;
     }
     cluster.still_serves().await;
     cluster.finish().await;
@@ -196,33 +163,13 @@ async fn a_full_queue_is_answered_with_retry_after_and_keeps_nothing() {
 
     for stream in [false, true] {
         let start = Instant::now();
-        let reply = cluster
-            .api
-            .post("/v1/completions", &request(20, 4, stream))
-            .await;
-        let refused = [
-            StatusCode::TOO_MANY_REQUESTS,
-            StatusCode::SERVICE_UNAVAILABLE,
-        ];
-        assert!(
-            refused.contains(&reply.status),
-            "{} {}",
-            reply.status,
-            reply.text
-        );
-        reply
-            .error(reply.status.as_u16())
-            .expect("the error object");
-        let after: u64 = reply
-            .header("retry-after")
-            .parse()
-            .expect("Retry-After in seconds");
+        let reply = cluster.api.post("/v1/completions", &request(20, 4, stream)).await;
+        let refused = [StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE];
+        assert!(refused.contains(&reply.status), "{} {}", reply.status, reply.text);
+        reply.error(reply.status.as_u16()).expect("the error object");
+        let after: u64 = reply.header("retry-after").parse().expect("Retry-After in seconds");
         assert!((1..=60).contains(&after), "Retry-After: {after}");
-        assert!(
-            start.elapsed() < Duration::from_secs(5),
-            "refused after {:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() < Duration::from_secs(5), "refused after {:?}", start.elapsed());
     }
     let status = worker.status().await;
     assert_eq!((status.running, status.waiting), (1, 1), "{status:?}");
@@ -237,37 +184,18 @@ async fn a_full_queue_is_answered_with_retry_after_and_keeps_nothing() {
 
 #[tokio::test]
 async fn a_request_that_outlives_its_deadline_is_ended_and_freed() {
-    let builder = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(32);
+    let builder = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(32);
     let cluster = builder.gateway_arg("--request-timeout", "2").start().await;
     let start = Instant::now();
-    let reply = cluster
-        .api
-        .post("/v1/completions", &request(100, 7000, false))
-        .await;
+    let reply = cluster.api.post("/v1/completions", &request(100, 7000, false)).await;
     let took = start.elapsed();
-    assert!(
-        reply.status == 504 || reply.status == 408,
-        "{} {}",
-        reply.status,
-        reply.text
-    );
-    reply
-        .error(reply.status.as_u16())
-        .expect("the error object");
-    assert!(
-        took > Duration::from_millis(1800) && took < Duration::from_secs(4),
-        "{took:?}"
-    );
+    assert!(reply.status == 504 || reply.status == 408, "{} {}", reply.status, reply.text);
+    reply.error(reply.status.as_u16()).expect("the error object");
+    assert!(took > Duration::from_millis(1800) && took < Duration::from_secs(4), "{took:?}");
     freed_in_time(&cluster, "the deadline", Instant::now()).await;
 
     // A stream that has begun cannot change its status: its last event is the error.
-    let mut stream = cluster
-        .api
-        .stream("/v1/completions", &request(100, 7000, true))
-        .await;
+    let mut stream = cluster.api.stream("/v1/completions", &request(100, 7000, true)).await;
     let mut last = Value::Null;
     while let Some(event) = stream.next().await {
         last = event;

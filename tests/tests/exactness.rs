@@ -67,12 +67,7 @@ impl Tally {
         );
         assert!(self.cases >= 40, "too few cases: {}", self.cases);
         // A flip is allowed where it can happen, not as a habit.
-        assert!(
-            self.ties * 20 <= self.cases,
-            "{} flips in {} cases",
-            self.ties,
-            self.cases
-        );
+        assert!(self.ties * 20 <= self.cases, "{} flips in {} cases", self.ties, self.cases);
         assert!(self.wrong.is_empty(), "{mode}:\n{}", self.wrong.join("\n"));
     }
 }
@@ -108,10 +103,7 @@ async fn unified_equals_the_reference() {
     let start = Instant::now();
     let tally = run_all(&cluster.api, &cases).await;
     let status = cluster.only(Role::Unified).status().await;
-    assert_eq!(
-        status.prefix_cache_hits, 0,
-        "the salts keep cases apart: {status:?}"
-    );
+    assert_eq!(status.prefix_cache_hits, 0, "the salts keep cases apart: {status:?}");
     assert_eq!(status.handoff_requests, 0, "{status:?}");
     cluster.finish().await;
     tally.check("unified", start.elapsed());
@@ -127,42 +119,20 @@ async fn disaggregated(transport: &str) {
 
     let (prefill, decode) = (cluster.only(Role::Prefill), cluster.only(Role::Decode));
     let (there, here) = (prefill.status().await, decode.status().await);
-    assert_eq!(
-        here.handoff_requests,
-        cases.len() as u64,
-        "every prompt is handed over: {here:?}"
-    );
+    assert_eq!(here.handoff_requests, cases.len() as u64, "every prompt is handed over: {here:?}");
     assert_eq!(here.handoff_failures, 0, "{here:?}");
     let prompts: usize = cases.iter().map(|case| case.prompt.len()).sum();
-    assert_eq!(
-        there.prompt_tokens, prompts as u64,
-        "computed by the prefill worker: {there:?}"
-    );
+    assert_eq!(there.prompt_tokens, prompts as u64, "computed by the prefill worker: {there:?}");
     let (shared, grpc) = (here.handoff_bytes_shared_memory, here.handoff_bytes_grpc);
-    let (used, unused) = if transport == "shm" {
-        (shared, grpc)
-    } else {
-        (grpc, shared)
-    };
+    let (used, unused) = if transport == "shm" { (shared, grpc) } else { (grpc, shared) };
     let mut client = grpc::worker(&decode.address).await;
     let described = client.describe(baton_proto::v1::DescribeRequest {}).await;
-    let layout = described
-        .expect("a description")
-        .into_inner()
-        .kv_layout
-        .expect("a layout");
+    let layout = described.expect("a description").into_inner().kv_layout.expect("a layout");
     let blocks = |case: &Greedy| case.prompt.len().div_ceil(layout.block_size as usize) as u64;
     let expected = cases.iter().map(blocks).sum::<u64>() * layout.block_bytes;
     assert_eq!(unused, 0, "only {transport} is offered: {here:?}");
-    assert!(
-        used > expected / 2 && used <= expected,
-        "{used} bytes of at most {expected}"
-    );
-    println!(
-        "{transport}: {} MiB in {} hand-offs",
-        used >> 20,
-        here.handoff_requests
-    );
+    assert!(used > expected / 2 && used <= expected, "{used} bytes of at most {expected}");
+    println!("{transport}: {} MiB in {} hand-offs", used >> 20, here.handoff_requests);
     cluster.finish().await;
     tally.check(&format!("disaggregated over {transport}"), start.elapsed());
 }
@@ -180,12 +150,7 @@ async fn disaggregated_over_grpc_equals_the_reference() {
 /// Nine at a time through both workers, so that prompts and answers share steps.
 #[tokio::test]
 async fn batched_among_eight_others_equals_the_reference() {
-    let cluster = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(64)
-        .start()
-        .await;
+    let cluster = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(64).start().await;
     let cases = reference::greedy();
     let start = Instant::now();
     let mut tally = Tally::default();
@@ -199,10 +164,7 @@ async fn batched_among_eight_others_equals_the_reference() {
     }
     let status = cluster.only(Role::Decode).status().await;
     assert!(status.handoff_requests > 0, "{status:?}");
-    assert!(
-        status.handoff_requests < cases.len() as u64,
-        "short ones stay: {status:?}"
-    );
+    assert!(status.handoff_requests < cases.len() as u64, "short ones stay: {status:?}");
     cluster.finish().await;
     tally.check("batched among 8 others", start.elapsed());
 }
@@ -211,12 +173,7 @@ async fn batched_among_eight_others_equals_the_reference() {
 /// from the caches of both workers.
 #[tokio::test]
 async fn with_prefix_cache_hits_equals_the_reference() {
-    let cluster = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(48)
-        .start()
-        .await;
+    let cluster = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(48).start().await;
     let cases = reference::greedy();
     let start = Instant::now();
     let mut tally = Tally::default();
@@ -228,10 +185,7 @@ async fn with_prefix_cache_hits_equals_the_reference() {
     let decode = cluster.only(Role::Decode).status().await;
     let prompts: usize = cases.iter().map(|case| case.prompt.len()).sum();
     let hits = decode.prefix_cache_hits;
-    assert!(
-        hits as usize > prompts * 3 / 4,
-        "{hits} of 2 × {prompts} tokens were cached"
-    );
+    assert!(hits as usize > prompts * 3 / 4, "{hits} of 2 × {prompts} tokens were cached");
     println!("{hits} of 2 × {prompts} prompt tokens were cached on the decode worker");
     cluster.finish().await;
     tally.check("with prefix-cache hits", start.elapsed());
@@ -254,9 +208,7 @@ async fn logprobs_are_those_of_the_reference_within_a_tolerance() {
             "return_tokens_as_token_ids": true,
         });
         let reply = cluster.api.ok("/v1/completions", &body).await;
-        let steps = reply["choices"][0]["logprobs"]["top_logprobs"]
-            .as_array()
-            .expect("steps");
+        let steps = reply["choices"][0]["logprobs"]["top_logprobs"].as_array().expect("steps");
         let mut largest = 0.0_f64;
         for (step, expected) in steps.iter().zip(&case.top) {
             let logprob = |id: u32| step[format!("token_id:{id}")].as_f64();
@@ -279,10 +231,6 @@ async fn logprobs_are_those_of_the_reference_within_a_tolerance() {
     }
     println!("{compared} differences of logits compared, the worst is off by {worst:.6}");
     assert!(compared > 40 * STEPS * 2, "too few compared: {compared}");
-    assert!(
-        wrong.is_empty(),
-        "off by more than {TOLERANCE}:\n{}",
-        wrong.join("\n")
-    );
+    assert!(wrong.is_empty(), "off by more than {TOLERANCE}:\n{}", wrong.join("\n"));
     cluster.finish().await;
 }

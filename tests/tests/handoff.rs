@@ -12,10 +12,7 @@ use serde_json::json;
 use tonic::Code;
 
 async fn describe(worker: &Worker) -> WorkerDescription {
-    let reply = grpc::worker(&worker.address)
-        .await
-        .describe(DescribeRequest {})
-        .await;
+    let reply = grpc::worker(&worker.address).await.describe(DescribeRequest {}).await;
     reply.expect("a description").into_inner()
 }
 
@@ -39,10 +36,7 @@ async fn grown(cluster: &Cluster, prompt: &[u32]) -> WorkerStatus {
 async fn only_missing_blocks_move(transport: &str) {
     let builder = Cluster::builder().prefill(1).decode(1).transport(transport);
     let cluster = builder.handoff_min_tokens(64).start().await;
-    let layout = describe(cluster.only(Role::Decode))
-        .await
-        .kv_layout
-        .expect("a layout");
+    let layout = describe(cluster.only(Role::Decode)).await.kv_layout.expect("a layout");
     let (size, bytes) = (layout.block_size as usize, layout.block_bytes);
     let tokens: Vec<u32> = (0..40 * size as u32).map(|i| 1000 + i * 3).collect();
 
@@ -58,22 +52,13 @@ async fn only_missing_blocks_move(transport: &str) {
     let same = grown(&cluster, &tokens[..30 * size + 3]).await;
     assert_eq!((same.handoff_requests, grpc::handoff_bytes(&same)), (0, 0));
     let little = grown(&cluster, &tokens[..33 * size]).await;
-    assert_eq!(
-        (little.handoff_requests, grpc::handoff_bytes(&little)),
-        (0, 0)
-    );
+    assert_eq!((little.handoff_requests, grpc::handoff_bytes(&little)), (0, 0));
     let short = grown(&cluster, &[7; 63]).await;
-    assert_eq!(
-        (short.handoff_requests, grpc::handoff_bytes(&short)),
-        (0, 0)
-    );
+    assert_eq!((short.handoff_requests, grpc::handoff_bytes(&short)), (0, 0));
     // From the threshold on, all.
     let enough = grown(&cluster, &[8; 64]).await;
     assert_eq!(enough.handoff_requests, 1);
-    assert_eq!(
-        grpc::handoff_bytes(&enough),
-        64_u64.div_ceil(size as u64) * bytes
-    );
+    assert_eq!(grpc::handoff_bytes(&enough), 64_u64.div_ceil(size as u64) * bytes);
 
     let status = cluster.only(Role::Decode).status().await;
     let unused = match transport {
@@ -97,10 +82,7 @@ async fn only_blocks_that_the_decode_worker_lacks_move_over_grpc() {
 /// On one host, shared memory is taken when both ends offer both.
 #[tokio::test]
 async fn shared_memory_is_preferred_on_one_host() {
-    let builder = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .transport("shm,grpc");
+    let builder = Cluster::builder().prefill(1).decode(1).transport("shm,grpc");
     let cluster = builder.handoff_min_tokens(32).start().await;
     let moved = grown(&cluster, &(1000..1100).collect::<Vec<u32>>()).await;
     assert!(moved.handoff_bytes_shared_memory > 0, "{moved:?}");
@@ -130,9 +112,7 @@ fn prefill_request(peer: &WorkerDescription) -> PrefillRequest {
 /// A caller that neither fetches nor hangs up: the blocks are its own for a while, not for ever.
 #[tokio::test]
 async fn blocks_that_nobody_fetches_are_freed_when_their_lease_ends() {
-    let builder = Cluster::builder()
-        .prefill(1)
-        .worker_arg("--hold-lease", "2");
+    let builder = Cluster::builder().prefill(1).worker_arg("--hold-lease", "2");
     let cluster = builder.start().await;
     let worker = cluster.only(Role::Prefill);
     let peer = describe(worker).await;
@@ -140,20 +120,10 @@ async fn blocks_that_nobody_fetches_are_freed_when_their_lease_ends() {
         let mut request = prefill_request(&peer);
         request.transports = vec![transport.into()];
         let mut client = grpc::worker(&worker.address).await;
-        let mut events = client
-            .prefill(request)
-            .await
-            .expect("accepted")
-            .into_inner();
+        let mut events = client.prefill(request).await.expect("accepted").into_inner();
         let (mut blocks, mut finished) = (0, None);
         while finished.is_none() {
-            match events
-                .message()
-                .await
-                .expect("an event")
-                .expect("an event")
-                .event
-            {
+            match events.message().await.expect("an event").expect("an event").event {
                 Some(Event::Ready(ready)) => blocks += ready.blocks.len(),
                 Some(Event::Block(block)) => {
                     assert_eq!(
@@ -169,24 +139,14 @@ async fn blocks_that_nobody_fetches_are_freed_when_their_lease_ends() {
         }
         assert_eq!(blocks, 7, "100 tokens in blocks of 16");
         let held = worker.status().await;
-        assert!(
-            held.kv_blocks_handoff >= 7,
-            "pinned while the stream is open: {held:?}"
-        );
+        assert!(held.kv_blocks_handoff >= 7, "pinned while the stream is open: {held:?}");
         let what = "the blocks of a silent caller are freed";
         let (_, took) = eventually(what, Duration::from_secs(4), async || {
             let status = worker.status().await;
-            if grpc::owned_blocks(&status) == 0 {
-                Ok(())
-            } else {
-                Err(format!("{status:?}"))
-            }
+            if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
         })
         .await;
-        assert!(
-            took > Duration::from_secs(1),
-            "freed before the lease ended: {took:?}"
-        );
+        assert!(took > Duration::from_secs(1), "freed before the lease ended: {took:?}");
         drop(events);
     }
     cluster.finish().await;
@@ -198,29 +158,16 @@ async fn a_caller_that_hangs_up_frees_its_blocks_at_once() {
     let worker = cluster.only(Role::Prefill);
     let peer = describe(worker).await;
     let mut client = grpc::worker(&worker.address).await;
-    let mut events = client
-        .prefill(prefill_request(&peer))
-        .await
-        .expect("accepted")
-        .into_inner();
+    let mut events = client.prefill(prefill_request(&peer)).await.expect("accepted").into_inner();
     while !matches!(
-        events
-            .message()
-            .await
-            .expect("an event")
-            .expect("an event")
-            .event,
+        events.message().await.expect("an event").expect("an event").event,
         Some(Event::Finished(_))
     ) {}
     let hung_up = Instant::now();
     drop(events);
     eventually("the blocks are freed", Duration::from_secs(1), async || {
         let status = worker.status().await;
-        if grpc::owned_blocks(&status) == 0 {
-            Ok(())
-        } else {
-            Err(format!("{status:?}"))
-        }
+        if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
     })
     .await;
     println!("freed after {:?}", hung_up.elapsed());
@@ -275,9 +222,6 @@ async fn a_peer_that_may_not_share_kv_is_refused() {
         assert!(!status.message().is_empty(), "{what}");
     }
     let mut client = grpc::worker(&worker.address).await;
-    client
-        .prefill(sound)
-        .await
-        .expect("the sound request is still served");
+    client.prefill(sound).await.expect("the sound request is still served");
     cluster.finish().await;
 }

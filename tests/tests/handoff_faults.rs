@@ -9,9 +9,7 @@ use serde_json::{Value, json};
 
 /// A prompt of 1,500 tokens that no other prompt shares a prefix with.
 fn request(salt: u32) -> Value {
-    let prompt: Vec<u32> = (0..1500)
-        .map(|i| 1000 + (i * 37 + salt * 1009) % 20_000)
-        .collect();
+    let prompt: Vec<u32> = (0..1500).map(|i| 1000 + (i * 37 + salt * 1009) % 20_000).collect();
     json!({
         "model": MODEL_NAME,
         "prompt": prompt,
@@ -43,9 +41,7 @@ async fn the_prefill_worker_dies(transport: &str) {
     let expected = reference(&requests).await;
     let builder = Cluster::builder().prefill(1).decode(1).transport(transport);
     // Small chunks: the hand-off has begun long before the prompt is done.
-    let builder = builder
-        .worker_arg("--max-batch-tokens", "64")
-        .handoff_min_tokens(32);
+    let builder = builder.worker_arg("--max-batch-tokens", "64").handoff_min_tokens(32);
     let mut cluster = builder.start().await;
     let decode = cluster.only(Role::Decode).address.clone();
 
@@ -56,56 +52,32 @@ async fn the_prefill_worker_dies(transport: &str) {
     });
     let arrived = async || {
         let status = grpc::status(&decode).await;
-        if grpc::handoff_bytes(&status) > 0 {
-            Ok(status)
-        } else {
-            Err(format!("{status:?}"))
-        }
+        if grpc::handoff_bytes(&status) > 0 { Ok(status) } else { Err(format!("{status:?}")) }
     };
     let (during, _) = eventually("blocks arrive", Duration::from_secs(30), arrived).await;
     assert_eq!(during.generation_tokens, 0, "the hand-off was over");
     cluster.kill_worker(0);
-    assert_eq!(
-        call.await.expect("an answer"),
-        expected[0],
-        "the peer died mid-way"
-    );
+    assert_eq!(call.await.expect("an answer"), expected[0], "the peer died mid-way");
     let after = grpc::status(&decode).await;
     assert!(after.handoff_failures >= 1, "{after:?}");
 
     // With no prefill worker at all, the decode worker computes prompts itself.
-    assert_eq!(
-        answer(&cluster.api, &requests[1]).await,
-        expected[1],
-        "no peer"
-    );
+    assert_eq!(answer(&cluster.api, &requests[1]).await, expected[1], "no peer");
     let alone = grpc::status(&decode).await;
     assert_eq!(grpc::owned_blocks(&alone), 0, "{alone:?}");
 
     // A new one is used again.
     cluster.add_worker(Role::Prefill).await;
     let (api, salt) = (cluster.api.clone(), std::cell::Cell::new(10));
-    eventually(
-        "the new prefill worker is used",
-        Duration::from_secs(20),
-        async || {
-            salt.set(salt.get() + 1);
-            answer(&api, &request(salt.get())).await;
-            let status = grpc::status(&decode).await;
-            let used = grpc::handoff_bytes(&status) > grpc::handoff_bytes(&alone);
-            if used {
-                Ok(())
-            } else {
-                Err(format!("{status:?}"))
-            }
-        },
-    )
+    eventually("the new prefill worker is used", Duration::from_secs(20), async || {
+        salt.set(salt.get() + 1);
+        answer(&api, &request(salt.get())).await;
+        let status = grpc::status(&decode).await;
+        let used = grpc::handoff_bytes(&status) > grpc::handoff_bytes(&alone);
+        if used { Ok(()) } else { Err(format!("{status:?}")) }
+    })
     .await;
-    assert_eq!(
-        answer(&cluster.api, &requests[2]).await,
-        expected[2],
-        "a new peer"
-    );
+    assert_eq!(answer(&cluster.api, &requests[2]).await, expected[2], "a new peer");
     cluster.finish().await;
 }
 
@@ -124,10 +96,7 @@ async fn the_answer_is_right_when_the_prefill_worker_dies_mid_hand_off_over_grpc
 async fn a_prefill_worker_that_hangs_does_not_hang_the_request() {
     let requests = [request(0)];
     let expected = reference(&requests).await;
-    let builder = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(32);
+    let builder = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(32);
     let cluster = builder.worker_arg("--max-batch-tokens", "64").start().await;
     let prefill = cluster.only(Role::Prefill);
     prefill.process.signal(nix::sys::signal::Signal::SIGSTOP);
@@ -145,10 +114,7 @@ async fn a_prefill_worker_that_hangs_does_not_hang_the_request() {
 /// the blocks that nobody will fetch.
 #[tokio::test]
 async fn a_prefill_worker_frees_what_a_dead_decode_worker_will_not_fetch() {
-    let builder = Cluster::builder()
-        .prefill(1)
-        .decode(2)
-        .handoff_min_tokens(32);
+    let builder = Cluster::builder().prefill(1).decode(2).handoff_min_tokens(32);
     let mut cluster = builder.worker_arg("--max-batch-tokens", "64").start().await;
     let expected = reference(&[request(0)]).await;
     let call = tokio::spawn({
@@ -156,10 +122,8 @@ async fn a_prefill_worker_frees_what_a_dead_decode_worker_will_not_fetch() {
         async move { answer(&api, &request).await }
     });
     let prefill = cluster.only(Role::Prefill).address.clone();
-    let decodes: Vec<String> = cluster.workers[1..]
-        .iter()
-        .map(|worker| worker.address.clone())
-        .collect();
+    let decodes: Vec<String> =
+        cluster.workers[1..].iter().map(|worker| worker.address.clone()).collect();
     let (victim, _) = eventually("blocks arrive", Duration::from_secs(30), async || {
         for (index, address) in decodes.iter().enumerate() {
             if grpc::handoff_bytes(&grpc::status(address).await) > 0 {
@@ -171,18 +135,10 @@ async fn a_prefill_worker_frees_what_a_dead_decode_worker_will_not_fetch() {
     .await;
     cluster.kill_worker(1 + victim);
     assert_eq!(call.await.expect("an answer"), expected[0]);
-    eventually(
-        "the prefill worker is at rest",
-        Duration::from_secs(2),
-        async || {
-            let status = grpc::status(&prefill).await;
-            if grpc::owned_blocks(&status) == 0 {
-                Ok(())
-            } else {
-                Err(format!("{status:?}"))
-            }
-        },
-    )
+    eventually("the prefill worker is at rest", Duration::from_secs(2), async || {
+        let status = grpc::status(&prefill).await;
+        if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
+    })
     .await;
     cluster.finish().await;
 }

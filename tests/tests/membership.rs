@@ -64,25 +64,14 @@ async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
 
     let mut streams = Vec::new();
     for request in &requests {
-        streams.push(
-            cluster
-                .api
-                .stream("/v1/completions", &streaming(request))
-                .await,
-        );
+        streams.push(cluster.api.stream("/v1/completions", &streaming(request)).await);
     }
     let mut begun = Vec::new();
     for stream in &mut streams {
         begun.push(read_tokens(stream, 4).await);
     }
-    let (first, second) = (
-        cluster.workers[1].status().await,
-        cluster.workers[2].status().await,
-    );
-    assert!(
-        first.running > 0 && second.running > 0,
-        "load on both: {first:?} {second:?}"
-    );
+    let (first, second) = (cluster.workers[1].status().await, cluster.workers[2].status().await);
+    assert!(first.running > 0 && second.running > 0, "load on both: {first:?} {second:?}");
 
     let victim = cluster.workers[1].address.clone();
     cluster.kill_worker(1);
@@ -98,15 +87,8 @@ async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
     let coordinator = cluster.coordinator().to_owned();
     eventually("the coordinator drops the dead worker", lease, async || {
         let view = grpc::cluster_view(&coordinator).await;
-        let gone = view
-            .instances
-            .iter()
-            .all(|instance| instance.address != victim);
-        if gone {
-            Ok(())
-        } else {
-            Err(format!("{view:?}"))
-        }
+        let gone = view.instances.iter().all(|instance| instance.address != victim);
+        if gone { Ok(()) } else { Err(format!("{view:?}")) }
     })
     .await;
     let gone = killed.elapsed();
@@ -118,10 +100,7 @@ async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
         assert_eq!(ends.count(), 1, "request {i} ends once");
     }
     println!("4 new requests after the death: {failover:?}; gone from the view: {gone:?}");
-    assert!(
-        failover < Duration::from_secs(3),
-        "new requests fail over at once: {failover:?}"
-    );
+    assert!(failover < Duration::from_secs(3), "new requests fail over at once: {failover:?}");
     cluster.finish().await;
 }
 
@@ -136,22 +115,11 @@ async fn whole_answers_survive_the_death_of_their_worker() {
         tokio::spawn(async move { api.ok("/v1/completions", &request).await })
     });
     let calls: Vec<_> = calls.collect();
-    eventually(
-        "both workers are busy",
-        Duration::from_secs(10),
-        async || {
-            let (a, b) = (
-                cluster.workers[0].status().await,
-                cluster.workers[1].status().await,
-            );
-            let busy = a.running > 0 && b.running > 0;
-            if busy {
-                Ok(())
-            } else {
-                Err(format!("{a:?} {b:?}"))
-            }
-        },
-    )
+    eventually("both workers are busy", Duration::from_secs(10), async || {
+        let (a, b) = (cluster.workers[0].status().await, cluster.workers[1].status().await);
+        let busy = a.running > 0 && b.running > 0;
+        if busy { Ok(()) } else { Err(format!("{a:?} {b:?}")) }
+    })
     .await;
     cluster.kill_worker(0);
     for (call, expected) in calls.into_iter().zip(&expected) {
@@ -168,31 +136,20 @@ async fn a_new_worker_is_used_within_a_second() {
     // Load for the router to move away from.
     let mut streams = Vec::new();
     for request in requests(4, 1500) {
-        let mut stream = cluster
-            .api
-            .stream("/v1/completions", &streaming(&request))
-            .await;
+        let mut stream = cluster.api.stream("/v1/completions", &streaming(&request)).await;
         read_tokens(&mut stream, 1).await;
         streams.push(stream);
     }
     let address = cluster.add_worker(Role::Unified).await.address.clone();
     let (api, next) = (cluster.api.clone(), std::cell::Cell::new(0));
-    let (_, took) = eventually(
-        "the new worker generates",
-        Duration::from_secs(1),
-        async || {
-            next.set(next.get() + 1);
-            let prompt = format!("Question {}", next.get());
-            let body = json!({"model": MODEL_NAME, "prompt": prompt, "max_tokens": 1});
-            api.ok("/v1/completions", &body).await;
-            let status = grpc::status(&address).await;
-            if status.generation_tokens > 0 {
-                Ok(())
-            } else {
-                Err(format!("{status:?}"))
-            }
-        },
-    )
+    let (_, took) = eventually("the new worker generates", Duration::from_secs(1), async || {
+        next.set(next.get() + 1);
+        let prompt = format!("Question {}", next.get());
+        let body = json!({"model": MODEL_NAME, "prompt": prompt, "max_tokens": 1});
+        api.ok("/v1/completions", &body).await;
+        let status = grpc::status(&address).await;
+        if status.generation_tokens > 0 { Ok(()) } else { Err(format!("{status:?}")) }
+    })
     .await;
     println!("used {took:?} after its ready line");
     drop(streams);
@@ -206,12 +163,7 @@ async fn a_worker_that_is_stopped_leaves_at_once_and_finishes_its_requests() {
     let expected = undisturbed(&cluster, &requests).await;
     let mut streams = Vec::new();
     for request in &requests {
-        streams.push(
-            cluster
-                .api
-                .stream("/v1/completions", &streaming(request))
-                .await,
-        );
+        streams.push(cluster.api.stream("/v1/completions", &streaming(request)).await);
     }
     let mut begun = Vec::new();
     for stream in &mut streams {
@@ -260,10 +212,7 @@ async fn requests_are_served_while_etcd_is_away_and_all_register_again() {
     let (mut served, mut slowest) = (0, Duration::ZERO);
     while away.elapsed() < outage() {
         // Long enough for a hand-off, and new each time, so that nothing comes from a cache.
-        let prompt = format!(
-            "Request {served}: {}",
-            "the sea is wide and blue, ".repeat(8)
-        );
+        let prompt = format!("Request {served}: {}", "the sea is wide and blue, ".repeat(8));
         let body =
             json!({"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4, "ignore_eos": true});
         let start = Instant::now();
@@ -272,19 +221,11 @@ async fn requests_are_served_while_etcd_is_away_and_all_register_again() {
         slowest = slowest.max(start.elapsed());
         served += 1;
         if served == 1 {
-            eventually(
-                "the coordinator sees the outage",
-                Duration::from_secs(10),
-                async || {
-                    let view = grpc::cluster_view(&coordinator).await;
-                    let instances = view.instances.len();
-                    if !view.etcd_connected {
-                        Ok(())
-                    } else {
-                        Err(format!("{instances} instances"))
-                    }
-                },
-            )
+            eventually("the coordinator sees the outage", Duration::from_secs(10), async || {
+                let view = grpc::cluster_view(&coordinator).await;
+                let instances = view.instances.len();
+                if !view.etcd_connected { Ok(()) } else { Err(format!("{instances} instances")) }
+            })
             .await;
         }
     }
@@ -292,27 +233,17 @@ async fn requests_are_served_while_etcd_is_away_and_all_register_again() {
     assert_eq!(view.instances.len(), 4, "the last view is kept: {view:?}");
     assert!(!view.etcd_connected);
     let handed_off = cluster.only(Role::Decode).status().await.handoff_requests;
-    assert!(
-        handed_off >= served,
-        "{handed_off} hand-offs in {served} requests"
-    );
+    assert!(handed_off >= served, "{handed_off} hand-offs in {served} requests");
 
     cluster.etcd.restart().await;
     let (_, took) = eventually("all register again", Duration::from_secs(30), async || {
         let records = cluster.etcd.instances();
         let view = grpc::cluster_view(&coordinator).await;
         let whole = records == registered && view.etcd_connected && view.instances.len() == 4;
-        if whole {
-            Ok(())
-        } else {
-            Err(format!("{records:?} {view:?}"))
-        }
+        if whole { Ok(()) } else { Err(format!("{records:?} {view:?}")) }
     })
     .await;
-    println!(
-        "{served} requests in {:?} without etcd, slowest {slowest:?}",
-        outage()
-    );
+    println!("{served} requests in {:?} without etcd, slowest {slowest:?}", outage());
     println!("all registered {took:?} after etcd answered");
 
     // Records alone may be the old leases' last seconds: they must be there when those are over.
@@ -328,12 +259,7 @@ async fn requests_are_served_while_etcd_is_away_and_all_register_again() {
 /// An operator restores etcd from nothing: revisions start again and every lease is gone.
 #[tokio::test]
 async fn an_etcd_that_lost_its_data_is_filled_again() {
-    let mut cluster = Cluster::builder()
-        .unified(1)
-        .coordinator()
-        .lease_ttl(3)
-        .start()
-        .await;
+    let mut cluster = Cluster::builder().unified(1).coordinator().lease_ttl(3).start().await;
     let registered = cluster.etcd.instances();
     cluster.etcd.kill();
     std::fs::remove_dir_all(cluster.dir().join("etcd")).expect("lose the data");
@@ -341,32 +267,17 @@ async fn an_etcd_that_lost_its_data_is_filled_again() {
     cluster.etcd.restart().await;
     eventually("all register again", Duration::from_secs(30), async || {
         let records = cluster.etcd.instances();
-        if records == registered {
-            Ok(())
-        } else {
-            Err(format!("{records:?}"))
-        }
+        if records == registered { Ok(()) } else { Err(format!("{records:?}")) }
     })
     .await;
     // The watches follow the new history too: a worker that joins now is used.
     let address = cluster.add_worker(Role::Unified).await.address.clone();
     let coordinator = cluster.coordinator().to_owned();
-    eventually(
-        "the new worker is seen",
-        Duration::from_secs(10),
-        async || {
-            let view = grpc::cluster_view(&coordinator).await;
-            let seen = view
-                .instances
-                .iter()
-                .any(|instance| instance.address == address);
-            if seen {
-                Ok(())
-            } else {
-                Err(format!("{view:?}"))
-            }
-        },
-    )
+    eventually("the new worker is seen", Duration::from_secs(10), async || {
+        let view = grpc::cluster_view(&coordinator).await;
+        let seen = view.instances.iter().any(|instance| instance.address == address);
+        if seen { Ok(()) } else { Err(format!("{view:?}")) }
+    })
     .await;
     cluster.kill_worker(0);
     cluster.still_serves().await;

@@ -33,39 +33,25 @@ fn python() -> PathBuf {
 }
 
 fn run(command: &mut Command) -> String {
-    let output = command
-        .output()
-        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     let (out, err) = (output.stdout, output.stderr);
     let (out, err) = (String::from_utf8_lossy(&out), String::from_utf8_lossy(&err));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{out}\n{err}",
-        output.status
-    );
+    assert!(output.status.success(), "{command:?}: {}\n{out}\n{err}", output.status);
     out.into_owned()
 }
 
 #[tokio::test]
 async fn the_official_client_drives_chat_completions_streaming_models_and_errors() {
-    let builder = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(16);
+    let builder = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(16);
     let cluster = builder.api_key("client-key").start().await;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("openai_client/drive.py");
     let url = format!("{}/v1", cluster.api.base());
     let drive = tokio::task::spawn_blocking(move || {
         let mut command = Command::new(python());
         // Nothing of the machine's settings may steer the client elsewhere.
-        for variable in [
-            "http_proxy",
-            "https_proxy",
-            "all_proxy",
-            "HTTP_PROXY",
-            "HTTPS_PROXY",
-            "ALL_PROXY",
-        ] {
+        for variable in
+            ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
+        {
             command.env_remove(variable);
         }
         run(command.arg(script).args([&url, "client-key", MODEL_NAME]))

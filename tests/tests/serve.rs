@@ -12,10 +12,7 @@ use serde_json::{Value, json};
 const PROMPT: &str = "The quick brown fox jumps over";
 
 fn completion(fields: Value) -> Value {
-    with(
-        json!({"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}),
-        fields,
-    )
+    with(json!({"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}), fields)
 }
 
 fn chat(fields: Value) -> Value {
@@ -38,76 +35,43 @@ fn with(mut base: Value, fields: Value) -> Value {
 }
 
 fn text(reply: &Value) -> &str {
-    reply["choices"][0]["text"]
-        .as_str()
-        .expect("a completion's text")
+    reply["choices"][0]["text"].as_str().expect("a completion's text")
 }
 
 fn content(reply: &Value) -> &str {
-    reply["choices"][0]["message"]["content"]
-        .as_str()
-        .expect("a chat's content")
+    reply["choices"][0]["message"]["content"].as_str().expect("a chat's content")
 }
 
 /// The keys of an object, for a check that none is missing and none is made up.
 fn keys(object: &Value) -> HashSet<&str> {
-    object
-        .as_object()
-        .expect("an object")
-        .keys()
-        .map(String::as_str)
-        .collect()
+    object.as_object().expect("an object").keys().map(String::as_str).collect()
 }
 
 #[tokio::test]
 async fn a_completion_has_the_body_of_the_contract() {
     let cluster = Cluster::unified().await;
-    let reply = cluster
-        .api
-        .ok("/v1/completions", &completion(json!({})))
-        .await;
-    assert!(
-        reply["id"]
-            .as_str()
-            .is_some_and(|id| id.starts_with("cmpl-")),
-        "{reply}"
-    );
+    let reply = cluster.api.ok("/v1/completions", &completion(json!({}))).await;
+    assert!(reply["id"].as_str().is_some_and(|id| id.starts_with("cmpl-")), "{reply}");
     assert_eq!(reply["object"], "text_completion");
     assert_eq!(reply["model"], MODEL_NAME);
-    assert!(
-        reply["created"]
-            .as_u64()
-            .is_some_and(|at| at > 1_700_000_000),
-        "{reply}"
-    );
+    assert!(reply["created"].as_u64().is_some_and(|at| at > 1_700_000_000), "{reply}");
     let expected = ["id", "object", "created", "model", "choices", "usage"];
-    let missing: Vec<_> = expected
-        .iter()
-        .filter(|key| !keys(&reply).contains(**key))
-        .collect();
+    let missing: Vec<_> = expected.iter().filter(|key| !keys(&reply).contains(**key)).collect();
     assert!(missing.is_empty(), "{missing:?}");
     let choice = &reply["choices"][0];
     assert_eq!(choice["index"], 0);
     assert_eq!(choice["finish_reason"], "length");
     // Nulls are kept in whole replies.
-    assert!(
-        keys(choice).is_superset(&["text", "logprobs", "stop_reason"].into()),
-        "{choice}"
-    );
+    assert!(keys(choice).is_superset(&["text", "logprobs", "stop_reason"].into()), "{choice}");
     let usage = &reply["usage"];
     assert_eq!(usage["completion_tokens"], 16);
     let total = usage["prompt_tokens"].as_u64().expect("prompt tokens") + 16;
     assert_eq!(usage["total_tokens"], total);
-    let tokens = cluster
-        .api
-        .ok("/tokenize", &json!({"prompt": PROMPT}))
-        .await;
+    let tokens = cluster.api.ok("/tokenize", &json!({"prompt": PROMPT})).await;
     assert_eq!(usage["prompt_tokens"], tokens["count"]);
     // The default length of a completion.
     let mut body = completion(json!({"ignore_eos": true}));
-    body.as_object_mut()
-        .expect("an object")
-        .remove("max_tokens");
+    body.as_object_mut().expect("an object").remove("max_tokens");
     let reply = cluster.api.ok("/v1/completions", &body).await;
     assert_eq!(reply["usage"]["completion_tokens"], 16);
     cluster.finish().await;
@@ -116,31 +80,15 @@ async fn a_completion_has_the_body_of_the_contract() {
 #[tokio::test]
 async fn a_chat_has_the_body_of_the_contract() {
     let cluster = Cluster::unified().await;
-    let reply = cluster
-        .api
-        .ok("/v1/chat/completions", &chat(json!({})))
-        .await;
-    assert!(
-        reply["id"]
-            .as_str()
-            .is_some_and(|id| id.starts_with("chatcmpl-")),
-        "{reply}"
-    );
+    let reply = cluster.api.ok("/v1/chat/completions", &chat(json!({}))).await;
+    assert!(reply["id"].as_str().is_some_and(|id| id.starts_with("chatcmpl-")), "{reply}");
     assert_eq!(reply["object"], "chat.completion");
     let message = &reply["choices"][0]["message"];
     assert_eq!(message["role"], "assistant");
     assert!(!content(&reply).is_empty());
-    assert!(
-        keys(message).contains("refusal"),
-        "nulls are kept: {message}"
-    );
-    let tokens = cluster
-        .api
-        .ok(
-            "/tokenize",
-            &json!({"messages": chat(json!({}))["messages"]}),
-        )
-        .await;
+    assert!(keys(message).contains("refusal"), "nulls are kept: {message}");
+    let tokens =
+        cluster.api.ok("/tokenize", &json!({"messages": chat(json!({}))["messages"]})).await;
     assert_eq!(reply["usage"]["prompt_tokens"], tokens["count"]);
     // max_completion_tokens wins over max_tokens, and content may come in parts.
     let parts = json!([{"role": "user", "content": [{"type": "text", "text": "Say hello."}]}]);
@@ -155,10 +103,7 @@ async fn a_chat_has_the_body_of_the_contract() {
     // The system message is read.
     let other = json!({"messages": [{"role": "user", "content": "Name three colours."}]});
     let other = cluster.api.ok("/v1/chat/completions", &chat(other)).await;
-    assert_ne!(
-        other["usage"]["prompt_tokens"],
-        reply["usage"]["prompt_tokens"]
-    );
+    assert_ne!(other["usage"]["prompt_tokens"], reply["usage"]["prompt_tokens"]);
     cluster.finish().await;
 }
 
@@ -169,45 +114,27 @@ async fn a_stream_gives_what_the_whole_answer_gives() {
     let unicode = json!({"prompt": "Emoji: 😀 日本語 —", "max_tokens": 48});
     for fields in [json!({}), sampled.clone(), unicode] {
         let fields = with(fields, json!({"return_token_ids": true}));
-        let whole = cluster
-            .api
-            .ok("/v1/completions", &completion(fields.clone()))
-            .await;
+        let whole = cluster.api.ok("/v1/completions", &completion(fields.clone())).await;
         let options = json!({"stream": true, "stream_options": {"include_usage": true}});
         let body = completion(with(fields, options));
-        let mut events = cluster
-            .api
-            .stream("/v1/completions", &body)
-            .await
-            .collect()
-            .await;
+        let mut events = cluster.api.stream("/v1/completions", &body).await.collect().await;
         let last = events.pop().expect("a usage event");
         assert_eq!(last["choices"], json!([]));
         assert_eq!(last["usage"], whole["usage"]);
         assert_eq!(streamed_text(&events, 0), text(&whole));
-        assert_eq!(
-            streamed_ids(&events, 0),
-            ids(&whole["choices"][0]["token_ids"])
-        );
+        assert_eq!(streamed_ids(&events, 0), ids(&whole["choices"][0]["token_ids"]));
         let id = &events[0]["id"];
         for event in &events {
             assert_eq!(event["object"], "text_completion");
             assert_eq!(&event["id"], id);
-            assert!(
-                event["usage"].is_null() && keys(event).contains("usage"),
-                "{event}"
-            );
+            assert!(event["usage"].is_null() && keys(event).contains("usage"), "{event}");
         }
         let ends: Vec<_> = choices(&events, 0)
             .map(|choice| &choice["finish_reason"])
             .filter(|r| !r.is_null())
             .collect();
         assert_eq!(ends, [&whole["choices"][0]["finish_reason"]]);
-        assert!(
-            events.len() > 8,
-            "tokens come one by one: {} events",
-            events.len()
-        );
+        assert!(events.len() > 8, "tokens come one by one: {} events", events.len());
     }
     cluster.finish().await;
 }
@@ -215,49 +142,26 @@ async fn a_stream_gives_what_the_whole_answer_gives() {
 #[tokio::test]
 async fn a_chat_stream_gives_what_the_whole_answer_gives() {
     let cluster = Cluster::unified().await;
-    let whole = cluster
-        .api
-        .ok("/v1/chat/completions", &chat(json!({})))
-        .await;
+    let whole = cluster.api.ok("/v1/chat/completions", &chat(json!({}))).await;
     let body = chat(json!({"stream": true}));
-    let events = cluster
-        .api
-        .stream("/v1/chat/completions", &body)
-        .await
-        .collect()
-        .await;
+    let events = cluster.api.stream("/v1/chat/completions", &body).await.collect().await;
     assert_eq!(streamed_text(&events, 0), content(&whole));
     let first = &events[0]["choices"][0];
     assert_eq!(first["delta"], json!({"role": "assistant", "content": ""}));
     assert_eq!(first["finish_reason"], Value::Null);
     for event in &events {
         assert_eq!(event["object"], "chat.completion.chunk");
-        assert!(
-            !keys(event).contains("usage"),
-            "usage was not asked for: {event}"
-        );
+        assert!(!keys(event).contains("usage"), "usage was not asked for: {event}");
     }
     let last = events.last().expect("an event");
-    assert_eq!(
-        last["choices"][0]["finish_reason"],
-        whole["choices"][0]["finish_reason"]
-    );
+    assert_eq!(last["choices"][0]["finish_reason"], whole["choices"][0]["finish_reason"]);
 
     let options = json!({"include_usage": true, "continuous_usage_stats": true});
     let body = chat(json!({"stream": true, "stream_options": options}));
-    let events = cluster
-        .api
-        .stream("/v1/chat/completions", &body)
-        .await
-        .collect()
-        .await;
+    let events = cluster.api.stream("/v1/chat/completions", &body).await.collect().await;
     let counts: Vec<u64> = events
         .iter()
-        .map(|event| {
-            event["usage"]["completion_tokens"]
-                .as_u64()
-                .expect("running usage")
-        })
+        .map(|event| event["usage"]["completion_tokens"].as_u64().expect("running usage"))
         .collect();
     assert!(counts.is_sorted() && counts[0] == 0, "{counts:?}");
     assert_eq!(events.last().expect("an event")["usage"], whole["usage"]);
@@ -268,10 +172,7 @@ async fn a_chat_stream_gives_what_the_whole_answer_gives() {
 async fn several_prompts_and_several_choices_are_indexed() {
     let cluster = Cluster::unified().await;
     let fields = json!({"prompt": ["One", "Two two"], "n": 3, "temperature": 1, "seed": 1});
-    let reply = cluster
-        .api
-        .ok("/v1/completions", &completion(fields.clone()))
-        .await;
+    let reply = cluster.api.ok("/v1/completions", &completion(fields.clone())).await;
     let indexes: Vec<u64> = reply["choices"]
         .as_array()
         .expect("choices")
@@ -285,57 +186,24 @@ async fn several_prompts_and_several_choices_are_indexed() {
         .iter()
         .map(|choice| choice["text"].as_str().expect("a text"))
         .collect();
-    assert!(
-        texts.len() >= 5,
-        "the choices of one prompt differ: {texts:?}"
-    );
+    assert!(texts.len() >= 5, "the choices of one prompt differ: {texts:?}");
     // Each prompt counts once, each choice's tokens count.
     assert_eq!(reply["usage"]["completion_tokens"], 6 * 16);
     let one = cluster.api.ok("/tokenize", &json!({"prompt": "One"})).await;
-    let two = cluster
-        .api
-        .ok("/tokenize", &json!({"prompt": "Two two"}))
-        .await;
-    let prompts = one["count"]
-        .as_u64()
-        .zip(two["count"].as_u64())
-        .map(|(a, b)| a + b);
+    let two = cluster.api.ok("/tokenize", &json!({"prompt": "Two two"})).await;
+    let prompts = one["count"].as_u64().zip(two["count"].as_u64()).map(|(a, b)| a + b);
     assert_eq!(reply["usage"]["prompt_tokens"].as_u64(), prompts);
 
     let body = completion(with(fields, json!({"stream": true})));
-    let events = cluster
-        .api
-        .stream("/v1/completions", &body)
-        .await
-        .collect()
-        .await;
-    for (index, choice) in reply["choices"]
-        .as_array()
-        .expect("choices")
-        .iter()
-        .enumerate()
-    {
-        assert_eq!(
-            streamed_text(&events, index as u64),
-            choice["text"],
-            "choice {index}"
-        );
+    let events = cluster.api.stream("/v1/completions", &body).await.collect().await;
+    for (index, choice) in reply["choices"].as_array().expect("choices").iter().enumerate() {
+        assert_eq!(streamed_text(&events, index as u64), choice["text"], "choice {index}");
     }
     // Token ids as the prompt, alone and in a list, equal to the text that they are of.
-    let words = cluster
-        .api
-        .ok("/v1/completions", &completion(json!({})))
-        .await;
-    let tokens = cluster
-        .api
-        .ok("/tokenize", &json!({"prompt": PROMPT}))
-        .await["tokens"]
-        .clone();
+    let words = cluster.api.ok("/v1/completions", &completion(json!({}))).await;
+    let tokens = cluster.api.ok("/tokenize", &json!({"prompt": PROMPT})).await["tokens"].clone();
     for prompt in [tokens.clone(), json!([tokens])] {
-        let reply = cluster
-            .api
-            .ok("/v1/completions", &completion(json!({"prompt": prompt})))
-            .await;
+        let reply = cluster.api.ok("/v1/completions", &completion(json!({"prompt": prompt}))).await;
         assert_eq!(text(&reply), text(&words));
     }
     cluster.finish().await;
@@ -343,12 +211,7 @@ async fn several_prompts_and_several_choices_are_indexed() {
 
 #[tokio::test]
 async fn a_seed_makes_sampling_reproducible_on_any_path() {
-    let cluster = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .unified(1)
-        .handoff_min_tokens(4)
-        .start();
+    let cluster = Cluster::builder().prefill(1).decode(1).unified(1).handoff_min_tokens(4).start();
     let cluster = cluster.await;
     let body = |seed: u64| {
         completion(json!({"temperature": 1.0, "top_p": 0.95, "seed": seed, "max_tokens": 24}))
@@ -362,20 +225,14 @@ async fn a_seed_makes_sampling_reproducible_on_any_path() {
     }
     for role in [Role::Decode, Role::Unified] {
         let status = cluster.only(role).status().await;
-        assert!(
-            status.generation_tokens > 0,
-            "{role:?} took no part: {status:?}"
-        );
+        assert!(status.generation_tokens > 0, "{role:?} took no part: {status:?}");
     }
     let mut others = HashSet::new();
     for seed in 2..6 {
         let reply = cluster.api.ok("/v1/completions", &body(seed)).await;
         others.insert(text(&reply).to_owned());
     }
-    assert!(
-        others.len() >= 3,
-        "other seeds give other texts: {others:?}"
-    );
+    assert!(others.len() >= 3, "other seeds give other texts: {others:?}");
     cluster.finish().await;
 }
 
@@ -401,17 +258,10 @@ async fn sampling_parameters_do_what_they_say() {
     ] {
         let other = tokens(penalty.clone()).await;
         assert_ne!(other, plain, "{penalty}");
-        assert!(
-            distinct(&other) > distinct(&plain),
-            "{penalty}: {other:?} against {plain:?}"
-        );
+        assert!(distinct(&other) > distinct(&plain), "{penalty}: {other:?} against {plain:?}");
     }
     // Filters that leave one token are greedy at any temperature.
-    for one in [
-        json!({"top_k": 1}),
-        json!({"top_p": 1e-6}),
-        json!({"min_p": 1.0}),
-    ] {
+    for one in [json!({"top_k": 1}), json!({"top_p": 1e-6}), json!({"min_p": 1.0})] {
         let hot = with(one.clone(), json!({"temperature": 2.0, "seed": 3}));
         assert_eq!(tokens(hot).await, plain, "{one}");
     }
@@ -427,10 +277,7 @@ async fn sampling_parameters_do_what_they_say() {
         json!({"logit_bias": {"100": 100.0}, "stop_token_ids": [100], "min_tokens": 5}),
     ))
     .await;
-    assert!(
-        stop["usage"]["completion_tokens"].as_u64() > Some(5),
-        "{stop}"
-    );
+    assert!(stop["usage"]["completion_tokens"].as_u64() > Some(5), "{stop}");
     assert_eq!(stop["choices"][0]["stop_reason"], 100);
     assert_eq!(stop["choices"][0]["finish_reason"], "stop");
     cluster.finish().await;
@@ -440,10 +287,7 @@ async fn sampling_parameters_do_what_they_say() {
 async fn stop_strings_end_the_text_before_them() {
     let cluster = Cluster::unified().await;
     let fields = json!({"prompt": "Count: one, two, three,", "max_tokens": 40});
-    let whole = cluster
-        .api
-        .ok("/v1/completions", &completion(fields.clone()))
-        .await;
+    let whole = cluster.api.ok("/v1/completions", &completion(fields.clone())).await;
     let whole = text(&whole).to_owned();
     // Stop strings from the middle of the answer, across token borders.
     let middle = whole.char_indices().nth(11).expect("a long answer").0;
@@ -451,25 +295,13 @@ async fn stop_strings_end_the_text_before_them() {
         let stop: String = whole[middle..].chars().take(len).collect();
         let before = &whole[..whole.find(&stop).expect("the stop string is in the answer")];
         let with_stop = with(fields.clone(), json!({"stop": ["never said", stop]}));
-        let reply = cluster
-            .api
-            .ok("/v1/completions", &completion(with_stop.clone()))
-            .await;
+        let reply = cluster.api.ok("/v1/completions", &completion(with_stop.clone())).await;
         assert_eq!(text(&reply), before, "stop {stop:?}");
         assert_eq!(reply["choices"][0]["finish_reason"], "stop");
         assert_eq!(reply["choices"][0]["stop_reason"], stop);
         let body = completion(with(with_stop.clone(), json!({"stream": true})));
-        let events = cluster
-            .api
-            .stream("/v1/completions", &body)
-            .await
-            .collect()
-            .await;
-        assert_eq!(
-            streamed_text(&events, 0),
-            before,
-            "nothing of {stop:?} is streamed"
-        );
+        let events = cluster.api.stream("/v1/completions", &body).await.collect().await;
+        assert_eq!(streamed_text(&events, 0), before, "nothing of {stop:?} is streamed");
         let kept = with(with_stop, json!({"include_stop_str_in_output": true}));
         let reply = cluster.api.ok("/v1/completions", &completion(kept)).await;
         assert_eq!(text(&reply), format!("{before}{stop}"));
@@ -477,12 +309,7 @@ async fn stop_strings_end_the_text_before_them() {
     // What is held back as the start of a stop string is given out when it was none.
     let almost = format!("{}¶", &whole[middle..].chars().take(6).collect::<String>());
     let body = completion(with(fields, json!({"stop": almost, "stream": true})));
-    let events = cluster
-        .api
-        .stream("/v1/completions", &body)
-        .await
-        .collect()
-        .await;
+    let events = cluster.api.stream("/v1/completions", &body).await.collect().await;
     assert_eq!(streamed_text(&events, 0), whole);
     cluster.finish().await;
 }
@@ -499,45 +326,21 @@ async fn logprobs_are_those_of_the_tokens_chosen() {
     for (i, id) in chosen.iter().enumerate() {
         assert_eq!(logprobs["tokens"][i], format!("token_id:{id}"));
         let chosen = logprobs["token_logprobs"][i].as_f64().expect("a logprob");
-        let top = logprobs["top_logprobs"][i]
-            .as_object()
-            .expect("the top ones");
+        let top = logprobs["top_logprobs"][i].as_object().expect("the top ones");
         assert_eq!(top.len(), 4, "{top:?}");
-        let best = top
-            .values()
-            .filter_map(Value::as_f64)
-            .fold(f64::MIN, f64::max);
-        assert!(
-            chosen <= 0.0 && chosen == best,
-            "greedy takes the best: {chosen} of {top:?}"
-        );
+        let best = top.values().filter_map(Value::as_f64).fold(f64::MIN, f64::max);
+        assert!(chosen <= 0.0 && chosen == best, "greedy takes the best: {chosen} of {top:?}");
         let mass: f64 = top.values().filter_map(Value::as_f64).map(f64::exp).sum();
         assert!(mass <= 1.0001, "{mass}");
     }
     let fields = json!({"logprobs": true, "top_logprobs": 2});
     let reply = cluster.api.ok("/v1/chat/completions", &chat(fields)).await;
-    let items = reply["choices"][0]["logprobs"]["content"]
-        .as_array()
-        .expect("logprobs");
-    let joined: String = items
-        .iter()
-        .filter_map(|item| item["token"].as_str())
-        .collect();
-    assert!(
-        joined.starts_with(content(&reply)),
-        "{joined:?} spells {:?}",
-        content(&reply)
-    );
+    let items = reply["choices"][0]["logprobs"]["content"].as_array().expect("logprobs");
+    let joined: String = items.iter().filter_map(|item| item["token"].as_str()).collect();
+    assert!(joined.starts_with(content(&reply)), "{joined:?} spells {:?}", content(&reply));
     for item in items {
-        assert_eq!(
-            item["top_logprobs"].as_array().map(Vec::len),
-            Some(2),
-            "{item}"
-        );
-        assert!(
-            item["bytes"].is_array() && item["logprob"].as_f64() <= Some(0.0),
-            "{item}"
-        );
+        assert_eq!(item["top_logprobs"].as_array().map(Vec::len), Some(2), "{item}");
+        assert!(item["bytes"].is_array() && item["logprob"].as_f64() <= Some(0.0), "{item}");
     }
     cluster.finish().await;
 }
@@ -554,21 +357,12 @@ async fn a_prefix_that_is_cached_is_not_computed_again() {
     let after = worker.status().await;
     assert_eq!(text(&first), text(&again));
     let hits = after.prefix_cache_hits - before.prefix_cache_hits;
-    assert!(
-        (384..400).contains(&hits),
-        "{hits} of 400 tokens were cached"
-    );
+    assert!((384..400).contains(&hits), "{hits} of 400 tokens were cached");
     assert!(after.kv_blocks_cached >= 25, "{after:?}");
     // Another salt shares nothing.
     let salted = completion(json!({"prompt": prompt, "max_tokens": 4, "cache_salt": "other"}));
-    assert_eq!(
-        text(&cluster.api.ok("/v1/completions", &salted).await),
-        text(&first)
-    );
-    assert_eq!(
-        worker.status().await.prefix_cache_hits,
-        after.prefix_cache_hits
-    );
+    assert_eq!(text(&cluster.api.ok("/v1/completions", &salted).await), text(&first));
+    assert_eq!(worker.status().await.prefix_cache_hits, after.prefix_cache_hits);
     cluster.finish().await;
 }
 
@@ -587,25 +381,16 @@ async fn sequences_that_do_not_fit_together_are_preempted_and_still_right() {
     let block_bytes = {
         let mut client = grpc::worker(&roomy.workers[0].address).await;
         let described = client.describe(baton_proto::v1::DescribeRequest {}).await;
-        described
-            .expect("a description")
-            .into_inner()
-            .kv_layout
-            .expect("a layout")
-            .block_bytes
+        described.expect("a description").into_inner().kv_layout.expect("a layout").block_bytes
     };
     roomy.finish().await;
     // Room for about two of the six sequences of 260 tokens, in blocks of 16.
     let memory = format!("{}", block_bytes * 40);
-    let tight = Cluster::builder()
-        .unified(1)
-        .kv_memory(&memory)
-        .worker_arg("--max-model-len", "512");
+    let tight =
+        Cluster::builder().unified(1).kv_memory(&memory).worker_arg("--max-model-len", "512");
     let tight = tight.start().await;
     let bodies: Vec<Value> = (0..6).map(body).collect();
-    let calls = bodies
-        .iter()
-        .map(|body| tight.api.ok("/v1/completions", body));
+    let calls = bodies.iter().map(|body| tight.api.ok("/v1/completions", body));
     for (i, reply) in futures::future::join_all(calls).await.iter().enumerate() {
         assert_eq!(text(reply), expected[i], "request {i}");
     }
@@ -623,15 +408,9 @@ async fn tokenize_and_detokenize_agree_with_the_reference() {
         let reply = cluster.api.ok("/tokenize", &body).await;
         assert_eq!(ids(&reply["tokens"]), case.ids, "{:?}", case.text);
         assert_eq!(reply["count"], case.ids.len());
-        assert_eq!(
-            reply["token_strs"].as_array().map(Vec::len),
-            Some(case.ids.len())
-        );
+        assert_eq!(reply["token_strs"].as_array().map(Vec::len), Some(case.ids.len()));
         assert!(reply["max_model_len"].as_u64() > Some(0));
-        let reply = cluster
-            .api
-            .ok("/detokenize", &json!({"tokens": case.ids}))
-            .await;
+        let reply = cluster.api.ok("/detokenize", &json!({"tokens": case.ids})).await;
         assert_eq!(reply["prompt"], case.decoded(), "{:?}", case.ids);
     }
     cluster.finish().await;
@@ -649,10 +428,7 @@ async fn the_chat_template_agrees_with_the_reference() {
         assert_eq!(ids(&reply["tokens"]), case.ids, "{}", case.messages);
         // Only what the template makes of the messages may differ from its text as a prompt.
         let body = json!({"prompt": case.rendered, "add_special_tokens": false});
-        assert_eq!(
-            cluster.api.ok("/tokenize", &body).await["tokens"],
-            reply["tokens"]
-        );
+        assert_eq!(cluster.api.ok("/tokenize", &body).await["tokens"], reply["tokens"]);
     }
     cluster.finish().await;
 }
@@ -661,65 +437,35 @@ async fn the_chat_template_agrees_with_the_reference() {
 async fn operational_routes_answer() {
     let cluster = Cluster::unified().await;
     let api = &cluster.api;
-    for (method, path) in [
-        (Method::GET, "/health"),
-        (Method::GET, "/ping"),
-        (Method::POST, "/ping"),
-    ] {
-        let reply = api
-            .send(method.clone(), path, None, "")
-            .await
-            .expect("a reply");
-        assert_eq!(
-            (reply.status.as_u16(), &*reply.text),
-            (200, ""),
-            "{method} {path}"
-        );
+    for (method, path) in
+        [(Method::GET, "/health"), (Method::GET, "/ping"), (Method::POST, "/ping")]
+    {
+        let reply = api.send(method.clone(), path, None, "").await.expect("a reply");
+        assert_eq!((reply.status.as_u16(), &*reply.text), (200, ""), "{method} {path}");
     }
     assert!(api.get("/version").await.ok()["version"].is_string());
     assert_eq!(api.get("/load").await.ok(), json!({"server_load": 0}));
 
     let models = api.get("/v1/models").await.ok();
     assert_eq!(models["object"], "list");
-    let [card] = &models["data"].as_array().expect("cards")[..] else {
-        panic!("{models}")
-    };
-    assert_eq!(
-        (&card["id"], &card["object"]),
-        (&json!(MODEL_NAME), &json!("model"))
-    );
+    let [card] = &models["data"].as_array().expect("cards")[..] else { panic!("{models}") };
+    assert_eq!((&card["id"], &card["object"]), (&json!(MODEL_NAME), &json!("model")));
     assert!(card["max_model_len"].as_u64() >= Some(2048), "{card}");
-    assert!(
-        card["root"]
-            .as_str()
-            .is_some_and(|root| root.ends_with(".gguf")),
-        "{card}"
-    );
+    assert!(card["root"].as_str().is_some_and(|root| root.ends_with(".gguf")), "{card}");
     assert_eq!(card["permission"][0]["object"], "model_permission");
 
     // An empty or absent model is the served one.
     for model in [json!(""), Value::Null] {
-        let reply = api
-            .ok("/v1/completions", &completion(json!({"model": model})))
-            .await;
+        let reply = api.ok("/v1/completions", &completion(json!({"model": model}))).await;
         assert_eq!(reply["model"], MODEL_NAME);
     }
     // Unknown fields are let through, and named.
-    let reply = api
-        .post("/v1/completions", &completion(json!({"temprature": 1})))
-        .await;
+    let reply = api.post("/v1/completions", &completion(json!({"temprature": 1}))).await;
     assert_eq!(reply.status, 200, "{}", reply.text);
-    assert!(
-        reply.header("warning").contains("temprature"),
-        "{:?}",
-        reply.headers
-    );
+    assert!(reply.header("warning").contains("temprature"), "{:?}", reply.headers);
     // A request's own id is in the answer's.
     let own = completion(json!({"request_id": "my-own-id"}));
-    assert_eq!(
-        api.ok("/v1/completions", &own).await["id"],
-        "cmpl-my-own-id"
-    );
+    assert_eq!(api.ok("/v1/completions", &own).await["id"], "cmpl-my-own-id");
     cluster.finish().await;
 }
 
@@ -729,36 +475,20 @@ async fn the_load_counts_requests_until_their_streams_end() {
     let body = completion(json!({"stream": true, "max_tokens": 2000, "ignore_eos": true}));
     let mut stream = cluster.api.stream("/v1/completions", &body).await;
     stream.next().await.expect("an event");
-    assert_eq!(
-        cluster.api.get("/load").await.ok(),
-        json!({"server_load": 1})
-    );
+    assert_eq!(cluster.api.get("/load").await.ok(), json!({"server_load": 1}));
     drop(stream);
     cluster.at_rest().await;
-    baton_tests::eventually(
-        "the load is gone",
-        std::time::Duration::from_secs(2),
-        async || {
-            let load = cluster.api.get("/load").await.ok();
-            if load == json!({"server_load": 0}) {
-                Ok(())
-            } else {
-                Err(load.to_string())
-            }
-        },
-    )
+    baton_tests::eventually("the load is gone", std::time::Duration::from_secs(2), async || {
+        let load = cluster.api.get("/load").await.ok();
+        if load == json!({"server_load": 0}) { Ok(()) } else { Err(load.to_string()) }
+    })
     .await;
     cluster.finish().await;
 }
 
 #[tokio::test]
 async fn metrics_are_sound_and_count_what_happened() {
-    let cluster = Cluster::builder()
-        .prefill(1)
-        .decode(1)
-        .handoff_min_tokens(16)
-        .start()
-        .await;
+    let cluster = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(16).start().await;
     let scrape = async || {
         let reply = cluster.api.get("/metrics").await;
         let media = reply.header("content-type");
@@ -768,50 +498,32 @@ async fn metrics_are_sound_and_count_what_happened() {
     let before = scrape().await;
     let prompt: Vec<u32> = (0..100).map(|i| 2000 + i).collect();
     let fields = json!({"prompt": prompt, "max_tokens": 10, "ignore_eos": true});
-    cluster
-        .api
-        .ok("/v1/completions", &completion(fields.clone()))
-        .await;
+    cluster.api.ok("/v1/completions", &completion(fields.clone())).await;
     let body = completion(with(fields, json!({"stream": true})));
-    cluster
-        .api
-        .stream("/v1/completions", &body)
-        .await
-        .collect()
-        .await;
+    cluster.api.stream("/v1/completions", &body).await.collect().await;
     let expected = [
         ("vllm:prompt_tokens_total", vec![], 200.0),
         ("vllm:generation_tokens_total", vec![], 20.0),
-        (
-            "vllm:request_success_total",
-            vec![("finished_reason", "length")],
-            2.0,
-        ),
+        ("vllm:request_success_total", vec![("finished_reason", "length")], 2.0),
         ("vllm:time_to_first_token_seconds_count", vec![], 2.0),
         ("vllm:e2e_request_latency_seconds_count", vec![], 2.0),
     ];
     // What workers count reaches the gateway with their next status.
-    baton_tests::eventually(
-        "all is counted",
-        std::time::Duration::from_secs(5),
-        async || {
-            let after = scrape().await;
-            for (name, labels, grown) in &expected {
-                let of = |scrape: &Scrape| scrape.sum(name, labels).unwrap_or(0.0);
-                if of(&after) - of(&before) != *grown {
-                    return Err(format!("{name}: {} then {}", of(&before), of(&after)));
-                }
+    baton_tests::eventually("all is counted", std::time::Duration::from_secs(5), async || {
+        let after = scrape().await;
+        for (name, labels, grown) in &expected {
+            let of = |scrape: &Scrape| scrape.sum(name, labels).unwrap_or(0.0);
+            if of(&after) - of(&before) != *grown {
+                return Err(format!("{name}: {} then {}", of(&before), of(&after)));
             }
-            Ok(())
-        },
-    )
+        }
+        Ok(())
+    })
     .await;
     let after = scrape().await;
-    for name in [
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-    ] {
+    for name in
+        ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+    {
         let labelled = after.sum(name, &[("model_name", MODEL_NAME)]);
         assert_eq!(labelled, Some(0.0), "{name} at rest");
     }
@@ -822,11 +534,8 @@ async fn metrics_are_sound_and_count_what_happened() {
 async fn a_key_guards_what_the_contract_says() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("keys");
-    std::fs::write(
-        &file,
-        "# operators\nkey-from-file\n\n  key-with-spaces-around  \n",
-    )
-    .expect("write");
+    std::fs::write(&file, "# operators\nkey-from-file\n\n  key-with-spaces-around  \n")
+        .expect("write");
     let cluster = Cluster::builder()
         .unified(1)
         .api_key("first-key")
@@ -835,17 +544,8 @@ async fn a_key_guards_what_the_contract_says() {
         .start()
         .await;
     let body = completion(json!({"max_tokens": 1}));
-    for key in [
-        "first-key",
-        "second-key",
-        "key-from-file",
-        "key-with-spaces-around",
-    ] {
-        let reply = cluster
-            .api
-            .with_key(Some(key))
-            .post("/v1/completions", &body)
-            .await;
+    for key in ["first-key", "second-key", "key-from-file", "key-with-spaces-around"] {
+        let reply = cluster.api.with_key(Some(key)).post("/v1/completions", &body).await;
         assert_eq!(reply.status, 200, "{key}: {}", reply.text);
     }
     let guarded = [
@@ -856,31 +556,14 @@ async fn a_key_guards_what_the_contract_says() {
         (Method::GET, "/v1/models"),
         (Method::GET, "/no/such/route"),
     ];
-    let wrong = [
-        None,
-        Some(""),
-        Some("first"),
-        Some("first-key2"),
-        Some("# operators"),
-    ];
+    let wrong = [None, Some(""), Some("first"), Some("first-key2"), Some("# operators")];
     for (method, path) in guarded {
         for key in wrong {
             let api = cluster.api.with_key(key);
-            let reply = api.send(
-                method.clone(),
-                path,
-                Some("application/json"),
-                body.to_string(),
-            );
+            let reply = api.send(method.clone(), path, Some("application/json"), body.to_string());
             let reply = reply.await.expect("a reply");
-            reply
-                .error(401)
-                .unwrap_or_else(|e| panic!("{path} with {key:?}: {e}"));
-            assert!(
-                reply.header("www-authenticate").starts_with("Bearer"),
-                "{:?}",
-                reply.headers
-            );
+            reply.error(401).unwrap_or_else(|e| panic!("{path} with {key:?}: {e}"));
+            assert!(reply.header("www-authenticate").starts_with("Bearer"), "{:?}", reply.headers);
         }
     }
     let open = ["/health", "/ping", "/version", "/metrics", "/load"];
@@ -893,18 +576,8 @@ async fn a_key_guards_what_the_contract_says() {
 
 #[tokio::test]
 async fn a_key_may_come_from_the_environment() {
-    let cluster = Cluster::builder()
-        .unified(1)
-        .api_key_from_env("from-env")
-        .start()
-        .await;
-    cluster
-        .api
-        .with_key(None)
-        .get("/v1/models")
-        .await
-        .error(401)
-        .expect("a 401");
+    let cluster = Cluster::builder().unified(1).api_key_from_env("from-env").start().await;
+    cluster.api.with_key(None).get("/v1/models").await.error(401).expect("a 401");
     cluster.still_serves().await;
     cluster.finish().await;
 }

@@ -32,26 +32,14 @@ async fn fails_within(
     let mut process = Process::start(&spec, dir.path());
     let status = process.end(within).await;
     let stderr = process.stderr();
-    assert_eq!(
-        status.code(),
-        Some(code),
-        "{name} {args:?}: {status}\n{stderr}"
-    );
+    assert_eq!(status.code(), Some(code), "{name} {args:?}: {status}\n{stderr}");
     assert_eq!(process.stdout(), "", "{name} {args:?}");
-    let errors: Vec<&str> = stderr
-        .lines()
-        .filter(|line| line.starts_with("error: "))
-        .collect();
-    let [error] = errors[..] else {
-        panic!("{name} {args:?}: no single error line:\n{stderr}")
-    };
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    let [error] = errors[..] else { panic!("{name} {args:?}: no single error line:\n{stderr}") };
     for part in names {
         // clap puts the flag or the way out on the lines after the error.
         let text = if code == 2 { stderr.as_str() } else { error };
-        assert!(
-            text.contains(part),
-            "{name} {args:?}: {part:?} is not in {text:?}"
-        );
+        assert!(text.contains(part), "{name} {args:?}: {part:?} is not in {text:?}");
     }
     assert!(!stderr.contains("panicked"), "{name} {args:?}:\n{stderr}");
     leftovers::assert_none(dir.path());
@@ -84,23 +72,12 @@ async fn model_error(model: &Path, code: i32) {
     let status = process.end(Duration::from_secs(5)).await;
     let stderr = process.stderr();
     assert_eq!(status.code(), Some(code), "{}: {stderr}", model.display());
-    let errors: Vec<&str> = stderr
-        .lines()
-        .filter(|line| line.starts_with("error: "))
-        .collect();
-    let [error] = errors[..] else {
-        panic!("no single error line:\n{stderr}")
-    };
-    assert!(
-        error.contains(path(model)),
-        "the file is not named: {error}"
-    );
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    let [error] = errors[..] else { panic!("no single error line:\n{stderr}") };
+    assert!(error.contains(path(model)), "the file is not named: {error}");
     assert!(!stderr.contains("panicked"), "{stderr}");
     assert_eq!(process.stdout(), "");
-    assert!(
-        etcd.instances().is_empty(),
-        "a worker that cannot serve has registered"
-    );
+    assert!(etcd.instances().is_empty(), "a worker that cannot serve has registered");
 }
 
 #[tokio::test]
@@ -128,20 +105,11 @@ async fn a_truncated_or_corrupt_model_file_is_exit_code_65() {
     corruptions.push(("not a GGUF", b"#!/bin/sh\necho hello\n".repeat(1000)));
     corruptions.push(("another magic", [b"GGML".as_slice(), &good[4..]].concat()));
     let version = 99u32.to_le_bytes();
-    corruptions.push((
-        "a version of the future",
-        [b"GGUF", &version, &good[8..]].concat(),
-    ));
+    corruptions.push(("a version of the future", [b"GGUF", &version, &good[8..]].concat()));
     let huge = u64::MAX.to_le_bytes();
     corruptions.push(("endless tensors", [&good[..8], &huge, &good[16..]].concat()));
-    corruptions.push((
-        "endless metadata",
-        [&good[..16], &huge, &good[24..]].concat(),
-    ));
-    corruptions.push((
-        "a key of endless length",
-        [&good[..24], &huge, &good[32..]].concat(),
-    ));
+    corruptions.push(("endless metadata", [&good[..16], &huge, &good[24..]].concat()));
+    corruptions.push(("a key of endless length", [&good[..24], &huge, &good[32..]].concat()));
     let mut zeros = good.clone();
     zeros[24..4096].fill(0);
     corruptions.push(("zeroed metadata", zeros));
@@ -165,19 +133,10 @@ async fn a_port_in_use_is_exit_code_98() {
         let status = process.end(Duration::from_secs(5)).await;
         let stderr = process.stderr();
         assert_eq!(status.code(), Some(98), "{name}: {stderr}");
-        let error = stderr
-            .lines()
-            .find(|line| line.starts_with("error: "))
-            .expect("an error line");
-        assert!(
-            error.contains(&address) && error.contains("--listen"),
-            "{name}: {error}"
-        );
+        let error = stderr.lines().find(|line| line.starts_with("error: ")).expect("an error line");
+        assert!(error.contains(&address) && error.contains("--listen"), "{name}: {error}");
     }
-    assert!(
-        etcd.instances().is_empty(),
-        "a daemon that cannot serve has registered"
-    );
+    assert!(etcd.instances().is_empty(), "a daemon that cannot serve has registered");
 }
 
 #[tokio::test]
@@ -188,20 +147,9 @@ async fn an_etcd_that_does_not_answer_is_exit_code_69() {
         let mut all = sound(name, &nobody, "127.0.0.1:0", &model());
         all.extend(args(["--etcd-timeout", "2"]));
         let start = Instant::now();
-        fails_within(
-            &dir,
-            name,
-            &all,
-            69,
-            &[&nobody, "--etcd"],
-            Duration::from_secs(8),
-        )
-        .await;
+        fails_within(&dir, name, &all, 69, &[&nobody, "--etcd"], Duration::from_secs(8)).await;
         let took = start.elapsed();
-        assert!(
-            took >= Duration::from_millis(1500),
-            "{name} gave up after {took:?}"
-        );
+        assert!(took >= Duration::from_millis(1500), "{name} gave up after {took:?}");
     }
 }
 
@@ -239,39 +187,11 @@ async fn a_bad_flag_is_exit_code_2_and_named() {
     let model = model();
     let model = path(&model);
     for name in DAEMONS {
-        fails(
-            &dir,
-            name,
-            &args(["--no-such-flag"]),
-            2,
-            &["--no-such-flag"],
-        )
-        .await;
-        fails(
-            &dir,
-            name,
-            &args(["--listen", "nonsense"]),
-            2,
-            &["--listen"],
-        )
-        .await;
+        fails(&dir, name, &args(["--no-such-flag"]), 2, &["--no-such-flag"]).await;
+        fails(&dir, name, &args(["--listen", "nonsense"]), 2, &["--listen"]).await;
         fails(&dir, name, &args(["--lease-ttl", "0"]), 2, &["--lease-ttl"]).await;
-        fails(
-            &dir,
-            name,
-            &args(["--lease-ttl", "soon"]),
-            2,
-            &["--lease-ttl"],
-        )
-        .await;
-        fails(
-            &dir,
-            name,
-            &args(["--log-format", "xml"]),
-            2,
-            &["--log-format", "json"],
-        )
-        .await;
+        fails(&dir, name, &args(["--lease-ttl", "soon"]), 2, &["--lease-ttl"]).await;
+        fails(&dir, name, &args(["--log-format", "xml"]), 2, &["--log-format", "json"]).await;
     }
     let worker = [
         ["--role", "captain"],
@@ -291,47 +211,13 @@ async fn a_bad_flag_is_exit_code_2_and_named() {
         all.extend(args([flag, value]));
         fails(&dir, "baton-worker", &all, 2, &[flag]).await;
     }
-    fails(
-        &dir,
-        "baton-worker",
-        &args(["--model", model]),
-        2,
-        &["--role"],
-    )
-    .await;
-    fails(
-        &dir,
-        "baton-worker",
-        &args(["--role", "unified"]),
-        2,
-        &["--model"],
-    )
-    .await;
+    fails(&dir, "baton-worker", &args(["--model", model]), 2, &["--role"]).await;
+    fails(&dir, "baton-worker", &args(["--role", "unified"]), 2, &["--model"]).await;
     let missing = args(["--api-key-file", "/no/such/file"]);
-    fails(
-        &dir,
-        "baton-gateway",
-        &missing,
-        2,
-        &["--api-key-file", "/no/such/file"],
-    )
-    .await;
-    fails(
-        &dir,
-        "baton-gateway",
-        &args(["--max-inflight", "0"]),
-        2,
-        &["--max-inflight"],
-    )
-    .await;
-    fails(
-        &dir,
-        "baton-gateway",
-        &args(["--request-timeout", "0"]),
-        2,
-        &["--request-timeout"],
-    )
-    .await;
+    fails(&dir, "baton-gateway", &missing, 2, &["--api-key-file", "/no/such/file"]).await;
+    fails(&dir, "baton-gateway", &args(["--max-inflight", "0"]), 2, &["--max-inflight"]).await;
+    fails(&dir, "baton-gateway", &args(["--request-timeout", "0"]), 2, &["--request-timeout"])
+        .await;
 }
 
 #[tokio::test]
@@ -343,11 +229,7 @@ async fn every_program_explains_itself() {
             let mut process = Process::start(&spec, dir.path());
             let status = process.end(Duration::from_secs(5)).await;
             assert!(status.success(), "{name} {flag}: {status}");
-            assert!(
-                process.stdout().contains("baton"),
-                "{name} {flag}: {}",
-                process.stdout()
-            );
+            assert!(process.stdout().contains("baton"), "{name} {flag}: {}", process.stdout());
         }
     }
 }

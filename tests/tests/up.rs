@@ -23,14 +23,8 @@ struct Operator {
 
 impl Operator {
     fn new() -> Self {
-        let home = tempfile::Builder::new()
-            .prefix("baton-up-")
-            .tempdir()
-            .expect("a folder");
-        Self {
-            home,
-            port: ports::free().to_string(),
-        }
+        let home = tempfile::Builder::new().prefix("baton-up-").tempdir().expect("a folder");
+        Self { home, port: ports::free().to_string() }
     }
 
     fn dir(&self) -> &Path {
@@ -41,16 +35,10 @@ impl Operator {
         let name = args.first().copied().unwrap_or_default();
         let mut spec = Spec::new(format!("baton-{name}"), program("baton"), args);
         let home = self.dir().as_os_str();
-        for variable in [
-            "HOME",
-            "XDG_STATE_HOME",
-            "XDG_RUNTIME_DIR",
-            "XDG_CACHE_HOME",
-        ] {
+        for variable in ["HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME"] {
             spec.env.push((variable.into(), home.into()));
         }
-        spec.env
-            .push(("BATON_MODEL_DIR".into(), model_dir().into()));
+        spec.env.push(("BATON_MODEL_DIR".into(), model_dir().into()));
         Process::start(&spec, self.dir())
     }
 
@@ -58,11 +46,7 @@ impl Operator {
     async fn run(&self, args: &[&str]) -> (i32, String, String) {
         let mut process = self.start(args);
         let status = process.end(Duration::from_secs(30)).await;
-        (
-            status.code().expect("an exit code"),
-            process.stdout(),
-            process.stderr(),
-        )
+        (status.code().expect("an exit code"), process.stdout(), process.stderr())
     }
 
     /// `baton up`, and what it printed when the cluster was ready, and how long that took.
@@ -70,19 +54,11 @@ impl Operator {
         let mut process = self.start(&[&["up", "--port", &self.port], args].concat());
         let (printed, took) = eventually("baton up prints a curl", UP_WITHIN, async || {
             if let Some(status) = process.exited() {
-                panic!(
-                    "baton up ended with {status}:\n{}\n{}",
-                    process.stdout(),
-                    process.stderr()
-                );
+                panic!("baton up ended with {status}:\n{}\n{}", process.stdout(), process.stderr());
             }
             let out = process.stdout();
             let whole = curl(&out).is_some_and(|curl| curl.ends_with('\''));
-            if whole {
-                Ok(out)
-            } else {
-                Err(format!("{out}\n{}", process.stderr()))
-            }
+            if whole { Ok(out) } else { Err(format!("{out}\n{}", process.stderr())) }
         })
         .await;
         (process, printed, took)
@@ -91,11 +67,7 @@ impl Operator {
     async fn nothing_left(&self) {
         eventually("no process is left", Duration::from_secs(5), async || {
             let processes = leftovers::processes(self.dir());
-            if processes.is_empty() {
-                Ok(())
-            } else {
-                Err(format!("{processes:#?}"))
-            }
+            if processes.is_empty() { Ok(()) } else { Err(format!("{processes:#?}")) }
         })
         .await;
         leftovers::assert_none(self.dir());
@@ -118,16 +90,9 @@ fn curl(printed: &str) -> Option<String> {
 /// What a user gets who pastes the printed command.
 fn paste(printed: &str) -> Value {
     let command = curl(printed).expect("a curl command");
-    let output = Command::new("sh")
-        .args(["-c", &command])
-        .output()
-        .expect("run curl");
+    let output = Command::new("sh").args(["-c", &command]).output().expect("run curl");
     let reply = String::from_utf8_lossy(&output.stdout);
-    assert!(
-        output.status.success(),
-        "{command}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_str(&reply).unwrap_or_else(|e| panic!("{command}: {e}: {reply}"))
 }
 
@@ -137,31 +102,19 @@ async fn up_serves_until_ctrl_c_and_leaves_nothing() {
     let (mut up, printed, took) = operator.up(&[]).await;
     println!("baton up took {took:?}\n{printed}");
     for role in ["etcd", "coordinator", "gateway", "prefill", "decode"] {
-        assert!(
-            printed.contains(role),
-            "{role} is not in the table:\n{printed}"
-        );
+        assert!(printed.contains(role), "{role} is not in the table:\n{printed}");
     }
     let reply = paste(&printed);
     let content = &reply["choices"][0]["message"]["content"];
-    assert!(
-        content.as_str().is_some_and(|content| !content.is_empty()),
-        "{reply}"
-    );
+    assert!(content.as_str().is_some_and(|content| !content.is_empty()), "{reply}");
 
     // Five processes and the command itself.
     let processes = leftovers::processes(operator.dir());
     for program in ["etcd", "baton-coordinator", "baton-gateway"] {
-        let of = processes
-            .iter()
-            .filter(|process| process.contains(program))
-            .count();
+        let of = processes.iter().filter(|process| process.contains(program)).count();
         assert!(of >= 1, "{program} does not run: {processes:#?}");
     }
-    let workers = processes
-        .iter()
-        .filter(|process| process.contains("baton-worker"))
-        .count();
+    let workers = processes.iter().filter(|process| process.contains("baton-worker")).count();
     assert_eq!(workers, 2, "{processes:#?}");
 
     let (code, status, stderr) = operator.run(&["status"]).await;
@@ -176,10 +129,7 @@ async fn up_serves_until_ctrl_c_and_leaves_nothing() {
     // A second one is refused, and does the first no harm.
     let (code, _, stderr) = operator.run(&["up", "--port", &operator.port]).await;
     assert_ne!(code, 0);
-    assert!(
-        stderr.contains("error: ") && stderr.contains("baton down"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("error: ") && stderr.contains("baton down"), "{stderr}");
     assert!(paste(&printed)["choices"].is_array());
 
     up.interrupt();
@@ -202,24 +152,17 @@ async fn up_serves_until_ctrl_c_and_leaves_nothing() {
 #[tokio::test]
 async fn nothing_outlives_a_killed_up() {
     let operator = Operator::new();
-    let (mut up, _, _) = operator
-        .up(&["--prefill", "0", "--decode", "0", "--unified", "1"])
-        .await;
+    let (mut up, _, _) = operator.up(&["--prefill", "0", "--decode", "0", "--unified", "1"]).await;
     assert!(leftovers::processes(operator.dir()).len() > 3);
     up.kill();
     eventually("all processes follow", Duration::from_secs(5), async || {
         let processes = leftovers::processes(operator.dir());
-        if processes.is_empty() {
-            Ok(())
-        } else {
-            Err(format!("{processes:#?}"))
-        }
+        if processes.is_empty() { Ok(()) } else { Err(format!("{processes:#?}")) }
     })
     .await;
     // What the killed one had written down does not stop the next.
-    let (mut up, printed, _) = operator
-        .up(&["--prefill", "0", "--decode", "0", "--unified", "1"])
-        .await;
+    let (mut up, printed, _) =
+        operator.up(&["--prefill", "0", "--decode", "0", "--unified", "1"]).await;
     assert!(paste(&printed)["choices"].is_array());
     up.signal(Signal::SIGTERM);
     let status = up.end(STOP_WITHIN).await;
@@ -236,44 +179,20 @@ async fn up_refuses_what_it_cannot_start_and_cleans_up() {
     let start = Instant::now();
     let (code, _, stderr) = operator.run(&["up", "--port", &port]).await;
     assert_eq!(code, 98, "{stderr}");
-    assert!(
-        stderr.contains(&port) && stderr.contains("--port"),
-        "{stderr}"
-    );
+    assert!(stderr.contains(&port) && stderr.contains("--port"), "{stderr}");
     operator.nothing_left().await;
-    let (code, _, stderr) = operator
-        .run(&[
-            "up",
-            "--port",
-            &operator.port,
-            "--model",
-            "/no/such/model.gguf",
-        ])
-        .await;
+    let (code, _, stderr) =
+        operator.run(&["up", "--port", &operator.port, "--model", "/no/such/model.gguf"]).await;
     assert_eq!(code, 66, "{stderr}");
     assert!(stderr.contains("/no/such/model.gguf"), "{stderr}");
     operator.nothing_left().await;
     let (code, _, stderr) = operator
-        .run(&[
-            "up",
-            "--port",
-            &operator.port,
-            "--decode",
-            "0",
-            "--prefill",
-            "1",
-            "--unified",
-            "0",
-        ])
+        .run(&["up", "--port", &operator.port, "--decode", "0", "--prefill", "1", "--unified", "0"])
         .await;
     assert_eq!(code, 2, "no worker would answer: {stderr}");
     operator.nothing_left().await;
     let (code, _, stderr) = operator.run(&["down"]).await;
     assert_ne!(code, 0, "there was nothing to stop");
     assert!(stderr.contains("error: "), "{stderr}");
-    assert!(
-        start.elapsed() < Duration::from_secs(60),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }

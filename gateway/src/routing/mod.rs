@@ -46,7 +46,8 @@ mod tests {
 
     use super::*;
 
-    const IDLE: Candidate = Candidate { cached_tokens: 0, requests: 0, pending_tokens: 0, full: false };
+    const IDLE: Candidate =
+        Candidate { cached_tokens: 0, requests: 0, pending_tokens: 0, full: false };
 
     #[test]
     fn a_cached_prefix_attracts_and_load_repels() {

@@ -71,7 +71,11 @@ mod tests {
     #[test]
     fn what_was_used_last_stays() {
         let mut index = PrefixIndex::new(4);
-        let (a, b, c) = (block_hashes("a", &[1, 2], 1), block_hashes("b", &[1, 2], 1), block_hashes("c", &[1, 2], 1));
+        let (a, b, c) = (
+            block_hashes("a", &[1, 2], 1),
+            block_hashes("b", &[1, 2], 1),
+            block_hashes("c", &[1, 2], 1),
+        );
         index.insert(&a);
         index.insert(&b);
         index.insert(&a);

@@ -54,11 +54,7 @@ impl StopWatch {
 
 /// Bytes at the end of `text` that are a beginning of `stop`.
 fn overlap(text: &str, stop: &str) -> usize {
-    stop.char_indices()
-        .map(|(at, _)| at)
-        .rev()
-        .find(|&at| text.ends_with(&stop[..at]))
-        .unwrap_or(0)
+    stop.char_indices().map(|(at, _)| at).rev().find(|&at| text.ends_with(&stop[..at])).unwrap_or(0)
 }
 
 #[cfg(test)]

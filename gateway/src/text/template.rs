@@ -1,6 +1,7 @@
 //! Chat templates: the model's own Jinja, run by minijinja in the manner of `transformers`.
 
-use minijinja::value::{Kwargs, Value};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde_json::Value as Json;
 
@@ -29,9 +30,10 @@ impl ChatTemplate {
         eos_token: Option<String>,
     ) -> Result<Self, Error> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        environment.set_syntax(syntax);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_fuel(Some(10_000_000));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -44,23 +46,25 @@ impl ChatTemplate {
 
     /// Renders a conversation.
     pub fn render(&self, messages: &[Json], options: &Options<'_>) -> Result<String, Error> {
-        let extra = options.variables.map_or(Value::UNDEFINED, Value::from_serialize);
+        let extra = options.variables.map_or(Value::UNDEFINED, |all| Value::from(Serde(all)));
         let variables = context! {
-            messages,
+            messages => Value::from(Serde(messages)),
             add_generation_prompt => options.add_generation_prompt,
-            bos_token => self.bos_token,
-            eos_token => self.eos_token,
+            bos_token => self.bos_token.clone(),
+            eos_token => self.eos_token.clone(),
             ..extra
         };
         let mut text = self.environment.get_template("chat")?.render(variables)?;
         if options.continue_final_message {
             // As transformers does it: cut the turn's end off behind the last message.
-            let last = messages.last().and_then(|message| message["content"].as_str()).unwrap_or("");
+            let last =
+                messages.last().and_then(|message| message["content"].as_str()).unwrap_or("");
             let last = last.trim_end();
             match text.rfind(last) {
                 Some(at) => text.truncate(at + last.len()),
                 None => {
-                    let reason = "the template changes the final message, so it cannot be continued";
+                    let reason =
+                        "the template changes the final message, so it cannot be continued";
                     return Err(Error::new(ErrorKind::InvalidOperation, reason));
                 }
             }
@@ -72,7 +76,8 @@ impl ChatTemplate {
 /// `json.dumps` with its separators: minijinja's own filter escapes for HTML and packs.
 fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let failed = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
+    let failed =
+        |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let json = serde_json::to_value(&value).map_err(failed)?;
     Ok(match indent {
         Some(indent) => {
@@ -112,8 +117,18 @@ fn strftime_now(format: &str) -> String {
         .map_or(0, |since| since.as_secs());
     let (year, month, day) = civil(seconds / 86_400);
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September",
-        "October", "November", "December",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
     ];
     let name = MONTHS[month as usize - 1];
     [
@@ -151,7 +166,8 @@ mod tests {
 
     fn render(source: &str, messages: Json, add_generation_prompt: bool) -> Result<String, Error> {
         let template = ChatTemplate::new(source, Some("<s>".into()), None).unwrap();
-        let options = Options { add_generation_prompt, continue_final_message: false, variables: None };
+        let options =
+            Options { add_generation_prompt, continue_final_message: false, variables: None };
         template.render(messages.as_array().unwrap(), &options)
     }
 
@@ -175,22 +191,39 @@ mod tests {
     #[test]
     fn python_methods_exceptions_and_json_work() {
         let message = json!([{"role": "user", "content": " Hi <b> "}]);
-        let got = render("{{ bos_token }}{{ messages[0].content.strip().upper() }}", message.clone(), false);
+        let got = render(
+            "{{ bos_token }}{{ messages[0].content.strip().upper() }}",
+            message.clone(),
+            false,
+        );
         assert_eq!(got.unwrap(), "<s>HI <B>");
         let got = render("{{ messages[0] | tojson }}", message.clone(), false);
         assert_eq!(got.unwrap(), r#"{"role": "user", "content": " Hi <b> "}"#);
-        let failed = render("{{ raise_exception('roles must alternate') }}", message.clone(), false);
+        let failed =
+            render("{{ raise_exception('roles must alternate') }}", message.clone(), false);
         assert!(failed.unwrap_err().to_string().contains("roles must alternate"));
-        assert!(render("{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}", message, false).is_err());
+        assert!(
+            render(
+                "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
+                message,
+                false
+            )
+            .is_err()
+        );
     }
 
     #[test]
     fn a_final_message_can_be_left_open() {
         let source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}";
         let template = ChatTemplate::new(source, None, None).unwrap();
-        let messages = json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "So far"}]);
-        let options = Options { add_generation_prompt: false, continue_final_message: true, variables: None };
-        assert_eq!(template.render(messages.as_array().unwrap(), &options).unwrap(), "[user]Q[end][assistant]So far");
+        let messages =
+            json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "So far"}]);
+        let options =
+            Options { add_generation_prompt: false, continue_final_message: true, variables: None };
+        assert_eq!(
+            template.render(messages.as_array().unwrap(), &options).unwrap(),
+            "[user]Q[end][assistant]So far"
+        );
     }
 
     #[test]

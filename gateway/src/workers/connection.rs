@@ -1,8 +1,8 @@
 //! The connection to one worker.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
-use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -12,8 +12,8 @@ use baton_proto::v1::{DescribeRequest, FetchTokenizerRequest, WatchStatusRequest
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tonic::transport::Endpoint;
 use tonic::Status;
+use tonic::transport::Endpoint;
 use tracing::{debug, warn};
 
 use super::{Registry, Served, Worker};
@@ -85,11 +85,7 @@ async fn run(registry: Arc<Registry>, worker: Arc<Worker>) {
 }
 
 /// Learns what the worker serves, then listens until the stream of status ends.
-async fn follow(
-    registry: &Registry,
-    worker: &Worker,
-    wait: &mut Duration,
-) -> Result<(), Status> {
+async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Result<(), Status> {
     if worker.served.load().is_none() {
         worker.served.store(Some(Arc::new(learn(registry, worker).await?)));
     }
@@ -155,4 +151,3 @@ async fn within<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, S
         Err(_) => Err(Status::deadline_exceeded("no answer in time")),
     }
 }
-

@@ -242,8 +242,10 @@ impl Registry {
 
     /// Chooses the worker that computes a prompt for another.
     pub fn choose_prefill(&self, served: &Served, prompt_tokens: usize) -> Option<Ticket> {
-        self.choose(served, prompt_tokens, &[], |worker| worker.record.role == InstanceRole::Prefill)
-            .ok()
+        self.choose(served, prompt_tokens, &[], |worker| {
+            worker.record.role == InstanceRole::Prefill
+        })
+        .ok()
     }
 
     fn choose(
@@ -258,7 +260,11 @@ impl Registry {
             .into_iter()
             .filter(|worker| worker.alive() && eligible(worker))
             .filter(|worker| {
-                worker.served.load().as_ref().is_some_and(|other| other.card.name == served.card.name)
+                worker
+                    .served
+                    .load()
+                    .as_ref()
+                    .is_some_and(|other| other.card.name == served.card.name)
             })
             .collect();
         if workers.is_empty() {

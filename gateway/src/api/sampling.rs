@@ -1,0 +1,282 @@
+//! The fields that all generation routes share: how to draw tokens, and what to send back.
+
+use std::collections::HashMap;
+
+use baton_proto::v1::SamplingParams;
+use rand::RngExt as _;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{strings, token_ids};
+use crate::error::ApiError;
+
+/// The most sequences that one request may ask for.
+pub const MAX_SEQUENCES: usize = 128;
+/// The most alternatives that `logprobs` may ask for.
+pub const MAX_LOGPROBS: i64 = 20;
+/// Below this a temperature makes logits overflow; vLLM raises it too.
+const MIN_TEMPERATURE: f64 = 0.01;
+
+/// The fields as they come. Absent and `null` are the same.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct SamplingFields {
+    /// Served model.
+    pub model: Option<String>,
+    /// Base of the reply's id.
+    pub request_id: Option<String>,
+    /// Requests share cached prefixes only when their salts are equal.
+    pub cache_salt: Option<String>,
+    /// Send tokens as they come.
+    pub stream: Option<bool>,
+    /// Settings of the stream.
+    pub stream_options: Option<StreamOptions>,
+    /// Name tokens in logprobs `token_id:N`.
+    pub return_tokens_as_token_ids: Option<bool>,
+    /// Send token ids beside the text.
+    pub return_token_ids: Option<bool>,
+    /// Leave special tokens out of the text.
+    pub skip_special_tokens: Option<bool>,
+    /// Keep the stop string in the text.
+    pub include_stop_str_in_output: Option<bool>,
+    n: Option<i64>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i64>,
+    min_p: Option<f64>,
+    seed: Option<i64>,
+    max_tokens: Option<i64>,
+    max_completion_tokens: Option<i64>,
+    min_tokens: Option<i64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    repetition_penalty: Option<f64>,
+    stop: Option<Value>,
+    stop_token_ids: Option<Vec<Value>>,
+    ignore_eos: Option<bool>,
+    logit_bias: Option<Map<String, Value>>,
+}
+
+/// `stream_options`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct StreamOptions {
+    /// One more event with the usage, before the end.
+    pub include_usage: Option<bool>,
+    /// Usage so far in every event.
+    pub continuous_usage_stats: Option<bool>,
+}
+
+/// The fields, checked, with defaults filled in.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// For the worker, save `max_tokens`, which depends on the prompt.
+    pub params: SamplingParams,
+    /// `max_tokens` or `max_completion_tokens`.
+    pub max_tokens: Option<u32>,
+    /// Sequences for each prompt.
+    pub n: usize,
+    /// Strings that end the text.
+    pub stop: Vec<String>,
+}
+
+impl SamplingFields {
+    /// Whether the answer is a stream.
+    pub fn streams(&self) -> bool {
+        self.stream.unwrap_or(false)
+    }
+
+    /// Whether to send usage at the end of a stream, and in all of its events.
+    pub fn usage_in_stream(&self) -> (bool, bool) {
+        let options = self.stream_options.unwrap_or_default();
+        let include = options.include_usage.unwrap_or(false);
+        (include, include && options.continuous_usage_stats.unwrap_or(false))
+    }
+
+    /// Checks all values. `logprobs` is how many alternatives the route asks for.
+    pub fn check(&self, vocab_size: u32, logprobs: Option<u32>) -> Result<Sampling, ApiError> {
+        if self.stream_options.is_some() && !self.streams() {
+            let message = "`stream_options` is only for streams: set `stream` to true.";
+            return Err(ApiError::malformed(message).param("stream_options"));
+        }
+        if self.cache_salt.as_deref() == Some("") {
+            let message = "`cache_salt` must not be empty; leave it out to share the cache.";
+            return Err(ApiError::malformed(message).param("cache_salt"));
+        }
+        let temperature = float("temperature", self.temperature, 1.0, 0.0..=2.0)?;
+        let greedy = temperature == 0.0;
+        let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
+        let top_p = float("top_p", self.top_p, 1.0, 0.0..=1.0)?;
+        if top_p == 0.0 {
+            return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
+        }
+        let top_k = integer("top_k", self.top_k, 0, -1..=i64::from(u32::MAX))?.max(0);
+        let repetition_penalty =
+            float("repetition_penalty", self.repetition_penalty, 1.0, 0.0..=f64::from(f32::MAX))?;
+        if repetition_penalty == 0.0 {
+            let message = "`repetition_penalty` must be over 0.";
+            return Err(ApiError::bad_value("repetition_penalty", message));
+        }
+        let n = integer("n", self.n, 1, 1..=MAX_SEQUENCES as i64)? as usize;
+        if greedy && n > 1 {
+            let message = "`n` must be 1 when `temperature` is 0: all answers would be the same.";
+            return Err(ApiError::bad_value("n", message));
+        }
+        let (limit_field, limit) = match self.max_completion_tokens {
+            Some(limit) => ("max_completion_tokens", Some(limit)),
+            None => ("max_tokens", self.max_tokens),
+        };
+        let limits = 1..=i64::from(u32::MAX);
+        let max_tokens = limit.map(|limit| integer(limit_field, Some(limit), 0, limits));
+        let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32);
+        let min_tokens = integer("min_tokens", self.min_tokens, 0, 0..=i64::from(u32::MAX))? as u32;
+        if max_tokens.is_some_and(|max| min_tokens > max) {
+            let message = format!("`min_tokens` must be at most `{limit_field}`.");
+            return Err(ApiError::bad_value("min_tokens", message));
+        }
+        let stop = strings("stop", self.stop.as_ref())?;
+        if stop.iter().any(String::is_empty) {
+            return Err(ApiError::bad_value("stop", "`stop` must not hold an empty string."));
+        }
+        let stop_token_ids = self.stop_token_ids.as_deref().unwrap_or_default();
+        let params = SamplingParams {
+            temperature: temperature as f32,
+            top_p: top_p as f32,
+            top_k: top_k as u32,
+            min_p: float("min_p", self.min_p, 0.0, 0.0..=1.0)? as f32,
+            seed: self.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
+            max_tokens: 0,
+            min_tokens,
+            stop_token_ids: token_ids("stop_token_ids", stop_token_ids, vocab_size)?,
+            ignore_eos: self.ignore_eos.unwrap_or(false),
+            repetition_penalty: repetition_penalty as f32,
+            presence_penalty: penalty("presence_penalty", self.presence_penalty)?,
+            frequency_penalty: penalty("frequency_penalty", self.frequency_penalty)?,
+            logit_bias: self.logit_bias(vocab_size)?,
+            logprobs,
+        };
+        Ok(Sampling { params, max_tokens, n, stop })
+    }
+
+    fn logit_bias(&self, vocab_size: u32) -> Result<HashMap<u32, f32>, ApiError> {
+        let wrong = |key: &str, what: &str| {
+            let message = format!("`logit_bias` maps token ids to numbers; {key:?} {what}.");
+            ApiError::bad_value("logit_bias", message)
+        };
+        self.logit_bias
+            .iter()
+            .flatten()
+            .map(|(key, bias)| {
+                let id = key.parse().ok().filter(|id| *id < vocab_size);
+                let id = id.ok_or_else(|| wrong(key, "is no token id of this model"))?;
+                let bias = bias.as_f64().ok_or_else(|| wrong(key, "has none"))?;
+                Ok((id, bias.clamp(-100.0, 100.0) as f32))
+            })
+            .collect()
+    }
+}
+
+impl Sampling {
+    /// The parameters of one sequence. Each of several draws with a seed of its own, as in vLLM.
+    pub fn params_for(&self, index: usize, max_tokens: u32) -> SamplingParams {
+        let seed = self.params.seed.wrapping_add(index as u64);
+        SamplingParams { seed, max_tokens, ..self.params.clone() }
+    }
+}
+
+fn penalty(field: &str, value: Option<f64>) -> Result<f32, ApiError> {
+    float(field, value, 0.0, -2.0..=2.0).map(|value| value as f32)
+}
+
+fn float(
+    field: &str,
+    value: Option<f64>,
+    default: f64,
+    range: std::ops::RangeInclusive<f64>,
+) -> Result<f64, ApiError> {
+    let value = value.unwrap_or(default);
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    Err(out_of_range(field, value, range.start(), range.end()))
+}
+
+fn integer(
+    field: &str,
+    value: Option<i64>,
+    default: i64,
+    range: std::ops::RangeInclusive<i64>,
+) -> Result<i64, ApiError> {
+    let value = value.unwrap_or(default);
+    if range.contains(&value) {
+        return Ok(value);
+    }
+    Err(out_of_range(field, value, range.start(), range.end()))
+}
+
+fn out_of_range<T: std::fmt::Display>(field: &str, value: T, low: &T, high: &T) -> ApiError {
+    ApiError::bad_value(field, format!("`{field}` must be from {low} to {high}, not {value}."))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(fields: Value) -> Result<Sampling, ApiError> {
+        let fields: SamplingFields = serde_json::from_value(fields).unwrap();
+        fields.check(100, None)
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let Sampling { params, max_tokens, n, stop } = check(json!({"seed": 0})).unwrap();
+        let expected = SamplingParams {
+            temperature: 1.0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..SamplingParams::default()
+        };
+        assert_eq!((params, max_tokens, n, stop), (expected, None, 1, vec![]));
+    }
+
+    #[test]
+    fn without_a_seed_each_request_draws_its_own() {
+        let seed = || check(json!({})).unwrap().params.seed;
+        assert_ne!((seed(), seed()), (seed(), seed()));
+    }
+
+    #[test]
+    fn the_edges_of_each_range_are_in_and_what_is_beyond_is_named() {
+        for good in [
+            json!({"temperature": 0}),
+            json!({"temperature": 2}),
+            json!({"top_k": -1}),
+            json!({"min_p": 1}),
+            json!({"presence_penalty": -2, "frequency_penalty": 2}),
+            json!({"max_tokens": 5, "min_tokens": 5}),
+            json!({"seed": -1}),
+            json!({"stop": []}),
+            json!({"stop_token_ids": [0, 99], "logit_bias": {"99": -1000}}),
+        ] {
+            check(good).unwrap();
+        }
+        for (field, bad) in [
+            ("temperature", json!({"temperature": 2.1})),
+            ("top_p", json!({"top_p": 0})),
+            ("max_completion_tokens", json!({"max_completion_tokens": 0, "max_tokens": 5})),
+            ("stop_token_ids", json!({"stop_token_ids": [100]})),
+            ("logit_bias", json!({"logit_bias": {"100": 1}})),
+            ("n", json!({"n": 129})),
+        ] {
+            let error = check(bad).unwrap_err().body();
+            assert_eq!(error["error"]["param"], field);
+        }
+    }
+
+    #[test]
+    fn each_sequence_has_a_seed_of_its_own() {
+        let sampling = check(json!({"seed": 7, "n": 2})).unwrap();
+        assert_eq!(sampling.params_for(0, 1).seed, 7);
+        assert_eq!(sampling.params_for(1, 1).seed, 8);
+    }
+}

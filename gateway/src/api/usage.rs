@@ -1,0 +1,69 @@
+//! Token counts, and the room that a prompt leaves.
+
+use serde_json::{Value, json};
+
+use crate::error::ApiError;
+
+/// The `usage` object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of all prompts, each counted once.
+    pub prompt_tokens: usize,
+    /// Tokens of all answers.
+    pub completion_tokens: usize,
+}
+
+impl Usage {
+    /// The object.
+    pub fn json(self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": null,
+        })
+    }
+}
+
+/// How many tokens may be generated: what was asked for, else `default`, else the rest of the
+/// context. Only a wish that was spoken is refused when it does not fit.
+pub fn room(
+    prompt_tokens: usize,
+    max_model_len: u32,
+    asked: Option<u32>,
+    default: Option<u32>,
+) -> Result<u32, ApiError> {
+    let left = (max_model_len as usize).saturating_sub(prompt_tokens) as u32;
+    if left == 0 {
+        let message = format!(
+            "The prompt has {prompt_tokens} tokens, but this model takes {max_model_len} in all, \
+             prompt and answer; shorten the prompt."
+        );
+        return Err(ApiError::bad_value("input_tokens", message));
+    }
+    match asked {
+        Some(asked) if asked > left => {
+            let message = format!(
+                "`max_tokens` is {asked} and the prompt has {prompt_tokens} tokens, but this \
+                 model takes {max_model_len} in all; ask for at most {left}."
+            );
+            Err(ApiError::bad_value("max_tokens", message))
+        }
+        Some(asked) => Ok(asked),
+        None => Ok(default.map_or(left, |default| default.min(left))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompt_and_answer_share_the_context() {
+        assert_eq!(room(200, 256, Some(56), None).unwrap(), 56);
+        assert!(room(200, 256, Some(57), None).is_err());
+        assert_eq!(room(255, 256, None, None).unwrap(), 1);
+        assert_eq!(room(250, 256, None, Some(16)).unwrap(), 6);
+        assert!(room(256, 256, None, None).is_err());
+    }
+}

@@ -1,0 +1,313 @@
+//! One sequence, from its prompt to its end, over as many workers as it takes.
+//!
+//! A [`Generation`] sends its sequence to a worker and yields what comes back. When the worker
+//! fails, it sends prompt and tokens so far to another one and goes on: a draw depends on the seed
+//! and the token's index alone, so the client sees the tokens it would have seen. Dropping it
+//! cancels the work, all the way down.
+
+pub mod answer;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::generate_event::Event;
+use baton_proto::v1::{
+    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, SamplingParams, Started, Token,
+};
+use baton_proto::{BlockHash, InstanceRole, block_hashes};
+use tokio::time::timeout_at;
+use tonic::{Code, Status, Streaming};
+use tracing::{debug, warn};
+
+use crate::error::ApiError;
+use crate::workers::{NoWorker, Registry, Served, Ticket};
+
+/// Failures in a row, without a token between them, after which a request is given up: it may be
+/// the request that brings workers down.
+const MAX_FAILURES: usize = 3;
+/// Failures in all.
+const MAX_FAILURES_IN_ALL: usize = 16;
+/// How long a worker may take to say that it has a request.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a sequence that has begun waits for a worker to go on with.
+const RESUME_WITHIN: Duration = Duration::from_secs(15);
+/// Between two looks for such a worker.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What is to be generated.
+#[derive(Clone)]
+pub struct Job {
+    /// The model.
+    pub served: Arc<Served>,
+    /// For logs, here and on the workers.
+    pub request_id: String,
+    /// The prompt.
+    pub prompt: Arc<[u32]>,
+    /// How to draw.
+    pub sampling: SamplingParams,
+    /// Requests share cached blocks only when their salts are equal.
+    pub salt: String,
+    /// When to give up.
+    pub deadline: Instant,
+    /// Uncached prompt tokens from which a prefill worker is used.
+    pub handoff_min_tokens: u32,
+}
+
+/// What happens to a sequence: `Started` first, then tokens, then one `Finished`.
+#[derive(Debug)]
+pub enum Update {
+    /// The prompt has been computed.
+    Started(Started),
+    /// A token was drawn.
+    Token(Token),
+    /// The end; for a stop token, which.
+    Finished(FinishReason, Option<u32>),
+}
+
+/// A sequence in progress.
+pub struct Generation {
+    registry: Arc<Registry>,
+    job: Job,
+    hashes: Vec<BlockHash>,
+    attempt: Attempt,
+    /// All tokens so far.
+    output: Vec<u32>,
+    /// Tokens of the current message that have not been yielded.
+    ready: std::vec::IntoIter<Token>,
+    /// Whether `Started` has been yielded, by this attempt or an earlier one.
+    started: bool,
+    /// Instances that failed this sequence.
+    avoid: Vec<String>,
+    failures: usize,
+    failures_in_all: usize,
+}
+
+/// The sequence on one worker.
+struct Attempt {
+    ticket: Ticket,
+    /// The prefill worker that was offered, until the prompt is computed.
+    prefill: Option<Ticket>,
+    events: Streaming<GenerateEvent>,
+}
+
+/// How an attempt failed.
+enum Failure {
+    /// The client's fault, or nobody can help.
+    Final(ApiError),
+    /// Another worker may do better.
+    Retry(ApiError),
+}
+
+impl Generation {
+    /// Sends the sequence to a worker. An error here comes before anything was generated.
+    pub async fn start(registry: Arc<Registry>, job: Job) -> Result<Self, ApiError> {
+        let hashes = block_hashes(&job.salt, &job.prompt, job.served.block_size());
+        let mut avoid = Vec::new();
+        let mut failures = 0;
+        loop {
+            match open(&registry, &job, &hashes, &[], &mut avoid).await {
+                Ok(attempt) => {
+                    return Ok(Self {
+                        registry,
+                        job,
+                        hashes,
+                        attempt,
+                        output: Vec::new(),
+                        ready: Vec::new().into_iter(),
+                        started: false,
+                        avoid,
+                        failures,
+                        failures_in_all: failures,
+                    });
+                }
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Retry(error)) => {
+                    failures += 1;
+                    if failures >= MAX_FAILURES {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What happens next; `None` after `Finished`.
+    pub async fn next(&mut self) -> Result<Option<Update>, ApiError> {
+        if let Some(token) = self.ready.next() {
+            self.output.push(token.id);
+            return Ok(Some(Update::Token(token)));
+        }
+        loop {
+            let message = self.attempt.events.message();
+            let status = match timeout_at(self.job.deadline.into(), message).await {
+                Err(_) => return Err(ApiError::timed_out()),
+                Ok(Ok(Some(message))) => match message.event {
+                    Some(Event::Started(started)) => {
+                        self.attempt.ticket.answered();
+                        self.attempt.prefill = None;
+                        if !std::mem::replace(&mut self.started, true) {
+                            return Ok(Some(Update::Started(started)));
+                        }
+                        continue;
+                    }
+                    Some(Event::Tokens(tokens)) => {
+                        self.failures = 0;
+                        self.ready = tokens.tokens.into_iter();
+                        let Some(token) = self.ready.next() else { continue };
+                        self.output.push(token.id);
+                        return Ok(Some(Update::Token(token)));
+                    }
+                    Some(Event::Finished(finished)) => {
+                        let (reason, stop) = (finished.reason(), finished.stop_token_id);
+                        return Ok(Some(Update::Finished(reason, stop)));
+                    }
+                    None => continue,
+                },
+                Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
+                Ok(Err(status)) => status,
+            };
+            match judge(&self.attempt.ticket, status, &mut self.avoid) {
+                Failure::Final(error) => return Err(error),
+                Failure::Retry(error) => self.resume(error).await?,
+            }
+        }
+    }
+
+    /// Goes on elsewhere, and waits a little for somewhere to go on.
+    async fn resume(&mut self, cause: ApiError) -> Result<(), ApiError> {
+        let mut cause = cause;
+        let until = self.job.deadline.min(Instant::now() + RESUME_WITHIN);
+        self.failures += 1;
+        loop {
+            self.failures_in_all += 1;
+            if self.failures > MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
+                return Err(cause);
+            }
+            debug!(
+                request_id = self.job.request_id,
+                tokens = self.output.len(),
+                "going on with another worker"
+            );
+            loop {
+                let (output, avoid) = (&self.output, &mut self.avoid);
+                match open(&self.registry, &self.job, &self.hashes, output, avoid).await {
+                    Ok(attempt) => {
+                        self.attempt = attempt;
+                        return Ok(());
+                    }
+                    Err(Failure::Retry(error)) => {
+                        cause = error;
+                        self.failures += 1;
+                        break;
+                    }
+                    // Nobody is there, or nobody has room: that may pass.
+                    Err(Failure::Final(error)) if error.may_pass() && Instant::now() < until => {
+                        // A worker that failed may be back as good as new.
+                        self.avoid.clear();
+                        tokio::time::sleep(LOOK_EVERY).await;
+                    }
+                    Err(Failure::Final(error)) => return Err(error),
+                }
+            }
+        }
+    }
+}
+
+/// Chooses a worker and sends it the sequence.
+async fn open(
+    registry: &Registry,
+    job: &Job,
+    hashes: &[BlockHash],
+    output: &[u32],
+    avoid: &mut Vec<String>,
+) -> Result<Attempt, Failure> {
+    let tokens = job.prompt.len() + output.len();
+    loop {
+        let ticket = match registry.choose_decode(&job.served, tokens, hashes, avoid) {
+            Ok(ticket) => ticket,
+            Err(NoWorker::Absent) => return Err(Failure::Final(nobody(&job.served.card.name))),
+            Err(NoWorker::Full) => return Err(Failure::Final(full())),
+        };
+        // The decode worker knows what it has cached; here it is only guessed. So the peer is
+        // named whenever the hand-off could pay.
+        let peer = if ticket.worker.record.role == InstanceRole::Decode
+            && tokens >= job.handoff_min_tokens as usize
+        {
+            registry.choose_prefill(&job.served, tokens - ticket.cached_tokens)
+        } else {
+            None
+        };
+        let request = GenerateRequest {
+            request_id: job.request_id.clone(),
+            prompt_token_ids: job.prompt.to_vec(),
+            output_token_ids: output.to_vec(),
+            sampling: Some(job.sampling.clone()),
+            prefill: peer.as_ref().map(|peer| PrefillPeer {
+                instance_id: peer.worker.record.id.clone(),
+                address: peer.worker.record.address.clone(),
+            }),
+            handoff_min_tokens: job.handoff_min_tokens,
+            timeout_ms: job.deadline.saturating_duration_since(Instant::now()).as_millis().max(1)
+                as u64,
+            cache_salt: job.salt.clone(),
+        };
+        let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
+        let mut client = ticket.worker.client();
+        let status = match timeout_at(until.into(), client.generate(request)).await {
+            Ok(Ok(reply)) => {
+                return Ok(Attempt { ticket, prefill: peer, events: reply.into_inner() });
+            }
+            Ok(Err(status)) => status,
+            Err(_) if Instant::now() >= job.deadline => {
+                return Err(Failure::Final(ApiError::timed_out()));
+            }
+            Err(_) => Status::unavailable("the worker did not accept the request in time"),
+        };
+        if status.code() == Code::ResourceExhausted {
+            // Not a failure: look for one with room. Ends, because full workers are passed over.
+            ticket.worker.mark_full();
+            continue;
+        }
+        return Err(judge(&ticket, status, avoid));
+    }
+}
+
+/// What a worker's error means for the request, and for the worker.
+fn judge(ticket: &Ticket, status: Status, avoid: &mut Vec<String>) -> Failure {
+    let worker = &ticket.worker;
+    match status.code() {
+        Code::InvalidArgument => {
+            Failure::Final(ApiError::bad_value("prompt", capitalized(status.message())))
+        }
+        Code::DeadlineExceeded => Failure::Final(ApiError::timed_out()),
+        // The worker lives, and says that the step failed: it would fail elsewhere too.
+        Code::Internal if std::error::Error::source(&status).is_none() => {
+            warn!(id = worker.record.id, %status, "a worker failed a request");
+            Failure::Final(ApiError::internal(capitalized(status.message())))
+        }
+        _ => {
+            warn!(id = worker.record.id, %status, "a worker does not answer a request");
+            worker.mark_down();
+            avoid.push(worker.record.id.clone());
+            Failure::Retry(ApiError::unavailable(
+                "The worker that served the request is gone, and others failed too; try again.",
+            ))
+        }
+    }
+}
+
+fn nobody(model: &str) -> ApiError {
+    ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
+}
+
+fn full() -> ApiError {
+    ApiError::overloaded("All workers' queues are full; try again soon.")
+}
+
+fn capitalized(message: &str) -> String {
+    let mut letters = message.chars();
+    match letters.next() {
+        Some(first) => first.to_uppercase().chain(letters).chain(['.']).collect(),
+        None => "The worker gave no reason.".to_owned(),
+    }
+}

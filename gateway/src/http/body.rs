@@ -1,0 +1,71 @@
+//! Reads a request's body, within bounds of size and time.
+
+use std::time::Duration;
+
+use actix_web::http::header::{CONTENT_LENGTH, CONTENT_TYPE, WARNING};
+use actix_web::web::{BytesMut, Payload};
+use actix_web::{HttpRequest, HttpResponseBuilder};
+use futures::StreamExt as _;
+
+use crate::api::Body;
+use crate::error::ApiError;
+
+/// How long a client may take to send a body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Names in the `warning` header, and characters of each.
+const MAX_NAMES: usize = 8;
+const MAX_NAME: usize = 48;
+
+/// Reads a JSON object.
+pub(super) async fn read(
+    request: &HttpRequest,
+    payload: Payload,
+    max_bytes: usize,
+) -> Result<Body, ApiError> {
+    let media = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let media = media.unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    if !media.eq_ignore_ascii_case("application/json") {
+        let message = format!("Content-Type is {media:?}; only application/json is allowed.");
+        return Err(ApiError::malformed(message));
+    }
+    let announced = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    if announced
+        .and_then(|length| length.parse().ok())
+        .is_some_and(|length: u64| length > max_bytes as u64)
+    {
+        return Err(ApiError::body_too_large(max_bytes));
+    }
+    let bytes = tokio::time::timeout(BODY_TIMEOUT, collect(payload, max_bytes))
+        .await
+        .map_err(|_| ApiError::slow_body())??;
+    Body::parse(&bytes)
+}
+
+async fn collect(mut payload: Payload, max_bytes: usize) -> Result<BytesMut, ApiError> {
+    let mut bytes = BytesMut::new();
+    while let Some(chunk) = payload.next().await {
+        let chunk = chunk.map_err(|error| {
+            ApiError::malformed(format!("The body could not be read: {error}."))
+        })?;
+        if bytes.len() + chunk.len() > max_bytes {
+            return Err(ApiError::body_too_large(max_bytes));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes)
+}
+
+/// Names the fields that were ignored, so that a typo is seen.
+pub(super) fn warn_of_unknown(body: &Body, response: &mut HttpResponseBuilder) {
+    let names: Vec<String> = body
+        .unknown()
+        .iter()
+        .take(MAX_NAMES)
+        // A header holds visible ASCII only.
+        .map(|name| name.escape_default().filter(|c| *c != '"').take(MAX_NAME).collect())
+        .collect();
+    if !names.is_empty() {
+        let text = format!("299 - \"unknown fields ignored: {}\"", names.join(", "));
+        response.insert_header((WARNING, text));
+    }
+}

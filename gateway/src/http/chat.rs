@@ -1,0 +1,179 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use actix_web::web::Payload;
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::{Map, Value, json};
+
+use super::generation::{
+    Answers, Order, Shape, Whole, check_length, client, reply_id, streaming, unix_seconds, whole,
+};
+use super::tokenize::{encode, model};
+use super::{Shared, body};
+use crate::api::chat::{ChatFields, Conversation, Envelope};
+use crate::api::logprobs::Naming;
+use crate::api::sampling::SamplingFields;
+use crate::error::ApiError;
+use crate::generate::answer::Delta;
+use crate::workers::Served;
+
+pub(super) async fn create(
+    request: HttpRequest,
+    payload: Payload,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
+    let arrived = Instant::now();
+    let place = shared.load.enter()?;
+    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let fields: SamplingFields = body.read()?;
+    let chat: ChatFields = body.read()?;
+    let conversation: Conversation = body.read()?;
+    body.refuse_unsupported()?;
+    let served = model(&shared, fields.model.as_deref())?;
+    let logprobs = chat.logprobs()?;
+    let sampling = fields.check(served.card.vocab_size, logprobs)?;
+    let text = conversation.render(&served.text)?;
+    check_length(&served, &text)?;
+    let prompt = encode(&served.text, text, conversation.add_special_tokens()).await?;
+    if prompt.is_empty() {
+        return Err(ApiError::bad_value("messages", "`messages` make an empty prompt."));
+    }
+    let shape = Chat {
+        envelope: Envelope {
+            id: reply_id("chatcmpl", &request, &fields),
+            created: unix_seconds(),
+            model: served.card.name.clone(),
+        },
+        role: conversation.answer_role(),
+        naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
+        logprobs: logprobs.is_some(),
+        token_ids: fields.return_token_ids.unwrap_or(false),
+        prompt: prompt.into(),
+        usage: fields.usage_in_stream(),
+        served: served.clone(),
+    };
+    let order = Order {
+        shared: shared.into_inner(),
+        served,
+        sampling,
+        prompts: vec![shape.prompt.clone()],
+        default_max_tokens: None,
+        arrived,
+        id: shape.envelope.id.clone(),
+        place,
+        fields,
+    };
+    let client = client(&request);
+    let streams = order.fields.streams();
+    let answers = order.start(client.as_ref()).await?;
+    if streams {
+        return Ok(streaming(&body, answers.stream(shape, client)));
+    }
+    let reply = shape.reply(answers, client.as_ref()).await?;
+    Ok(whole(&body, reply))
+}
+
+/// How a chat's answer is framed.
+struct Chat {
+    envelope: Envelope,
+    role: String,
+    naming: Naming,
+    logprobs: bool,
+    token_ids: bool,
+    prompt: Arc<[u32]>,
+    usage: (bool, bool),
+    served: Arc<Served>,
+}
+
+impl Chat {
+    async fn reply(
+        &self,
+        answers: Answers,
+        client: Option<&super::connection::Connection>,
+    ) -> Result<Map<String, Value>, ApiError> {
+        let (wholes, usage) = answers.whole(client).await?;
+        let choices = wholes.into_iter().enumerate().map(|(i, whole)| self.choice(i, whole));
+        let mut reply = self.envelope.frame("chat.completion", choices.collect());
+        let prompt_ids = self.token_ids.then(|| self.prompt.to_vec());
+        reply.insert("service_tier".into(), Value::Null);
+        reply.insert("system_fingerprint".into(), Value::Null);
+        reply.insert("usage".into(), usage.json());
+        reply.insert("prompt_logprobs".into(), Value::Null);
+        reply.insert("prompt_token_ids".into(), json!(prompt_ids));
+        reply.insert("kv_transfer_params".into(), Value::Null);
+        Ok(reply)
+    }
+
+    fn choice(&self, index: usize, whole: Whole) -> Value {
+        let Whole { text, tokens, end } = whole;
+        let logprobs = self.logprobs.then(|| self.naming.chat(&self.served.text, &tokens));
+        let ids: Option<Vec<u32>> =
+            self.token_ids.then(|| tokens.iter().map(|token| token.id).collect());
+        json!({
+            "index": index,
+            "message": {
+                "role": self.role,
+                "content": text,
+                "refusal": null,
+                "annotations": null,
+                "audio": null,
+                "function_call": null,
+                "tool_calls": [],
+                "reasoning": null,
+            },
+            "logprobs": logprobs,
+            "finish_reason": end.as_ref().map(|end| end.reason),
+            "stop_reason": end.map(|end| end.stop),
+            "token_ids": ids,
+        })
+    }
+
+    fn frame(&self, choice: Value) -> Map<String, Value> {
+        self.envelope.frame("chat.completion.chunk", vec![choice])
+    }
+}
+
+/// Only keys that are set are sent, as vLLM does it.
+impl Shape for Chat {
+    fn opening(&mut self, index: usize) -> Option<Map<String, Value>> {
+        let mut event = self.frame(json!({
+            "index": index,
+            "delta": {"role": self.role, "content": ""},
+            "logprobs": null,
+            "finish_reason": null,
+        }));
+        let prompt_ids = self.token_ids.then(|| self.prompt.to_vec());
+        event.insert("prompt_token_ids".into(), json!(prompt_ids));
+        Some(event)
+    }
+
+    fn delta(&mut self, index: usize, delta: Delta) -> Map<String, Value> {
+        let Delta { text, tokens, end } = delta;
+        let mut choice = json!({
+            "index": index,
+            "delta": {"content": text},
+            "logprobs": null,
+            "finish_reason": end.as_ref().map(|end| end.reason),
+        });
+        if self.logprobs && !tokens.is_empty() {
+            choice["logprobs"] = self.naming.chat(&self.served.text, &tokens);
+        }
+        if let Some(end) = end {
+            choice["stop_reason"] = end.stop;
+        }
+        if self.token_ids {
+            choice["token_ids"] = tokens.iter().map(|token| token.id).collect();
+        }
+        self.frame(choice)
+    }
+
+    fn usage(&self) -> Map<String, Value> {
+        self.envelope.frame("chat.completion.chunk", Vec::new())
+    }
+
+    fn usage_wanted(&self) -> (bool, bool) {
+        self.usage
+    }
+}

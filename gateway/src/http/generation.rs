@@ -1,0 +1,334 @@
+//! What both generation routes do: from a body to answers, whole or as a stream of events.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use actix_web::web::Bytes;
+use actix_web::{HttpRequest, HttpResponse};
+use futures::stream::FuturesUnordered;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use serde_json::{Map, Value};
+
+use super::connection::{Connection, closed};
+use super::ops::Place;
+use super::{Shared, body, connection};
+use crate::api::Body;
+use crate::api::sampling::{MAX_SEQUENCES, Sampling, SamplingFields};
+use crate::api::usage::{Usage, room};
+use crate::error::ApiError;
+use crate::generate::Job;
+use crate::generate::answer::{Answer, Delta, End, TextSettings};
+use crate::workers::Served;
+
+/// The longest id that a client may give its request.
+const MAX_ID: usize = 256;
+/// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
+/// load balancers cut streams that are silent, so a comment is sent.
+const SILENCE: Duration = Duration::from_secs(15);
+
+/// A request, read and checked, about to be generated.
+pub(super) struct Order {
+    pub(super) shared: Arc<Shared>,
+    pub(super) served: Arc<Served>,
+    pub(super) fields: SamplingFields,
+    pub(super) sampling: Sampling,
+    pub(super) prompts: Vec<Arc<[u32]>>,
+    /// Tokens when the request does not say; the rest of the context without it.
+    pub(super) default_max_tokens: Option<u32>,
+    pub(super) arrived: Instant,
+    /// The reply's id, under which workers log the sequences.
+    pub(super) id: String,
+    pub(super) place: Place,
+}
+
+/// The answers to an order.
+pub(super) struct Answers {
+    /// By index: prompt by prompt, `n` for each.
+    answers: Vec<Answer>,
+    pub(super) prompts: Vec<Arc<[u32]>>,
+    /// Sequences for each prompt.
+    pub(super) n: usize,
+    place: Place,
+}
+
+/// An answer as a whole.
+#[derive(Debug, Default)]
+pub(super) struct Whole {
+    pub(super) text: String,
+    pub(super) tokens: Vec<baton_proto::v1::Token>,
+    pub(super) end: Option<End>,
+}
+
+impl Order {
+    /// Sends all sequences on their way. An error here is an ordinary reply with its own status,
+    /// also when a stream was asked for.
+    pub(super) async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
+        let Self { shared, served, fields, sampling, prompts, default_max_tokens, .. } = self;
+        let sequences = prompts.len() * sampling.n;
+        if sequences > MAX_SEQUENCES {
+            let message = format!(
+                "`n` times the number of prompts is {sequences}; at most {MAX_SEQUENCES} are \
+                 served in one request."
+            );
+            return Err(ApiError::bad_value("n", message));
+        }
+        let deadline = self.arrived + shared.limits.request_timeout;
+        let text = TextSettings {
+            stop: sampling.stop.clone(),
+            include_stop: fields.include_stop_str_in_output.unwrap_or(false),
+            skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
+        };
+        let mut jobs = Vec::with_capacity(sequences);
+        for prompt in &prompts {
+            let limit = served.card.max_model_len;
+            let max_tokens = room(prompt.len(), limit, sampling.max_tokens, default_max_tokens)?;
+            for index in 0..sampling.n {
+                jobs.push(Job {
+                    served: served.clone(),
+                    request_id: self.id.clone(),
+                    prompt: prompt.clone(),
+                    sampling: sampling.params_for(index, max_tokens),
+                    salt: fields.cache_salt.clone().unwrap_or_default(),
+                    deadline,
+                    handoff_min_tokens: shared.limits.handoff_min_tokens,
+                });
+            }
+        }
+        let starts = jobs.into_iter().map(|job| {
+            let (registry, metrics) = (shared.registry.clone(), shared.metrics.clone());
+            Answer::start(registry, metrics, job, text.clone(), self.arrived)
+        });
+        let all = futures::future::try_join_all(starts);
+        let answers = unless_gone(client, all).await??;
+        Ok(Answers { answers, prompts, n: sampling.n, place: self.place })
+    }
+}
+
+impl Answers {
+    /// Waits for all answers to end.
+    pub(super) async fn whole(
+        self,
+        client: Option<&Connection>,
+    ) -> Result<(Vec<Whole>, Usage), ApiError> {
+        let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
+        let each = self.answers.into_iter().map(|mut answer| async move {
+            let mut whole = Whole::default();
+            while let Some(Delta { text, tokens, end }) = answer.next().await? {
+                whole.text.push_str(&text);
+                whole.tokens.extend(tokens);
+                whole.end = end.or(whole.end);
+            }
+            Ok::<_, ApiError>((whole, answer.tokens()))
+        });
+        let all = unless_gone(client, futures::future::try_join_all(each)).await??;
+        let completion_tokens = all.iter().map(|(_, tokens)| tokens).sum();
+        let whole = all.into_iter().map(|(whole, _)| whole).collect();
+        drop(self.place);
+        Ok((whole, Usage { prompt_tokens, completion_tokens }))
+    }
+
+    /// Streams all answers as events, mixed as they come. `shape` makes the frames.
+    pub(super) fn stream<S: Shape + 'static>(
+        self,
+        shape: S,
+        client: Option<Connection>,
+    ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> + use<S> {
+        let mut run = Run {
+            shape,
+            prompts: self.prompts.iter().map(|prompt| prompt.len()).collect(),
+            n: self.n,
+            tokens: vec![0; self.answers.len()],
+        };
+        let mut opening = String::new();
+        for index in 0..self.answers.len() {
+            run.opening(index, &mut opening);
+        }
+        let place = self.place;
+        let next = |index: usize, mut answer: Answer| async move {
+            let delta = answer.next().await;
+            (index, answer, delta)
+        };
+        let waiting: FuturesUnordered<_> = self
+            .answers
+            .into_iter()
+            .enumerate()
+            .map(|(index, answer)| next(index, answer))
+            .collect();
+        let state = (run, waiting, client, place, false);
+        let frames = futures::stream::unfold(state, move |state| async move {
+            let (mut run, mut waiting, client, place, over) = state;
+            if over {
+                return None;
+            }
+            let arrived = tokio::select! {
+                biased;
+                // Ends the stream, and with it the answers.
+                () = closed(client.as_ref()) => return None,
+                arrived = tokio::time::timeout(SILENCE, waiting.next()) => arrived,
+            };
+            let mut frame = String::new();
+            let over = match arrived {
+                Err(_) => {
+                    frame.push_str(": still working\n\n");
+                    false
+                }
+                Ok(Some((index, answer, Ok(delta)))) => {
+                    if let Some(delta) = delta {
+                        run.tokens[index] = answer.tokens();
+                        run.delta(index, delta, &mut frame);
+                        waiting.push(next(index, answer));
+                    }
+                    false
+                }
+                Ok(Some((_, _, Err(error)))) => {
+                    push_frame(&error.body(), &mut frame);
+                    frame.push_str("data: [DONE]\n\n");
+                    true
+                }
+                Ok(None) => {
+                    run.close(&mut frame);
+                    true
+                }
+            };
+            Some((Ok(Bytes::from(frame)), (run, waiting, client, place, over)))
+        });
+        let opening =
+            futures::stream::iter((!opening.is_empty()).then(|| Ok(Bytes::from(opening))));
+        // An empty chunk would end the response.
+        opening.chain(frames.try_filter(|frame| std::future::ready(!frame.is_empty())))
+    }
+}
+
+/// How a route frames its events.
+pub(super) trait Shape {
+    /// The first event of a choice, if it has one of its own.
+    fn opening(&mut self, index: usize) -> Option<Map<String, Value>>;
+    /// The event of a delta.
+    fn delta(&mut self, index: usize, delta: Delta) -> Map<String, Value>;
+    /// The event with the usage, before the end.
+    fn usage(&self) -> Map<String, Value>;
+    /// Whether to send usage at the end, and in all events.
+    fn usage_wanted(&self) -> (bool, bool);
+}
+
+/// A stream in progress.
+struct Run<S> {
+    shape: S,
+    /// Lengths of the prompts.
+    prompts: Vec<usize>,
+    n: usize,
+    /// Tokens of each answer so far.
+    tokens: Vec<usize>,
+}
+
+impl<S: Shape> Run<S> {
+    fn opening(&mut self, index: usize, out: &mut String) {
+        if let Some(event) = self.shape.opening(index) {
+            self.push(index, event, out);
+        }
+    }
+
+    fn delta(&mut self, index: usize, delta: Delta, out: &mut String) {
+        let event = self.shape.delta(index, delta);
+        self.push(index, event, out);
+    }
+
+    fn push(&self, index: usize, mut event: Map<String, Value>, out: &mut String) {
+        if self.shape.usage_wanted().1 {
+            let usage = Usage {
+                prompt_tokens: self.prompts[index / self.n],
+                completion_tokens: self.tokens[index],
+            };
+            event.insert("usage".into(), usage.json());
+        }
+        push_frame(&Value::Object(event), out);
+    }
+
+    fn close(&self, out: &mut String) {
+        if self.shape.usage_wanted().0 {
+            let usage = Usage {
+                prompt_tokens: self.prompts.iter().sum(),
+                completion_tokens: self.tokens.iter().sum(),
+            };
+            let mut event = self.shape.usage();
+            event.insert("usage".into(), usage.json());
+            push_frame(&Value::Object(event), out);
+        }
+        out.push_str("data: [DONE]\n\n");
+    }
+}
+
+fn push_frame(event: &Value, out: &mut String) {
+    out.push_str("data: ");
+    out.push_str(&event.to_string());
+    out.push_str("\n\n");
+}
+
+/// A reply that streams.
+pub(super) fn streaming(
+    body: &Body,
+    events: impl Stream<Item = Result<Bytes, actix_web::Error>> + 'static,
+) -> HttpResponse {
+    let mut response = HttpResponse::Ok();
+    body::warn_of_unknown(body, &mut response);
+    let media = HeaderValue::from_static("text/event-stream; charset=utf-8");
+    response.insert_header((CONTENT_TYPE, media));
+    response.insert_header((CACHE_CONTROL, HeaderValue::from_static("no-cache")));
+    // nginx buffers streams unless told not to.
+    response.insert_header(("X-Accel-Buffering", "no"));
+    response.streaming(events)
+}
+
+/// A reply as a whole.
+pub(super) fn whole(body: &Body, reply: Map<String, Value>) -> HttpResponse {
+    let mut response = HttpResponse::Ok();
+    body::warn_of_unknown(body, &mut response);
+    response.json(reply)
+}
+
+/// The client's connection, for as long as the answer takes.
+pub(super) fn client(request: &HttpRequest) -> Option<Connection> {
+    connection(request)
+}
+
+/// Runs something unless the client leaves before its end. What comes then reaches nobody.
+async fn unless_gone<T>(
+    client: Option<&Connection>,
+    work: impl Future<Output = T>,
+) -> Result<T, ApiError> {
+    tokio::select! {
+        done = work => Ok(done),
+        () = closed(client) => Err(ApiError::internal("The client has gone.")),
+    }
+}
+
+/// The reply's id: the header's, the body's or a random one, after the route's prefix.
+pub(super) fn reply_id(prefix: &str, request: &HttpRequest, fields: &SamplingFields) -> String {
+    let header = request.headers().get("x-request-id").and_then(|value| value.to_str().ok());
+    let own = header.or(fields.request_id.as_deref());
+    match own.filter(|id| !id.is_empty() && id.len() <= MAX_ID) {
+        Some(id) => format!("{prefix}-{id}"),
+        None => format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+    }
+}
+
+/// Now.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Refuses a text that cannot fit, before it is tokenized.
+pub(super) fn check_length(served: &Served, text: &str) -> Result<(), ApiError> {
+    let longest = served.text.longest_token.saturating_mul(served.card.max_model_len as usize);
+    if text.len() <= longest {
+        return Ok(());
+    }
+    let message = format!(
+        "The prompt has {} bytes, but this model takes {} tokens, which is less than {longest} \
+         bytes of any text; shorten the prompt.",
+        text.len(),
+        served.card.max_model_len
+    );
+    Err(ApiError::bad_value("input_text", message))
+}

@@ -1,0 +1,113 @@
+//! Routes for operators and probes.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use actix_web::http::header::ContentType;
+use actix_web::{HttpResponse, web};
+use serde_json::json;
+
+use super::Shared;
+use super::generation::unix_seconds;
+use crate::error::ApiError;
+
+/// Generation requests in progress.
+pub struct Load {
+    now: AtomicUsize,
+    most: usize,
+}
+
+/// One request's place; dropping it makes room.
+pub struct Place(Arc<Load>);
+
+impl Load {
+    /// Room for `most` requests.
+    pub fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { now: AtomicUsize::new(0), most })
+    }
+
+    /// Requests in progress.
+    pub fn now(&self) -> usize {
+        self.now.load(Relaxed)
+    }
+
+    /// Takes a place.
+    pub fn enter(self: &Arc<Self>) -> Result<Place, ApiError> {
+        // The place exists before the check, so that two cannot take the last one.
+        let place = Place(self.clone());
+        if self.now.fetch_add(1, Relaxed) >= self.most {
+            let message = format!(
+                "This gateway serves {} requests at once, and has as many; try again soon.",
+                self.most
+            );
+            return Err(ApiError::overloaded(message));
+        }
+        Ok(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Relaxed);
+    }
+}
+
+/// 200 while the process serves. Whether there are workers is `/v1/models`' and `/metrics`' to
+/// tell: restarting a gateway brings none.
+pub(super) async fn health() -> HttpResponse {
+    HttpResponse::Ok().finish()
+}
+
+pub(super) async fn version() -> HttpResponse {
+    HttpResponse::Ok().json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+pub(super) async fn load(shared: web::Data<Shared>) -> HttpResponse {
+    HttpResponse::Ok().json(json!({"server_load": shared.load.now()}))
+}
+
+pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, ApiError> {
+    let text = shared
+        .metrics
+        .scrape(&shared.registry)
+        .map_err(|error| ApiError::internal(format!("The metrics cannot be written: {error}.")))?;
+    Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text))
+}
+
+pub(super) async fn models(shared: web::Data<Shared>) -> HttpResponse {
+    let created = unix_seconds();
+    let cards: Vec<_> = shared
+        .registry
+        .models()
+        .iter()
+        .map(|served| {
+            json!({
+                "id": served.card.name,
+                "object": "model",
+                "created": created,
+                "owned_by": "vllm",
+                "root": served.card.root,
+                "parent": null,
+                "max_model_len": served.card.max_model_len,
+                "permission": [{
+                    "id": format!("modelperm-{}", uuid::Uuid::new_v4().simple()),
+                    "object": "model_permission",
+                    "created": created,
+                    "allow_create_engine": false,
+                    "allow_sampling": true,
+                    "allow_logprobs": true,
+                    "allow_search_indices": false,
+                    "allow_view": true,
+                    "allow_fine_tuning": false,
+                    "organization": "*",
+                    "group": null,
+                    "is_blocking": false,
+                }],
+            })
+        })
+        .collect();
+    HttpResponse::Ok()
+        .insert_header(ContentType::json())
+        .json(json!({"object": "list", "data": cards}))
+}

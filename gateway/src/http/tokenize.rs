@@ -1,0 +1,93 @@
+//! `POST /tokenize` and `POST /detokenize`.
+
+use std::sync::Arc;
+
+use actix_web::web::Payload;
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::json;
+
+use super::{Shared, body};
+use crate::api::chat::Conversation;
+use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
+use crate::error::ApiError;
+use crate::text::TextModel;
+use crate::workers::Served;
+
+/// Texts from this length on are tokenized off the threads that serve.
+const LONG_TEXT: usize = 16 * 1024;
+
+pub(super) async fn tokenize(
+    request: HttpRequest,
+    payload: Payload,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
+    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let fields: TokenizeFields = body.read()?;
+    let conversation: Conversation = body.read()?;
+    let served = model(&shared, fields.model.as_deref())?;
+    let text = match &fields.prompt {
+        Some(prompt) => prompt.clone(),
+        None if body.get("messages").is_some() => conversation.render(&served.text)?,
+        None => {
+            let message = "`prompt` or `messages` is required.";
+            return Err(ApiError::malformed(message).param("prompt"));
+        }
+    };
+    let special = fields.add_special_tokens.unwrap_or(fields.prompt.is_some());
+    let tokens = encode(&served.text, text, special).await?;
+    let names = fields.return_token_strs.unwrap_or(false).then(|| {
+        let name = |id: &u32| served.text.tokenizer.id_to_token(*id);
+        tokens.iter().map(name).collect::<Vec<_>>()
+    });
+    let mut response = HttpResponse::Ok();
+    body::warn_of_unknown(&body, &mut response);
+    Ok(response.json(json!({
+        "count": tokens.len(),
+        "max_model_len": served.card.max_model_len,
+        "tokens": tokens,
+        "token_strs": names,
+    })))
+}
+
+pub(super) async fn detokenize(
+    request: HttpRequest,
+    payload: Payload,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
+    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let fields: DetokenizeFields = body.read()?;
+    let served = model(&shared, fields.model.as_deref())?;
+    let tokens = fields.tokens(served.card.vocab_size)?;
+    let mut response = HttpResponse::Ok();
+    body::warn_of_unknown(&body, &mut response);
+    Ok(response.json(json!({"prompt": served.text.decode(&tokens, false)})))
+}
+
+/// What serves a request's model. Without a name, whatever is there.
+pub(super) fn model(shared: &Shared, name: Option<&str>) -> Result<Arc<Served>, ApiError> {
+    let name = name.unwrap_or_default();
+    match shared.registry.served(name) {
+        Some(served) => Ok(served),
+        None if shared.registry.models().is_empty() => {
+            Err(ApiError::unavailable("No worker is running that serves a model; try again soon."))
+        }
+        None => Err(ApiError::unknown_model(name)),
+    }
+}
+
+/// Tokenizes a text without keeping other requests waiting.
+pub(super) async fn encode(
+    text_model: &Arc<TextModel>,
+    text: String,
+    add_special_tokens: bool,
+) -> Result<Vec<u32>, ApiError> {
+    let failed = |error: String| ApiError::internal(format!("The tokenizer failed: {error}."));
+    if text.len() < LONG_TEXT {
+        return text_model.encode(&text, add_special_tokens).map_err(failed);
+    }
+    let text_model = text_model.clone();
+    tokio::task::spawn_blocking(move || text_model.encode(&text, add_special_tokens))
+        .await
+        .map_err(|error| failed(error.to_string()))?
+        .map_err(failed)
+}
