@@ -2,9 +2,8 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use baton_membership::EtcdSettings;
+use baton_membership::daemon::ClusterArgs;
 use clap::Parser;
 
 /// Baton's HTTP gateway: speaks the OpenAI and vLLM API and forwards to the cluster's workers.
@@ -23,26 +22,9 @@ pub struct Settings {
     #[arg(long, env = "BATON_ADVERTISE")]
     pub advertise: Option<String>,
 
-    /// etcd endpoints.
-    #[arg(
-        long,
-        env = "BATON_ETCD",
-        value_delimiter = ',',
-        default_value = "http://127.0.0.1:2379"
-    )]
-    pub etcd: Vec<String>,
-
-    /// Name of the cluster: processes of other names are not seen.
-    #[arg(long, env = "BATON_CLUSTER", default_value = "default")]
-    pub cluster: String,
-
-    /// Seconds until etcd forgets this process after its death.
-    #[arg(long, env = "BATON_LEASE_TTL", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub lease_ttl: u64,
-
-    /// Seconds to wait for etcd at start.
-    #[arg(long, env = "BATON_ETCD_TIMEOUT", default_value_t = 10)]
-    pub etcd_timeout: u64,
+    /// The cluster to join.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
 
     /// A key that opens the API; may be repeated. Without any key the API is open to all.
     /// VLLM_API_KEY is read too.
@@ -67,7 +49,7 @@ pub struct Settings {
     pub max_body_bytes: usize,
 
     /// Generation requests served at once; more are answered 429.
-    #[arg(long, env = "BATON_MAX_INFLIGHT", default_value_t = 1024)]
+    #[arg(long, env = "BATON_MAX_INFLIGHT", default_value = "1024", value_parser = parse_positive)]
     pub max_inflight: usize,
 
     /// Seconds that running requests get to finish after SIGTERM.
@@ -77,29 +59,8 @@ pub struct Settings {
     /// Threads that serve HTTP.
     #[arg(long, env = "BATON_HTTP_THREADS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub http_threads: u16,
-
-    /// Form of the log lines on stderr; RUST_LOG sets what is logged.
-    #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
 }
 
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For machines.
-    Json,
-}
-
-impl Settings {
-    /// The part that concerns etcd.
-    pub fn etcd_settings(&self) -> EtcdSettings {
-        EtcdSettings {
-            endpoints: self.etcd.clone(),
-            cluster: self.cluster.clone(),
-            lease_ttl: Duration::from_secs(self.lease_ttl),
-            start_timeout: Duration::from_secs(self.etcd_timeout),
-        }
-    }
+fn parse_positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "must be a whole number above 0".into())
 }

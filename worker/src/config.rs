@@ -2,9 +2,9 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
-use baton_membership::{EtcdSettings, InstanceRole};
+use baton_membership::InstanceRole;
+use baton_membership::daemon::ClusterArgs;
 use baton_proto::v1;
 use clap::Parser;
 
@@ -36,26 +36,9 @@ pub struct Settings {
     #[arg(long, env = "BATON_ADVERTISE")]
     pub advertise: Option<String>,
 
-    /// etcd endpoints.
-    #[arg(
-        long,
-        env = "BATON_ETCD",
-        value_delimiter = ',',
-        default_value = "http://127.0.0.1:2379"
-    )]
-    pub etcd: Vec<String>,
-
-    /// Name of the cluster: processes of other names are not seen.
-    #[arg(long, env = "BATON_CLUSTER", default_value = "default")]
-    pub cluster: String,
-
-    /// Seconds until etcd forgets this process after its death.
-    #[arg(long, env = "BATON_LEASE_TTL", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub lease_ttl: u64,
-
-    /// Seconds to wait for etcd at start.
-    #[arg(long, env = "BATON_ETCD_TIMEOUT", default_value_t = 10)]
-    pub etcd_timeout: u64,
+    /// The cluster to join.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
 
     /// Memory for the KV cache, such as 512MiB or 2GiB. Touched only as it fills.
     #[arg(long, env = "BATON_KV_MEMORY", default_value = "1GiB", value_parser = parse_bytes)]
@@ -97,10 +80,6 @@ pub struct Settings {
     /// Seconds that running requests get to finish after SIGTERM.
     #[arg(long, env = "BATON_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
-
-    /// Form of the log lines on stderr; RUST_LOG sets what is logged.
-    #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
 }
 
 /// What a worker does.
@@ -123,26 +102,7 @@ pub enum Transport {
     Grpc,
 }
 
-/// How log lines look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For machines.
-    Json,
-}
-
 impl Settings {
-    /// The part that concerns etcd.
-    pub fn etcd_settings(&self) -> EtcdSettings {
-        EtcdSettings {
-            endpoints: self.etcd.clone(),
-            cluster: self.cluster.clone(),
-            lease_ttl: Duration::from_secs(self.lease_ttl),
-            start_timeout: Duration::from_secs(self.etcd_timeout),
-        }
-    }
-
     /// The name that clients use.
     pub fn model_name(&self) -> String {
         let from_file = || self.model.file_stem().map(|stem| stem.to_string_lossy().into_owned());

@@ -4,95 +4,59 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
+use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
 use baton_proto::v1::ModelCard;
-use baton_worker::config::{LogFormat, Settings};
+use baton_worker::config::Settings;
 use baton_worker::engine::{self, Engine};
 use baton_worker::gguf::LoadError;
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model;
 use baton_worker::scheduler::Limits;
-use baton_worker::service::{Parts, WorkerService, bind};
+use baton_worker::service::{Parts, WorkerService};
 use clap::Parser as _;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::net::TcpListener;
 use tracing::{info, warn};
-use tracing_subscriber::EnvFilter;
-
-/// Exit codes, from `sysexits.h` where it has one.
-mod exit {
-    pub(super) const FAILURE: u8 = 1;
-    pub(super) const CONFIG: u8 = 2;
-    pub(super) const BAD_MODEL: u8 = 65;
-    pub(super) const NO_MODEL: u8 = 66;
-    pub(super) const NO_ETCD: u8 = 69;
-    pub(super) const PORT_IN_USE: u8 = 98;
-}
-
-struct Failure(u8, String);
-
-impl Failure {
-    fn new(code: u8, error: impl std::fmt::Display) -> Self {
-        Self(code, error.to_string())
-    }
-}
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
     let settings = Settings::parse();
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match settings.log_format {
-        LogFormat::Text => log.with_ansi(false).init(),
-        LogFormat::Json => log.json().init(),
-    }
-    match run(settings).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Failure(code, message)) => {
-            eprintln!("error: {message}");
-            ExitCode::from(code)
-        }
-    }
+    settings.cluster.init_log();
+    daemon::exit(run(settings).await)
 }
 
 async fn run(settings: Settings) -> Result<(), Failure> {
     // Before anything slow, so that a bad address is told at once.
-    let listener = bind(settings.listen).await.map_err(|error| {
-        let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
-        Failure::new(if in_use { exit::PORT_IN_USE } else { exit::FAILURE }, error)
-    })?;
-    let address = listener.local_addr().map_err(|error| Failure::new(exit::FAILURE, error))?;
+    let listener = TcpListener::bind(settings.listen)
+        .await
+        .map_err(|error| Failure::listen(settings.listen, &error))?;
+    let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     if address.ip().is_unspecified() && settings.advertise.is_none() {
         let message = format!(
             "--listen {address} takes any address, so others need one to call: set --advertise \
              http://HOST:{}",
             address.port()
         );
-        return Err(Failure(exit::CONFIG, message));
+        return Err(Failure::new(Exit::Config, message));
     }
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
-    let mut terminate = stop_signal(SignalKind::terminate())?;
-    let mut interrupt = stop_signal(SignalKind::interrupt())?;
+    let mut stop_signals = StopSignals::take()?;
 
     let (parts, instance) = load(&settings, advertised).await?;
     let engine = parts.engine.clone();
-    let service =
-        WorkerService::new(parts).map_err(|error| Failure::new(exit::BAD_MODEL, error))?;
+    let service = WorkerService::new(parts).map_err(|error| Failure::new(Exit::BadModel, error))?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
     }));
-    let registration = Registration::start(&settings.etcd_settings(), instance.clone())
-        .await
-        .map_err(|error| Failure::new(exit::NO_ETCD, error))?;
+    let etcd = settings.cluster.etcd_settings();
+    let registration = Registration::start(&etcd, instance.clone()).await?;
     println!("ready {} {}", instance.role, instance.address);
     info!(id = instance.id, address = instance.address, "serving");
 
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    stop_signals.next().await;
     info!("stopping: running requests may finish");
     engine.drain();
     registration.withdraw().await;
@@ -106,8 +70,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         () = tokio::time::sleep(Duration::from_secs(settings.drain_timeout)) => {
             warn!("giving up requests that did not finish in time");
         }
-        _ = terminate.recv() => warn!("stopping at once"),
-        _ = interrupt.recv() => warn!("stopping at once"),
+        () = stop_signals.next() => warn!("stopping at once"),
     }
     // Joining a thread: not on the runtime's own threads.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
@@ -123,10 +86,10 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     let (path, positions) = (settings.model.clone(), settings.max_model_len);
     let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, positions))
         .await
-        .map_err(|error| Failure::new(exit::BAD_MODEL, error))?
+        .map_err(|error| Failure::new(Exit::BadModel, error))?
         .map_err(|error| match error {
-            LoadError::Missing(_) => Failure::new(exit::NO_MODEL, error),
-            _ => Failure::new(exit::BAD_MODEL, error),
+            LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
+            _ => Failure::new(Exit::BadModel, error),
         })?;
     let config = loaded.model.config().clone();
     let layout = model::kv_layout(&config, settings.block_size);
@@ -137,10 +100,10 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
             layout.block_bytes,
             2 * layout.block_bytes
         );
-        return Err(Failure(exit::CONFIG, message));
+        return Err(Failure::new(Exit::Config, message));
     }
     let pool = KvPool::new(layout, blocks)
-        .map_err(|error| Failure(exit::FAILURE, format!("cannot map the KV pool: {error}")))?;
+        .map_err(|error| Failure::new(Exit::Failure, format!("cannot map the KV pool: {error}")))?;
     let limits = Limits {
         block_size: settings.block_size,
         blocks,
@@ -151,18 +114,12 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
     let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })
-        .map_err(|error| Failure(exit::FAILURE, format!("cannot start the engine: {error}")))?;
+        .map_err(|error| {
+            Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
+        })?;
     let (role, instance_role) = settings.role.names();
     let name = settings.model_name();
-    let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let instance = InstanceRecord {
-        id: format!("{instance_role}-{}", uuid::Uuid::new_v4().simple()),
-        role: instance_role,
-        address,
-        model: name.clone(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        started_ms: started.as_millis() as u64,
-    };
+    let instance = daemon::new_record(instance_role, address, name.clone());
     let model = ModelCard {
         name,
         root: settings.model.display().to_string(),
@@ -183,8 +140,4 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
-}
-
-fn stop_signal(kind: SignalKind) -> Result<Signal, Failure> {
-    signal(kind).map_err(|error| Failure::new(exit::FAILURE, error))
 }

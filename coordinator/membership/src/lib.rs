@@ -2,6 +2,7 @@
 //!
 //! * [`Registration`]: keeps this process's [`InstanceRecord`] in etcd, whatever etcd does.
 //! * [`ClusterWatch`]: keeps a [`Membership`], the last view known, whatever etcd does.
+//! * [`daemon`]: the flags, logs, signals and exit codes that all daemons share.
 //!
 //! Neither is on the path of a request: when etcd is away, processes go on with the last view, and
 //! both tasks come back by themselves. A lease that ran out is a hint that a process is gone,
@@ -9,11 +10,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod daemon;
 mod registration;
 mod settings;
 mod watch;
 
-pub use registration::Registration;
+pub use registration::{Registration, keep_alive};
 pub use settings::{EtcdSettings, MembershipError, connect};
 pub use watch::{ClusterWatch, Membership};
 

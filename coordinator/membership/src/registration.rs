@@ -87,7 +87,7 @@ impl Keeper {
                     info!(key = self.key, "registered again");
                 }
                 backoff.reset();
-                self.renew(id).await
+                keep_alive(&mut self.client, id, self.ttl).await
             };
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -121,21 +121,24 @@ impl Keeper {
         .await?;
         Ok(id)
     }
+}
 
-    /// Renews the lease until it is lost.
-    async fn renew(&mut self, id: i64) -> Result<(), MembershipError> {
-        let (mut keeper, mut answers) =
-            within(CALL_TIMEOUT, self.client.lease_keep_alive(id)).await?;
-        // Three renewals fit into one lease, so that one may be lost.
-        let mut every = tokio::time::interval(self.ttl / 3);
-        every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            every.tick().await;
-            within(CALL_TIMEOUT, keeper.keep_alive()).await?;
-            match within(CALL_TIMEOUT, answers.message()).await? {
-                Some(answer) if answer.ttl() > 0 => {}
-                _ => return Err(MembershipError::LeaseLost),
-            }
+/// Renews a lease until it is lost. Never returns `Ok`.
+pub async fn keep_alive(
+    client: &mut Client,
+    lease: i64,
+    ttl: Duration,
+) -> Result<(), MembershipError> {
+    let (mut keeper, mut answers) = within(CALL_TIMEOUT, client.lease_keep_alive(lease)).await?;
+    // Three renewals fit into one lease, so that one may be lost.
+    let mut every = tokio::time::interval(ttl / 3);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        within(CALL_TIMEOUT, keeper.keep_alive()).await?;
+        match within(CALL_TIMEOUT, answers.message()).await? {
+            Some(answer) if answer.ttl() > 0 => {}
+            _ => return Err(MembershipError::LeaseLost),
         }
     }
 }

