@@ -101,11 +101,6 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message)
     }
 
-    /// Whether the same request may succeed a moment later.
-    pub fn may_pass(&self) -> bool {
-        self.retry_after.is_some()
-    }
-
     /// Names the field at fault.
     pub fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());

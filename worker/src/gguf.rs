@@ -104,7 +104,8 @@ impl Gguf {
         };
         let file = File::open(path).map_err(io)?;
         if !file.metadata().map_err(io)?.is_file() {
-            return Err(LoadError::Missing(path.to_owned()));
+            let reason = "not a regular file".to_owned();
+            return Err(LoadError::Corrupt { path: path.to_owned(), reason });
         }
         // SAFETY: the mapping is read-only and private. As with every mapped model, changing the
         // file under a running worker is undefined; the README tells operators to replace model

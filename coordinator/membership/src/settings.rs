@@ -8,6 +8,9 @@ use tracing::debug;
 
 /// How long one call to etcd may take.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a silent connection is probed, and how long it may take to answer. etcd takes probes
+/// within 5 s of each other for an attack and closes the connection (`--grpc-keepalive-min-time`).
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(3));
 /// The first wait after a failure, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
@@ -78,7 +81,7 @@ pub async fn connect(settings: &EtcdSettings) -> Result<Client, MembershipError>
 pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, MembershipError> {
     let options = ConnectOptions::new()
         .with_connect_timeout(Duration::from_secs(1))
-        .with_keep_alive(Duration::from_secs(2), Duration::from_secs(2))
+        .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
         .with_keep_alive_while_idle(true);
     let mut client =
         within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?;

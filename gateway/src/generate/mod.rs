@@ -29,6 +29,8 @@ const MAX_FAILURES: usize = 3;
 const MAX_FAILURES_IN_ALL: usize = 16;
 /// How long a worker may take to say that it has a request.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a new sequence waits for a worker.
+const START_WITHIN: Duration = Duration::from_secs(1);
 /// How long a sequence that has begun waits for a worker to go on with.
 const RESUME_WITHIN: Duration = Duration::from_secs(15);
 /// Between two looks for such a worker.
@@ -94,6 +96,10 @@ struct Attempt {
 enum Failure {
     /// The client's fault, or nobody can help.
     Final(ApiError),
+    /// No worker is there.
+    Absent(ApiError),
+    /// No worker has room.
+    Full(ApiError),
     /// Another worker may do better.
     Retry(ApiError),
 }
@@ -104,6 +110,7 @@ impl Generation {
         let hashes = block_hashes(&job.salt, &job.prompt, job.served.block_size());
         let mut avoid = Vec::new();
         let mut failures = 0;
+        let patience = Instant::now() + START_WITHIN;
         loop {
             match open(&registry, &job, &hashes, &[], &mut avoid).await {
                 Ok(attempt) => {
@@ -120,7 +127,14 @@ impl Generation {
                         failures_in_all: failures,
                     });
                 }
-                Err(Failure::Final(error)) => return Err(error),
+                // The connection to the only worker may just be coming back.
+                Err(Failure::Absent(_)) if Instant::now() < patience => {
+                    avoid.clear();
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
+                    return Err(error);
+                }
                 Err(Failure::Retry(error)) => {
                     failures += 1;
                     if failures >= MAX_FAILURES {
@@ -168,7 +182,9 @@ impl Generation {
             };
             match judge(&self.attempt.ticket, status, &mut self.avoid) {
                 Failure::Final(error) => return Err(error),
-                Failure::Retry(error) => self.resume(error).await?,
+                Failure::Retry(error) | Failure::Absent(error) | Failure::Full(error) => {
+                    self.resume(error).await?
+                }
             }
         }
     }
@@ -201,12 +217,14 @@ impl Generation {
                         break;
                     }
                     // Nobody is there, or nobody has room: that may pass.
-                    Err(Failure::Final(error)) if error.may_pass() && Instant::now() < until => {
+                    Err(Failure::Absent(_) | Failure::Full(_)) if Instant::now() < until => {
                         // A worker that failed may be back as good as new.
                         self.avoid.clear();
                         tokio::time::sleep(LOOK_EVERY).await;
                     }
-                    Err(Failure::Final(error)) => return Err(error),
+                    Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
+                        return Err(error);
+                    }
                 }
             }
         }
@@ -225,8 +243,8 @@ async fn open(
     loop {
         let ticket = match registry.choose_decode(&job.served, tokens, hashes, avoid) {
             Ok(ticket) => ticket,
-            Err(NoWorker::Absent) => return Err(Failure::Final(nobody(&job.served.card.name))),
-            Err(NoWorker::Full) => return Err(Failure::Final(full())),
+            Err(NoWorker::Absent) => return Err(Failure::Absent(nobody(&job.served.card.name))),
+            Err(NoWorker::Full) => return Err(Failure::Full(full())),
         };
         // The decode worker knows what it has cached; here it is only guessed. So the peer is
         // named whenever the hand-off could pay.

@@ -86,9 +86,10 @@ async fn run(registry: Arc<Registry>, worker: Arc<Worker>) {
 
 /// Learns what the worker serves, then listens until the stream of status ends.
 async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Result<(), Status> {
-    if worker.served.load().is_none() {
-        worker.served.store(Some(Arc::new(learn(registry, worker).await?)));
-    }
+    let served = match worker.served() {
+        Some(served) => served,
+        None => Arc::new(learn(registry, worker).await?),
+    };
     let request = WatchStatusRequest { interval_ms: STATUS_EVERY.as_millis() as u32 };
     let mut stream = within(worker.client().watch_status(request)).await?.into_inner();
     loop {
@@ -107,6 +108,10 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
         drop(prefixes);
         worker.status.store(Some(Arc::new(status)));
         worker.alive.store(true, Relaxed);
+        // Last: a model is listed when it can be asked.
+        if worker.served.load().is_none() {
+            worker.served.store(Some(served.clone()));
+        }
         *wait = RETRY.0;
     }
 }

@@ -207,10 +207,12 @@ impl Registry {
         found.into_iter().next().map(|(_, _, served)| served)
     }
 
-    /// One of each model served, by name.
+    /// One of each model that can be asked, by name.
     pub fn models(&self) -> Vec<Arc<Served>> {
         let mut models = BTreeMap::new();
-        for served in self.workers().iter().filter_map(|worker| worker.served()) {
+        let workers = self.workers();
+        let generating = workers.iter().filter(|worker| worker.record.role.generates());
+        for served in generating.filter_map(|worker| worker.served()) {
             models.entry(served.card.name.clone()).or_insert(served);
         }
         models.into_values().collect()
