@@ -13,6 +13,7 @@ use crate::etcd::Etcd;
 use crate::http::Api;
 use crate::poll::eventually;
 use crate::process::{Process, Spec};
+use crate::prometheus::Scrape;
 use crate::{grpc, leftovers};
 
 /// What a worker does.
@@ -271,15 +272,13 @@ impl Cluster {
         assert_eq!(reply["usage"]["completion_tokens"], 2, "{reply}");
     }
 
-    /// Waits until the gateway knows the model, and so at least one worker.
+    /// Waits until the gateway has found all workers.
     async fn serves(&self) {
-        if !self.workers.iter().any(|worker| worker.role != Role::Prefill) {
-            return;
-        }
-        eventually("the gateway lists the model", Duration::from_secs(30), async || {
-            let reply = self.api.get("/v1/models").await;
-            let listed = reply.json()["data"].as_array().is_some_and(|models| !models.is_empty());
-            if listed { Ok(()) } else { Err(reply.text) }
+        let expected = self.workers.len() as f64;
+        eventually("the gateway finds all workers", Duration::from_secs(30), async || {
+            let reply = self.api.get("/metrics").await;
+            let found = Scrape::parse(&reply.text)?.sum("baton_workers", &[("state", "up")]);
+            if found.unwrap_or(0.0) == expected { Ok(()) } else { Err(format!("{found:?}")) }
         })
         .await;
     }

@@ -173,7 +173,14 @@ async fn batched_among_eight_others_equals_the_reference() {
 /// from the caches of both workers.
 #[tokio::test]
 async fn with_prefix_cache_hits_equals_the_reference() {
-    let cluster = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(48).start().await;
+    let cluster = Cluster::builder()
+        .prefill(1)
+        .decode(1)
+        .handoff_min_tokens(48)
+        // Room for all cases: what is evicted is no hit.
+        .kv_memory("1GiB")
+        .start()
+        .await;
     let cases = reference::greedy();
     let start = Instant::now();
     let mut tally = Tally::default();

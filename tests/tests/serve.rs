@@ -517,16 +517,17 @@ async fn metrics_are_sound_and_count_what_happened() {
                 return Err(format!("{name}: {} then {}", of(&before), of(&after)));
             }
         }
+        for name in
+            ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
+        {
+            let labelled = after.sum(name, &[("model_name", MODEL_NAME)]);
+            if labelled != Some(0.0) {
+                return Err(format!("{name} at rest is {labelled:?}"));
+            }
+        }
         Ok(())
     })
     .await;
-    let after = scrape().await;
-    for name in
-        ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
-    {
-        let labelled = after.sum(name, &[("model_name", MODEL_NAME)]);
-        assert_eq!(labelled, Some(0.0), "{name} at rest");
-    }
     cluster.finish().await;
 }
 

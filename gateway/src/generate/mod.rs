@@ -20,7 +20,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
-use crate::workers::{NoWorker, Registry, Served, Ticket};
+use crate::workers::{Registry, Served, Ticket};
 
 /// Failures in a row, without a token between them, after which a request is given up: it may be
 /// the request that brings workers down.
@@ -240,11 +240,14 @@ async fn open(
     avoid: &mut Vec<String>,
 ) -> Result<Attempt, Failure> {
     let tokens = job.prompt.len() + output.len();
+    // Each worker is asked once, so this ends.
+    let mut asked = avoid.clone();
     loop {
-        let ticket = match registry.choose_decode(&job.served, tokens, hashes, avoid) {
-            Ok(ticket) => ticket,
-            Err(NoWorker::Absent) => return Err(Failure::Absent(nobody(&job.served.card.name))),
-            Err(NoWorker::Full) => return Err(Failure::Full(full())),
+        let Some(ticket) = registry.choose_decode(&job.served, tokens, hashes, &asked) else {
+            return Err(match asked.len() > avoid.len() {
+                true => Failure::Full(full()),
+                false => Failure::Absent(nobody(&job.served.card.name)),
+            });
         };
         // The decode worker knows what it has cached; here it is only guessed. So the peer is
         // named whenever the hand-off could pay.
@@ -282,8 +285,9 @@ async fn open(
             Err(_) => Status::unavailable("the worker did not accept the request in time"),
         };
         if status.code() == Code::ResourceExhausted {
-            // Not a failure: look for one with room. Ends, because full workers are passed over.
+            // Not a failure: look for one with room.
             ticket.worker.mark_full();
+            asked.push(ticket.worker.record.id.clone());
             continue;
         }
         return Err(judge(&ticket, status, avoid));

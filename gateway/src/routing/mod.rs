@@ -21,13 +21,18 @@ pub struct Candidate {
     pub requests: usize,
     /// Prompt tokens that this gateway has sent it and that are not answered yet.
     pub pending_tokens: u64,
-    /// Whether its queue is full.
+    /// Whether it has just refused a request for want of room.
     pub full: bool,
 }
 
-/// The best of `candidates` for a prompt of `prompt_tokens`; `None` when all are full.
+/// The best of `candidates` for a prompt of `prompt_tokens`; `None` when there are none. Those
+/// whose queue was full are taken when nobody else is there: it may have room again.
 pub fn choose(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
-    let open = || candidates.iter().enumerate().filter(|(_, candidate)| !candidate.full);
+    let all_full = candidates.iter().all(|candidate| candidate.full);
+    let open = || {
+        let eligible = move |candidate: &Candidate| all_full || !candidate.full;
+        candidates.iter().enumerate().filter(move |(_, candidate)| eligible(candidate))
+    };
     let least = open().map(|(_, candidate)| candidate.requests).min()?;
     let bound = least + MAX_LEAD.max(least / 2);
     open()
@@ -57,7 +62,7 @@ mod tests {
         assert_eq!(choose(120, &[busy, IDLE]), Some(1));
         let full = Candidate { full: true, ..cached };
         assert_eq!(choose(1200, &[full, IDLE]), Some(1));
-        assert_eq!(choose(1200, &[full, full]), None);
+        assert_eq!(choose(1200, &[Candidate { full: true, ..IDLE }, full]), Some(1));
         assert_eq!(choose(10, &[]), None);
     }
 

@@ -139,15 +139,6 @@ impl Drop for Ticket {
     }
 }
 
-/// Why no worker was chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoWorker {
-    /// None that serves the model answers.
-    Absent,
-    /// All that do have full queues.
-    Full,
-}
-
 /// All workers.
 pub struct Registry {
     workers: RwLock<BTreeMap<String, Arc<Worker>>>,
@@ -225,21 +216,21 @@ impl Registry {
         })
     }
 
-    /// Chooses the worker that generates. `avoid` names instances that just failed.
+    /// Chooses the worker that generates; `None` when nobody answers but instances in `avoid`.
     pub fn choose_decode(
         &self,
         served: &Served,
         prompt_tokens: usize,
         hashes: &[BlockHash],
         avoid: &[String],
-    ) -> Result<Ticket, NoWorker> {
+    ) -> Option<Ticket> {
         let ticket = self.choose(served, prompt_tokens, hashes, |worker| {
             worker.record.role.generates() && !avoid.contains(&worker.record.id)
         })?;
         if let Some(prefixes) = &mut *ticket.worker.prefixes.lock() {
             prefixes.insert(hashes);
         }
-        Ok(ticket)
+        Some(ticket)
     }
 
     /// Chooses the worker that computes a prompt for another.
@@ -247,7 +238,6 @@ impl Registry {
         self.choose(served, prompt_tokens, &[], |worker| {
             worker.record.role == InstanceRole::Prefill
         })
-        .ok()
     }
 
     fn choose(
@@ -256,7 +246,7 @@ impl Registry {
         prompt_tokens: usize,
         hashes: &[BlockHash],
         eligible: impl Fn(&Worker) -> bool,
-    ) -> Result<Ticket, NoWorker> {
+    ) -> Option<Ticket> {
         let workers: Vec<Arc<Worker>> = self
             .workers()
             .into_iter()
@@ -269,16 +259,13 @@ impl Registry {
                     .is_some_and(|other| other.card.name == served.card.name)
             })
             .collect();
-        if workers.is_empty() {
-            return Err(NoWorker::Absent);
-        }
         let block_size = served.block_size();
         let candidates: Vec<Candidate> =
             workers.iter().map(|worker| worker.candidate(hashes, block_size)).collect();
-        let at = choose(prompt_tokens, &candidates).ok_or(NoWorker::Full)?;
+        let at = choose(prompt_tokens, &candidates)?;
         let cached = candidates[at].cached_tokens.min(prompt_tokens);
         let pending = (prompt_tokens - cached) as u64;
-        Ok(Ticket::new(workers[at].clone(), cached, pending))
+        Some(Ticket::new(workers[at].clone(), cached, pending))
     }
 
     fn apply(self: &Arc<Self>, membership: &Membership) {

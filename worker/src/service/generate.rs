@@ -1,21 +1,18 @@
 //! `Generate`: one sequence, from its prompt to its end.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
     FinishReason, Finished, GenerateEvent, GenerateRequest, PrefillRequest, Role, Started, Token,
-    Tokens, Transport,
+    Tokens,
 };
 use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
-use crate::transfer::TransferError;
-use crate::transfer::pull::Pulled;
 
 type Sender = mpsc::Sender<Result<GenerateEvent, Status>>;
 
@@ -168,23 +165,13 @@ impl Driver {
             transports: Vec::new(),
             timeout_ms: 0,
         };
-        shared.handoffs.requests.fetch_add(1, Relaxed);
-        let pulled: Result<Pulled, TransferError> =
-            shared.puller.pull(&peer.address, request, order, self.deadline).await;
-        match pulled {
-            Ok(Pulled { transport, bytes }) => {
-                let counter = match transport {
-                    Transport::SharedMemory => &shared.handoffs.bytes_shared_memory,
-                    _ => &shared.handoffs.bytes_grpc,
-                };
-                counter.fetch_add(bytes, Relaxed);
-                started.handed_off_tokens = (tokens - have) as u32;
-                started.prefill_instance_id = peer.instance_id.clone();
-                started.set_transport(transport);
-            }
-            Err(_) => {
-                shared.handoffs.failures.fetch_add(1, Relaxed);
-            }
+        // A failure is logged and counted where it happened; the engine computes the rest.
+        if let Ok(transport) =
+            shared.puller.pull(&peer.address, request, order, self.deadline).await
+        {
+            started.handed_off_tokens = (tokens - have) as u32;
+            started.prefill_instance_id = peer.instance_id.clone();
+            started.set_transport(transport);
         }
         started
     }

@@ -9,8 +9,6 @@ mod prefill;
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -69,16 +67,6 @@ struct Shared {
     hold_lease: Duration,
     engine: Arc<Engine>,
     puller: Puller,
-    handoffs: Handoffs,
-}
-
-/// Counters of hand-offs that arrived here.
-#[derive(Default)]
-struct Handoffs {
-    requests: AtomicU64,
-    failures: AtomicU64,
-    bytes_shared_memory: AtomicU64,
-    bytes_grpc: AtomicU64,
 }
 
 impl WorkerService {
@@ -95,7 +83,6 @@ impl WorkerService {
             transports: parts.transports,
             hold_lease: parts.hold_lease,
             engine: parts.engine,
-            handoffs: Handoffs::default(),
         };
         Ok(Self { shared: Arc::new(shared), tokenizer: tokenizer.into() })
     }
@@ -124,10 +111,7 @@ impl WorkerService {
 impl Shared {
     fn status(&self) -> WorkerStatus {
         let mut status = self.engine.status();
-        status.handoff_requests = self.handoffs.requests.load(Relaxed);
-        status.handoff_failures = self.handoffs.failures.load(Relaxed);
-        status.handoff_bytes_shared_memory = self.handoffs.bytes_shared_memory.load(Relaxed);
-        status.handoff_bytes_grpc = self.handoffs.bytes_grpc.load(Relaxed);
+        self.puller.count(&mut status);
         status
     }
 }

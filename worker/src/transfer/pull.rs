@@ -1,6 +1,8 @@
 //! One hand-off, from the decode worker's side.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use baton_proto::MAX_MESSAGE_BYTES;
@@ -20,45 +22,68 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Peers whose connection is kept.
 const MAX_PEERS: usize = 256;
 
-/// How a hand-off went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pulled {
-    /// The transport that carried the blocks.
-    pub transport: v1::Transport,
-    /// What it carried.
-    pub bytes: u64,
-}
-
-/// Connections to prefill workers.
+/// Connections to prefill workers, and what came over them.
 pub struct Puller {
     transports: Vec<v1::Transport>,
     peers: Mutex<HashMap<String, Channel>>,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct Counters {
+    requests: AtomicU64,
+    failures: AtomicU64,
+    bytes_shared_memory: AtomicU64,
+    bytes_grpc: AtomicU64,
 }
 
 impl Puller {
     /// Pulls over these transports, best first.
     pub fn new(transports: Vec<v1::Transport>) -> Self {
-        Self { transports, peers: Mutex::default() }
+        Self { transports, peers: Mutex::default(), counters: Counters::default() }
     }
 
-    /// Fills an order from a peer and ends it. When this fails the order is ended too, with what
-    /// has come: the engine computes the rest.
+    /// Puts the hand-offs so far, those in progress included, into a status.
+    pub fn count(&self, status: &mut v1::WorkerStatus) {
+        status.handoff_requests = self.counters.requests.load(Relaxed);
+        status.handoff_failures = self.counters.failures.load(Relaxed);
+        status.handoff_bytes_shared_memory = self.counters.bytes_shared_memory.load(Relaxed);
+        status.handoff_bytes_grpc = self.counters.bytes_grpc.load(Relaxed);
+    }
+
+    /// Fills an order from a peer and ends it; returns what carried the blocks. When this fails
+    /// the order is ended too, with what has come: the engine computes the rest.
     pub async fn pull(
+        &self,
+        address: &str,
+        request: v1::PrefillRequest,
+        order: PullOrder,
+        deadline: Instant,
+    ) -> Result<v1::Transport, TransferError> {
+        self.counters.requests.fetch_add(1, Relaxed);
+        let pulled = self.try_pull(address, request, order, deadline).await;
+        if pulled.is_err() {
+            self.counters.failures.fetch_add(1, Relaxed);
+        }
+        pulled
+    }
+
+    async fn try_pull(
         &self,
         address: &str,
         mut request: v1::PrefillRequest,
         mut order: PullOrder,
         deadline: Instant,
-    ) -> Result<Pulled, TransferError> {
+    ) -> Result<v1::Transport, TransferError> {
         let mut kinds = self.transports.clone();
         loop {
             request.transports = kinds.iter().map(|&kind| kind.into()).collect();
             request.timeout_ms = millis_until(deadline);
             let attempt = self.attempt(address, &request, &mut order, &kinds, deadline).await;
             match attempt {
-                Ok((pulled, first)) => {
+                Ok((transport, first)) => {
                     order.complete(first).map_err(TransferError::Protocol)?;
-                    return Ok(pulled);
+                    return Ok(transport);
                 }
                 // The best transport does not reach this peer: go on without it.
                 Err(error @ TransferError::NotHere { .. }) if kinds.len() > 1 => {
@@ -82,7 +107,7 @@ impl Puller {
         order: &mut PullOrder,
         kinds: &[v1::Transport],
         deadline: Instant,
-    ) -> Result<(Pulled, v1::Token), TransferError> {
+    ) -> Result<(v1::Transport, v1::Token), TransferError> {
         let mut client = WorkerClient::new(self.channel(address)?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -98,16 +123,21 @@ impl Puller {
             .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
         let layout = request.kv_layout.unwrap_or_default();
         let mut source = transport.open(&accepted, &layout)?;
-        let mut bytes = 0;
+        let arrived = match transport.kind() {
+            v1::Transport::SharedMemory => &self.counters.bytes_shared_memory,
+            _ => &self.counters.bytes_grpc,
+        };
         loop {
             match next(&mut events, deadline).await {
                 Ok(Some(Event::Finished(finished))) => {
                     let first = finished
                         .first_token
                         .ok_or_else(|| TransferError::Protocol("no first token".into()))?;
-                    return Ok((Pulled { transport: transport.kind(), bytes }, first));
+                    return Ok((transport.kind(), first));
                 }
-                Ok(Some(event)) => bytes += source.take(event, order)?,
+                Ok(Some(event)) => {
+                    arrived.fetch_add(source.take(event, order)?, Relaxed);
+                }
                 Ok(None) => {
                     keep_or_discard(source.as_ref(), order);
                     let status = Status::unavailable("the peer ended the stream early");
