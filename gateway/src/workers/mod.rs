@@ -283,12 +283,14 @@ impl Registry {
         gone.iter().for_each(|id| self.forget(&mut workers, id));
         for record in membership.instances.values() {
             let is_worker = record.role.generates() || record.role == InstanceRole::Prefill;
-            if is_worker && !workers.contains_key(&record.id) {
-                if let Some((worker, task)) = connection::start(self, record.clone()) {
-                    info!(id = record.id, role = %record.role, address = record.address, "worker found");
-                    self.tasks.lock().insert(record.id.clone(), task);
-                    workers.insert(record.id.clone(), worker);
-                }
+            if is_worker
+                && !workers.contains_key(&record.id)
+                && let Some((worker, task)) = connection::start(self, record.clone())
+            {
+                let (id, address) = (&record.id, &record.address);
+                info!(id, role = %record.role, address, "worker found");
+                self.tasks.lock().insert(id.clone(), task);
+                workers.insert(id.clone(), worker);
             }
         }
     }
