@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_membership::{EtcdSettings, MembershipError, connect, keep_alive};
+use baton_membership::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, keep_alive, within};
 use baton_proto::instance::election_name;
 use etcd_client::Client;
 use tokio::sync::watch;
@@ -60,7 +60,8 @@ impl Drop for Election {
 async fn stand(settings: &EtcdSettings, id: &str) -> Result<(), MembershipError> {
     let mut client = connect(settings).await?;
     let ttl = settings.lease_ttl;
-    let lease = client.lease_grant(ttl.as_secs().max(1) as i64, None).await?.id();
+    let seconds = ttl.as_secs().max(1) as i64;
+    let lease = within(CALL_TIMEOUT, client.lease_grant(seconds, None)).await?.id();
     let mut campaigner: Client = client.clone();
     let lead = async {
         // Returns when all who stood before are gone.
@@ -80,7 +81,8 @@ async fn observe(
     sender: &watch::Sender<String>,
 ) -> Result<(), MembershipError> {
     let mut client = connect(settings).await?;
-    let mut leaders = client.observe(election_name(&settings.cluster)).await?;
+    let call = client.observe(election_name(&settings.cluster));
+    let mut leaders = within(CALL_TIMEOUT, call).await?;
     while let Some(answer) = leaders.message().await? {
         if let Some(kv) = answer.kv() {
             sender.send_replace(String::from_utf8_lossy(kv.value()).into_owned());

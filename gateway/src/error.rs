@@ -90,6 +90,12 @@ impl ApiError {
         Self { retry_after: Some(1), ..error }
     }
 
+    /// 499, as nginx has it: nobody reads this, but logs and metrics tell it from a failure.
+    pub fn client_gone() -> Self {
+        let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(status, "ClientClosedRequest", "The client has gone.")
+    }
+
     /// 504: the request's time is over.
     pub fn timed_out() -> Self {
         let message = "The request took longer than --request-timeout allows.";

@@ -10,7 +10,7 @@
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
 //! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
-//! * [`reference`]: outputs of an independent implementation on the same weights.
+//! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
 //!
 //! Harness functions panic when what they do fails: a test has nothing better to do either.

@@ -405,6 +405,8 @@ async fn a_gateway_without_workers_says_so() {
         assert!(!reply.header("retry-after").is_empty(), "{route}: {:?}", reply.headers);
     }
     assert_eq!(cluster.api.get("/v1/models").await.ok()["data"], json!([]));
+    let health = cluster.api.get("/health").await;
+    assert_eq!((health.status.as_u16(), &*health.text), (503, ""));
     cluster.finish().await;
     verdict.check();
 }

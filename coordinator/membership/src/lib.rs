@@ -16,7 +16,7 @@ mod settings;
 mod watch;
 
 pub use registration::{Registration, keep_alive};
-pub use settings::{EtcdSettings, MembershipError, connect};
+pub use settings::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
 pub use watch::{ClusterWatch, Membership};
 
 pub use baton_proto::{InstanceRecord, InstanceRole};

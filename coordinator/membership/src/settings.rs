@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use tracing::debug;
 
 /// How long one call to etcd may take.
-pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a silent connection is probed, and how long it may take to answer. etcd takes probes
 /// within 5 s of each other for an attack and closes the connection (`--grpc-keepalive-min-time`).
 const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(6), Duration::from_secs(3));
@@ -90,7 +90,7 @@ pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, Membe
 }
 
 /// Bounds a call to etcd.
-pub(crate) async fn within<T>(
+pub async fn within<T>(
     limit: Duration,
     call: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, MembershipError> {

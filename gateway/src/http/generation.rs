@@ -299,7 +299,7 @@ async fn unless_gone<T>(
 ) -> Result<T, ApiError> {
     tokio::select! {
         done = work => Ok(done),
-        () = closed(client) => Err(ApiError::internal("The client has gone.")),
+        () = closed(client) => Err(ApiError::client_gone()),
     }
 }
 

@@ -53,10 +53,13 @@ impl Drop for Place {
     }
 }
 
-/// 200 while the process serves. Whether there are workers is `/v1/models`' and `/metrics`' to
-/// tell: restarting a gateway brings none.
-pub(super) async fn health() -> HttpResponse {
-    HttpResponse::Ok().finish()
+/// 200 when a request would be served, 503 when no worker that generates answers: what a load
+/// balancer must know, and what vLLM says when its engine is dead.
+pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
+    match shared.registry.ready() {
+        true => HttpResponse::Ok().finish(),
+        false => HttpResponse::ServiceUnavailable().finish(),
+    }
 }
 
 pub(super) async fn version() -> HttpResponse {

@@ -58,9 +58,18 @@ pub(super) async fn detokenize(
     let fields: DetokenizeFields = body.read()?;
     let served = model(&shared, fields.model.as_deref())?;
     let tokens = fields.tokens(served.card.vocab_size)?;
+    let tokens_are_many = tokens.len() >= LONG_TEXT / 4;
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(&body, &mut response);
-    Ok(response.json(json!({"prompt": served.text.decode(&tokens, false)})))
+    let text = served.text.clone();
+    let decode = move || text.decode(&tokens, false);
+    let prompt = match tokens_are_many {
+        true => tokio::task::spawn_blocking(decode)
+            .await
+            .map_err(|error| ApiError::internal(format!("The tokenizer failed: {error}.")))?,
+        false => decode(),
+    };
+    Ok(response.json(json!({"prompt": prompt})))
 }
 
 /// What serves a request's model. Without a name, whatever is there.

@@ -1,7 +1,7 @@
 //! The workers as this gateway sees them.
 //!
 //! * [`Registry`]: all workers, by instance; what models they serve.
-//! * [`connection`]: one task per worker that connects, learns what it serves and listens to its
+//! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
 
