@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use baton_membership::daemon::ClusterArgs;
 use clap::Parser;
 
+const EXAMPLE: &str = "Example:\n  baton-gateway --listen 0.0.0.0:8000 --etcd http://10.0.0.5:2379 --api-key-file keys.txt";
+
 /// Baton's HTTP gateway: speaks the OpenAI and vLLM API and forwards to the cluster's workers.
 ///
-/// Workers are found through etcd; no address of theirs has to be given. Example:
-///
-///     baton-gateway --listen 0.0.0.0:8000 --etcd http://10.0.0.5:2379 --api-key-file keys.txt
+/// Workers are found through etcd; no address of theirs has to be given.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "baton-gateway", version, verbatim_doc_comment)]
+#[command(name = "baton-gateway", version, after_help = EXAMPLE)]
 pub struct Settings {
     /// Address to serve HTTP on; port 0 takes any free one.
     #[arg(long, env = "BATON_LISTEN", default_value = "0.0.0.0:8000")]

@@ -8,13 +8,13 @@ use baton_membership::daemon::ClusterArgs;
 use baton_proto::v1;
 use clap::Parser;
 
+const EXAMPLE: &str = "Example:\n  baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379";
+
 /// A Baton worker: computes prompts, generates, or both.
 ///
-/// It joins the cluster through etcd; gateways find it there. Example:
-///
-///     baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379
+/// It joins the cluster through etcd; gateways find it there.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "baton-worker", version, verbatim_doc_comment)]
+#[command(name = "baton-worker", version, after_help = EXAMPLE)]
 pub struct Settings {
     /// What this worker does.
     #[arg(long, env = "BATON_ROLE")]

@@ -14,16 +14,17 @@ pub mod up;
 use baton_membership::daemon::Failure;
 use clap::{Parser, Subcommand};
 
+const EXAMPLES: &str = "\
+Start a whole cluster on this machine, ask it something, look at it, stop it:
+
+  baton up                 # etcd, coordinator, gateway, one prefill and one decode worker
+  curl http://127.0.0.1:8000/v1/models
+  baton status             # in another terminal
+  baton down               # or Ctrl-C";
+
 /// Runs and inspects Baton, a serving cluster for language models.
-///
-/// Start a whole cluster on this machine, ask it something, look at it, stop it:
-///
-///     baton up                 # etcd, coordinator, gateway, one prefill and one decode worker
-///     curl http://127.0.0.1:8000/v1/models
-///     baton status             # in another terminal
-///     baton down               # or Ctrl-C
 #[derive(Debug, Parser)]
-#[command(name = "baton", version, verbatim_doc_comment)]
+#[command(name = "baton", version, after_help = EXAMPLES)]
 pub struct Command {
     #[command(subcommand)]
     action: Action,

@@ -320,8 +320,9 @@ impl Cluster {
             None => String::new(),
         };
         println!(
-            "curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n  \
-             -d '{{\"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'"
+            "curl -s {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{{\
+             \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}], \
+             \"temperature\": 0, \"max_tokens\": 50}}'"
         );
     }
 

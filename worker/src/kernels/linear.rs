@@ -189,11 +189,10 @@ impl SharedOutput {
 
 #[inline(always)]
 unsafe fn stream<V: Lanes, F: Format>(panel: *const u8, call: &Call) {
-    // SAFETY: handed on. More weight rows at once for fewer rows of x keep the multiply-add units
-    // busy in spite of their latency.
+    // SAFETY: handed on.
     unsafe {
         match call.rows {
-            1 => stream_rows::<V, F, 1, 8>(panel, call),
+            1 => stream_rows::<V, F, 1, 4>(panel, call),
             2 => stream_rows::<V, F, 2, 4>(panel, call),
             3 => stream_rows::<V, F, 3, 4>(panel, call),
             STREAM_ROWS => stream_rows::<V, F, 4, 4>(panel, call),

@@ -271,10 +271,14 @@ impl Model for Llama {
             })
             .collect();
 
+        // Looked at before each of the larger operations: with many rows and busy cores a layer
+        // takes tens of milliseconds.
+        let go_on = || match interrupt.load(Ordering::Relaxed) {
+            true => Err(ModelError::Interrupted),
+            false => Ok(()),
+        };
         for (i, layer) in layers.iter().enumerate() {
-            if interrupt.load(Ordering::Relaxed) {
-                return Err(ModelError::Interrupted);
-            }
+            go_on()?;
             for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
                 rms_norm(isa, x, &layer.attention_norm, config.rms_eps, normed);
             }
@@ -293,14 +297,18 @@ impl Model for Llama {
                     unsafe { attention::store(kv, &shape, i, q.blocks, position, keys, values) };
                 }
             }
+            go_on()?;
             attention::attend(isa, threads, kv, &shape, i, &queries, tasks, query, attended);
             layer.output.forward(isa, threads, rows, attended, x, Into::Add);
             for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
                 rms_norm(isa, x, &layer.ffn_norm, config.rms_eps, normed);
             }
+            go_on()?;
             layer.gate.forward(isa, threads, rows, normed, gate, Into::Set);
+            go_on()?;
             layer.up.forward(isa, threads, rows, normed, up, Into::Set);
             swiglu(isa, gate, up);
+            go_on()?;
             layer.down.forward(isa, threads, rows, gate, x, Into::Add);
         }
 
