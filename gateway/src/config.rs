@@ -37,7 +37,7 @@ pub struct Settings {
 
     /// Prompt tokens, beyond those cached on the decode worker, from which a prefill worker is
     /// used. docs/architecture.md says how the default was measured.
-    #[arg(long, env = "BATON_HANDOFF_MIN_TOKENS", default_value_t = 256)]
+    #[arg(long, env = "BATON_HANDOFF_MIN_TOKENS", default_value_t = 64)]
     pub handoff_min_tokens: u32,
 
     /// Seconds a request may take in all.
