@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole};
+use baton_proto::endpoint;
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{ClusterView, GetClusterRequest, Instance, WatchStatusRequest, WorkerStatus};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Endpoint;
 use tonic::{Request, Response, Status};
 use tracing::debug;
 
@@ -78,8 +78,8 @@ async fn status(record: &InstanceRecord) -> Option<WorkerStatus> {
         return None;
     }
     let ask = async {
-        let endpoint = Endpoint::from_shared(record.address.clone())?;
-        let mut client = WorkerClient::new(endpoint.connect().await?);
+        let channel = endpoint(&record.address)?.connect().await?;
+        let mut client = WorkerClient::new(channel);
         let request = WatchStatusRequest { interval_ms: 60_000 };
         let status = client.watch_status(request).await?.into_inner().message().await?;
         Ok::<_, Box<dyn std::error::Error + Send + Sync>>(status)

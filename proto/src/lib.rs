@@ -3,13 +3,15 @@
 //! * [`v1`]: the gRPC contract, generated from `proto/baton/v1/*.proto`.
 //! * [`prefix`]: how a prompt's KV blocks are addressed by content.
 //! * [`instance`]: the records that processes keep in etcd.
+//! * [`channel`]: how processes call each other.
 //! * [`bundle`]: the tokenizer and chat template as a worker hands them out.
 //!
-//! The crate holds no I/O. Gateway, worker and coordinator meet here and nowhere else.
+//! Nothing here runs: no tasks, no files, no sockets. Gateway, worker and coordinator meet here and nowhere else.
 
 #![forbid(unsafe_code)]
 
 pub mod bundle;
+pub mod channel;
 pub mod instance;
 pub mod prefix;
 
@@ -20,6 +22,7 @@ pub mod v1 {
 }
 
 pub use bundle::TokenizerBundle;
+pub use channel::endpoint;
 pub use instance::{InstanceRecord, InstanceRole};
 pub use prefix::{BlockHash, block_hashes};
 

@@ -1,9 +1,8 @@
 //! `POST /v1/chat/completions`: what is particular to chats.
 
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::object;
 use super::sampling::MAX_LOGPROBS;
 use crate::error::ApiError;
 use crate::text::TextModel;
@@ -147,32 +146,10 @@ fn content(value: Option<&Value>, at: &str) -> Result<String, ApiError> {
     Ok(texts.join("\n"))
 }
 
-/// What all frames of one answer have.
-#[derive(Clone, Debug)]
-pub struct Envelope {
-    /// `chatcmpl-…` or `cmpl-…`.
-    pub id: String,
-    /// Unix time in seconds.
-    pub created: u64,
-    /// The served name.
-    pub model: String,
-}
-
-impl Envelope {
-    /// A frame of this kind with these choices.
-    pub fn frame(&self, kind: &str, choices: Vec<Value>) -> Map<String, Value> {
-        object(json!({
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        }))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn messages(value: Value) -> Result<Vec<Value>, String> {

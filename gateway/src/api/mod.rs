@@ -6,6 +6,7 @@
 
 pub mod chat;
 pub mod completion;
+pub mod envelope;
 pub mod logprobs;
 pub mod sampling;
 pub mod tokenize;

@@ -1,20 +1,17 @@
 //! `POST /v1/chat/completions`.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
-use super::generation::{
-    Answers, Order, Shape, Whole, check_length, client, reply_id, streaming, unix_seconds, whole,
-};
+use super::Shared;
+use super::generation::{Answers, Intake, Order, Shape, Whole, check_length, streaming, whole};
 use super::tokenize::{encode, model};
-use super::{Shared, body};
-use crate::api::chat::{ChatFields, Conversation, Envelope};
+use crate::api::chat::{ChatFields, Conversation};
+use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
-use crate::api::sampling::SamplingFields;
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
@@ -24,10 +21,8 @@ pub(super) async fn create(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let arrived = Instant::now();
-    let place = shared.load.enter()?;
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
-    let fields: SamplingFields = body.read()?;
+    let intake = Intake::read(&request, payload, &shared).await?;
+    let Intake { arrived, place, mut body, fields, client, own_id } = intake;
     let chat: ChatFields = body.read()?;
     let conversation: Conversation = body.read()?;
     body.refuse_unsupported()?;
@@ -41,11 +36,7 @@ pub(super) async fn create(
         return Err(ApiError::bad_value("messages", "`messages` make an empty prompt."));
     }
     let shape = Chat {
-        envelope: Envelope {
-            id: reply_id("chatcmpl", &request, &fields),
-            created: unix_seconds(),
-            model: served.card.name.clone(),
-        },
+        envelope: Envelope::new("chatcmpl", own_id.as_deref(), &served.card.name),
         role: conversation.answer_role(),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
         logprobs: logprobs.is_some(),
@@ -65,7 +56,6 @@ pub(super) async fn create(
         place,
         fields,
     };
-    let client = client(&request);
     let streams = order.fields.streams();
     let answers = order.start(client.as_ref()).await?;
     if streams {

@@ -1,22 +1,18 @@
 //! `POST /v1/completions`.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
+use super::Shared;
 use super::connection::Connection;
-use super::generation::{
-    Answers, Order, Shape, Whole, check_length, client, reply_id, streaming, unix_seconds, whole,
-};
+use super::generation::{Answers, Intake, Order, Shape, Whole, check_length, streaming, whole};
 use super::tokenize::{encode, model};
-use super::{Shared, body};
-use crate::api::chat::Envelope;
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
+use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
-use crate::api::sampling::SamplingFields;
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
@@ -26,10 +22,8 @@ pub(super) async fn create(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let arrived = Instant::now();
-    let place = shared.load.enter()?;
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
-    let fields: SamplingFields = body.read()?;
+    let intake = Intake::read(&request, payload, &shared).await?;
+    let Intake { arrived, place, mut body, fields, client, own_id } = intake;
     let completion: CompletionFields = body.read()?;
     body.refuse_unsupported()?;
     let served = model(&shared, fields.model.as_deref())?;
@@ -52,11 +46,7 @@ pub(super) async fn create(
     }
     let echo = completion.echo.unwrap_or(false);
     let shape = Completion {
-        envelope: Envelope {
-            id: reply_id("cmpl", &request, &fields),
-            created: unix_seconds(),
-            model: served.card.name.clone(),
-        },
+        envelope: Envelope::new("cmpl", own_id.as_deref(), &served.card.name),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
         logprobs: logprobs.is_some(),
         token_ids: fields.return_token_ids.unwrap_or(false),
@@ -79,7 +69,6 @@ pub(super) async fn create(
         place,
         fields,
     };
-    let client = client(&request);
     let streams = order.fields.streams();
     let answers = order.start(client.as_ref()).await?;
     if streams {

@@ -1,17 +1,17 @@
 //! What both generation routes do: from a body to answers, whole or as a stream of events.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
-use actix_web::web::Bytes;
+use actix_web::web::{Bytes, Payload};
 use actix_web::{HttpRequest, HttpResponse};
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use serde_json::{Map, Value};
 
 use super::connection::{Connection, closed};
-use super::ops::Place;
+use super::load::Place;
 use super::{Shared, body, connection};
 use crate::api::Body;
 use crate::api::sampling::{MAX_SEQUENCES, Sampling, SamplingFields};
@@ -21,11 +21,37 @@ use crate::generate::Job;
 use crate::generate::answer::{Answer, Delta, End, TextSettings};
 use crate::workers::Served;
 
-/// The longest id that a client may give its request.
-const MAX_ID: usize = 256;
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
 /// load balancers cut streams that are silent, so a comment is sent.
 const SILENCE: Duration = Duration::from_secs(15);
+
+/// A request as it comes in: what both routes do first.
+pub(super) struct Intake {
+    pub(super) arrived: Instant,
+    pub(super) place: Place,
+    pub(super) body: Body,
+    pub(super) fields: SamplingFields,
+    pub(super) client: Option<Connection>,
+    /// The id that the client gave the request.
+    pub(super) own_id: Option<String>,
+}
+
+impl Intake {
+    /// Takes a place and reads the body.
+    pub(super) async fn read(
+        request: &HttpRequest,
+        payload: Payload,
+        shared: &Shared,
+    ) -> Result<Self, ApiError> {
+        let arrived = Instant::now();
+        let place = shared.load.enter()?;
+        let mut body = body::read(request, payload, shared.limits.max_body_bytes).await?;
+        let fields: SamplingFields = body.read()?;
+        let header = request.headers().get("x-request-id").and_then(|id| id.to_str().ok());
+        let own_id = header.map(str::to_owned).or_else(|| fields.request_id.clone());
+        Ok(Self { arrived, place, body, fields, client: connection(request), own_id })
+    }
+}
 
 /// A request, read and checked, about to be generated.
 pub(super) struct Order {
@@ -287,11 +313,6 @@ pub(super) fn whole(body: &Body, reply: Map<String, Value>) -> HttpResponse {
     response.json(reply)
 }
 
-/// The client's connection, for as long as the answer takes.
-pub(super) fn client(request: &HttpRequest) -> Option<Connection> {
-    connection(request)
-}
-
 /// Runs something unless the client leaves before its end. What comes then reaches nobody.
 async fn unless_gone<T>(
     client: Option<&Connection>,
@@ -301,21 +322,6 @@ async fn unless_gone<T>(
         done = work => Ok(done),
         () = closed(client) => Err(ApiError::client_gone()),
     }
-}
-
-/// The reply's id: the header's, the body's or a random one, after the route's prefix.
-pub(super) fn reply_id(prefix: &str, request: &HttpRequest, fields: &SamplingFields) -> String {
-    let header = request.headers().get("x-request-id").and_then(|value| value.to_str().ok());
-    let own = header.or(fields.request_id.as_deref());
-    match own.filter(|id| !id.is_empty() && id.len() <= MAX_ID) {
-        Some(id) => format!("{prefix}-{id}"),
-        None => format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
-    }
-}
-
-/// Now.
-pub(super) fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Refuses a text that cannot fit, before it is tokenized.

@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod connection;
 mod generation;
+mod load;
 mod ops;
 mod tokenize;
 
@@ -26,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::workers::Registry;
 use connection::Connection;
 
-pub use ops::Load;
+pub use load::Load;
 
 /// What the handlers share.
 pub struct Shared {

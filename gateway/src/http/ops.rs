@@ -1,57 +1,12 @@
 //! Routes for operators and probes.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering::Relaxed;
-
 use actix_web::http::header::ContentType;
 use actix_web::{HttpResponse, web};
 use serde_json::json;
 
 use super::Shared;
-use super::generation::unix_seconds;
+use crate::api::envelope::unix_seconds;
 use crate::error::ApiError;
-
-/// Generation requests in progress.
-pub struct Load {
-    now: AtomicUsize,
-    most: usize,
-}
-
-/// One request's place; dropping it makes room.
-pub struct Place(Arc<Load>);
-
-impl Load {
-    /// Room for `most` requests.
-    pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { now: AtomicUsize::new(0), most })
-    }
-
-    /// Requests in progress.
-    pub fn now(&self) -> usize {
-        self.now.load(Relaxed)
-    }
-
-    /// Takes a place.
-    pub fn enter(self: &Arc<Self>) -> Result<Place, ApiError> {
-        // The place exists before the check, so that two cannot take the last one.
-        let place = Place(self.clone());
-        if self.now.fetch_add(1, Relaxed) >= self.most {
-            let message = format!(
-                "This gateway serves {} requests at once, and has as many; try again soon.",
-                self.most
-            );
-            return Err(ApiError::overloaded(message));
-        }
-        Ok(place)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.now.fetch_sub(1, Relaxed);
-    }
-}
 
 /// 200 when a request would be served, 503 when no worker that generates answers: what a load
 /// balancer must know, and what vLLM says when its engine is dead.

@@ -7,13 +7,12 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use baton_membership::InstanceRecord;
-use baton_proto::TokenizerBundle;
 use baton_proto::v1::{DescribeRequest, FetchTokenizerRequest, WatchStatusRequest};
+use baton_proto::{TokenizerBundle, endpoint};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tonic::Status;
-use tonic::transport::Endpoint;
 use tracing::{debug, warn};
 
 use super::{Registry, Served, Worker};
@@ -35,20 +34,13 @@ pub(super) fn start(
     registry: &Arc<Registry>,
     record: InstanceRecord,
 ) -> Option<(Arc<Worker>, AbortHandle)> {
-    let endpoint = match Endpoint::from_shared(record.address.clone()) {
-        Ok(endpoint) => endpoint,
+    let channel = match endpoint(&record.address) {
+        Ok(endpoint) => endpoint.connect_lazy(),
         Err(error) => {
             warn!(id = record.id, address = record.address, %error, "a worker's address is no URL");
             return None;
         }
     };
-    let channel = endpoint
-        .connect_timeout(Duration::from_secs(1))
-        .http2_keep_alive_interval(Duration::from_secs(2))
-        .keep_alive_timeout(Duration::from_secs(2))
-        .keep_alive_while_idle(true)
-        .tcp_nodelay(true)
-        .connect_lazy();
     let worker = Arc::new(Worker {
         record,
         channel,

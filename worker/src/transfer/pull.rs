@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use baton_proto::MAX_MESSAGE_BYTES;
 use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use parking_lot::Mutex;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Request, Status};
 use tracing::{info, warn};
 
@@ -156,14 +156,9 @@ impl Puller {
         if let Some(channel) = peers.get(address) {
             return Ok(channel.clone());
         }
-        let endpoint = Endpoint::from_shared(address.to_owned())
+        let endpoint = endpoint(address)
             .map_err(|error| TransferError::Protocol(format!("{address}: {error}")))?;
         let channel = endpoint
-            .connect_timeout(Duration::from_secs(1))
-            .http2_keep_alive_interval(Duration::from_secs(2))
-            .keep_alive_timeout(Duration::from_secs(2))
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true)
             // A block is about a megabyte: the default window would cost a round trip for each.
             .initial_stream_window_size(16 * 1024 * 1024)
             .initial_connection_window_size(32 * 1024 * 1024)

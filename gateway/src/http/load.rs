@@ -1,0 +1,48 @@
+//! How many generation requests are in progress, and how many may be.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use crate::error::ApiError;
+
+/// Generation requests in progress.
+pub struct Load {
+    now: AtomicUsize,
+    most: usize,
+}
+
+/// One request's place; dropping it makes room.
+pub struct Place(Arc<Load>);
+
+impl Load {
+    /// Room for `most` requests.
+    pub fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { now: AtomicUsize::new(0), most })
+    }
+
+    /// Requests in progress.
+    pub fn now(&self) -> usize {
+        self.now.load(Relaxed)
+    }
+
+    /// Takes a place.
+    pub fn enter(self: &Arc<Self>) -> Result<Place, ApiError> {
+        // The place exists before the check, so that two cannot take the last one.
+        let place = Place(self.clone());
+        if self.now.fetch_add(1, Relaxed) >= self.most {
+            let message = format!(
+                "This gateway serves {} requests at once, and has as many; try again soon.",
+                self.most
+            );
+            return Err(ApiError::overloaded(message));
+        }
+        Ok(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.now.fetch_sub(1, Relaxed);
+    }
+}
