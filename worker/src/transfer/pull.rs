@@ -25,8 +25,16 @@ const MAX_PEERS: usize = 256;
 /// Connections to prefill workers, and what came over them.
 pub struct Puller {
     transports: Vec<v1::Transport>,
-    peers: Mutex<HashMap<String, Channel>>,
+    peers: Mutex<HashMap<String, Peer>>,
     counters: Counters,
+}
+
+/// A prefill worker as it was found.
+#[derive(Clone)]
+struct Peer {
+    channel: Channel,
+    /// Transports that may reach it, best first.
+    kinds: Vec<v1::Transport>,
 }
 
 #[derive(Default)]
@@ -75,20 +83,21 @@ impl Puller {
         mut order: PullOrder,
         deadline: Instant,
     ) -> Result<v1::Transport, TransferError> {
-        let mut kinds = self.transports.clone();
         loop {
-            request.transports = kinds.iter().map(|&kind| kind.into()).collect();
+            let peer = self.peer(address)?;
+            request.transports = peer.kinds.iter().map(|&kind| kind.into()).collect();
             request.timeout_ms = millis_until(deadline);
-            let attempt = self.attempt(address, &request, &mut order, &kinds, deadline).await;
+            let attempt = self.attempt(&peer, &request, &mut order, deadline).await;
             match attempt {
                 Ok((transport, first)) => {
                     order.complete(first).map_err(TransferError::Protocol)?;
                     return Ok(transport);
                 }
                 // The best transport does not reach this peer: go on without it.
-                Err(error @ TransferError::NotHere { .. }) if kinds.len() > 1 => {
+                Err(error @ TransferError::NotHere { .. }) if peer.kinds.len() > 1 => {
                     info!(%error, address, "falling back to the next transport");
-                    kinds.remove(0);
+                    let kinds = peer.kinds[1..].to_vec();
+                    self.peers.lock().insert(address.to_owned(), Peer { kinds, ..peer });
                     order.discard();
                 }
                 Err(error) => {
@@ -102,13 +111,12 @@ impl Puller {
 
     async fn attempt(
         &self,
-        address: &str,
+        peer: &Peer,
         request: &v1::PrefillRequest,
         order: &mut PullOrder,
-        kinds: &[v1::Transport],
         deadline: Instant,
     ) -> Result<(v1::Transport, v1::Token), TransferError> {
-        let mut client = WorkerClient::new(self.channel(address)?)
+        let mut client = WorkerClient::new(peer.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let accept_by = deadline.min(Instant::now() + ACCEPT_TIMEOUT);
@@ -117,7 +125,7 @@ impl Puller {
         let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
             return Err(TransferError::Protocol("expected the acceptance".into()));
         };
-        let transport: Box<dyn Transport> = transports(kinds)
+        let transport: Box<dyn Transport> = transports(&peer.kinds)
             .into_iter()
             .find(|transport| transport.kind() == accepted.transport())
             .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
@@ -151,10 +159,10 @@ impl Puller {
         }
     }
 
-    fn channel(&self, address: &str) -> Result<Channel, TransferError> {
+    fn peer(&self, address: &str) -> Result<Peer, TransferError> {
         let mut peers = self.peers.lock();
-        if let Some(channel) = peers.get(address) {
-            return Ok(channel.clone());
+        if let Some(peer) = peers.get(address) {
+            return Ok(peer.clone());
         }
         let endpoint = endpoint(address)
             .map_err(|error| TransferError::Protocol(format!("{address}: {error}")))?;
@@ -166,8 +174,9 @@ impl Puller {
         if peers.len() >= MAX_PEERS {
             peers.clear();
         }
-        peers.insert(address.to_owned(), channel.clone());
-        Ok(channel)
+        let peer = Peer { channel, kinds: self.transports.clone() };
+        peers.insert(address.to_owned(), peer.clone());
+        Ok(peer)
     }
 }
 
