@@ -38,10 +38,8 @@ impl Format for Q4_0 {
     unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
         // SAFETY: 2 + 16 bytes, granted by the caller.
         unsafe {
-            let d = half(block);
-            let (low, high) = V::from_nibbles(block.add(2));
-            let (d, m) = (V::splat(d), V::splat(-8.0 * d));
-            (low.mul_add(d, m), high.mul_add(d, m))
+            let d = V::from_half(block);
+            V::from_nibbles(block.add(2), d, d.mul(V::splat(-8.0)))
         }
     }
 }
@@ -52,9 +50,8 @@ impl Format for Q4_1 {
     unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
         // SAFETY: 2 + 2 + 16 bytes, granted by the caller.
         unsafe {
-            let (d, m) = (V::splat(half(block)), V::splat(half(block.add(2))));
-            let (low, high) = V::from_nibbles(block.add(4));
-            (low.mul_add(d, m), high.mul_add(d, m))
+            let (d, m) = V::from_two_halves(block);
+            V::from_nibbles(block.add(4), d, m)
         }
     }
 }
@@ -65,22 +62,11 @@ impl Format for Q8_0 {
     unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
         // SAFETY: 2 + 32 bytes, granted by the caller.
         unsafe {
-            let d = V::splat(half(block));
+            let d = V::from_half(block);
             let q = block.add(2).cast::<i8>();
             (V::from_i8(q).mul(d), V::from_i8(q.add(LANES)).mul(d))
         }
     }
-}
-
-/// The finite half-precision float at `from`, exactly, without a branch.
-#[inline(always)]
-unsafe fn half(from: *const u8) -> f32 {
-    // SAFETY: two readable bytes, granted by the caller.
-    let bits = u32::from(u16::from_le(unsafe { from.cast::<u16>().read_unaligned() }));
-    // Moving the exponent field up leaves a bias of 15 where 127 is meant; 2^112 mends it, also
-    // for subnormal halves.
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
 }
 
 /// Whether [`decode_row`] knows a type.
@@ -176,6 +162,7 @@ mod tests {
     use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4_1, BlockQ8_0};
     use proptest::prelude::*;
 
+    use super::super::cpu::{Isa, dispatch};
     use super::*;
 
     fn agrees<B: GgmlType>(dtype: GgmlDType, values: &[f32]) {
@@ -217,14 +204,34 @@ mod tests {
         }
     }
 
+    #[inline(always)]
+    unsafe fn halves_kernel<V: Lanes>(from: *const u8, out: *mut f32) {
+        // SAFETY: four bytes and room for three times sixteen floats, granted by the caller.
+        unsafe {
+            let (first, second) = V::from_two_halves(from);
+            let all = [V::from_half(from), first, second];
+            all.iter().enumerate().for_each(|(i, lanes)| lanes.store(out.add(i * LANES)));
+        }
+    }
+    dispatch! { unsafe fn halves(from: *const u8, out: *mut f32) => halves_kernel; }
+
     #[test]
     fn every_finite_half_is_exact() {
         for bits in 0..=u16::MAX {
             let expected = half::f16::from_bits(bits);
-            if expected.is_finite() {
-                // SAFETY: two bytes of a local.
-                let got = unsafe { half(bits.to_le_bytes().as_ptr()) };
-                assert_eq!(got.to_bits(), expected.to_f32().to_bits());
+            if !expected.is_finite() {
+                continue;
+            }
+            let second = half::f16::from_bits(bits ^ 0x8001 & 0x83ff);
+            let bytes = [expected.to_le_bytes(), second.to_le_bytes()].concat();
+            for isa in Isa::available() {
+                let mut out = [0.0; 3 * LANES];
+                // SAFETY: the instruction set is there; four bytes, and room for the result.
+                unsafe { halves(isa, bytes.as_ptr(), out.as_mut_ptr()) };
+                for (i, got) in out.iter().enumerate() {
+                    let expected = if i < 2 * LANES { expected } else { second };
+                    assert_eq!(got.to_bits(), expected.to_f32().to_bits(), "{isa:?} {bits}");
+                }
             }
         }
     }
