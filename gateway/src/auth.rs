@@ -23,6 +23,11 @@ impl Keys {
         Ok(Self(all.filter(|key| !key.is_empty()).map(digest).collect()))
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether a request to `path` with this `Authorization` header may pass.
     pub fn admit(&self, path: &str, authorization: Option<&str>) -> bool {
         if self.0.is_empty() || OPEN.contains(&path) {

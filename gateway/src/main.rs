@@ -62,7 +62,6 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     info!("stopping: running requests may finish");
     shared.draining.store(true, Relaxed);
     registration.withdraw().await;
-    handle.pause().await;
     let drained = async {
         while shared.load.now() > 0 {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -88,11 +87,19 @@ fn keys(settings: &Settings) -> Result<Keys, Failure> {
         // As vLLM has it: flags win over its variable.
         keys.extend(std::env::var("VLLM_API_KEY"));
     }
-    Keys::load(&keys, settings.api_key_file.as_deref()).map_err(|error| {
-        let file = settings.api_key_file.as_deref().unwrap_or_else(|| "".as_ref());
+    let file = settings.api_key_file.as_deref();
+    let wanted = !keys.is_empty() || file.is_some();
+    let keys = Keys::load(&keys, file).map_err(|error| {
+        let file = file.unwrap_or_else(|| "".as_ref());
         let message = format!("--api-key-file {} cannot be read: {error}", file.display());
         Failure::new(Exit::Config, message)
-    })
+    })?;
+    if wanted && keys.is_empty() {
+        // Open to all is not what was meant.
+        let message = "--api-key or --api-key-file is given, but holds no key";
+        return Err(Failure::new(Exit::Config, message));
+    }
+    Ok(keys)
 }
 
 /// Where others reach this process, when they are not told: gateways are only shown, not called.

@@ -3,7 +3,7 @@
 //! Requests are counted here, as they pass. What workers count comes with their status and is
 //! added up at each scrape, by growth, so that a sum does not fall when a worker leaves.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use baton_proto::v1::{Started, Transport, WorkerStatus};
@@ -41,6 +41,9 @@ const TOKENS: &[f64] = &[
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0,
     20_000.0, 50_000.0, 100_000.0,
 ];
+
+/// Workers whose last counters are remembered after they have left.
+const MAX_SEEN: usize = 4096;
 
 /// All metrics of this process.
 pub struct Metrics {
@@ -299,20 +302,19 @@ impl Metrics {
 
     /// The text that Prometheus reads, with what workers last said.
     pub fn scrape(&self, workers: &Workers) -> Result<Vec<u8>, prometheus::Error> {
-        self.take_in(workers);
+        // One scrape at a time: growth must be counted once, and gauges seen whole.
+        let mut seen = self.seen.lock();
+        self.take_in(workers, &mut seen);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(text)
     }
 
-    fn take_in(&self, workers: &Workers) {
-        // One scrape at a time: growth must be counted once.
-        let mut seen = self.seen.lock();
+    fn take_in(&self, workers: &Workers, seen: &mut HashMap<String, WorkerStatus>) {
         let gauges = [&self.running, &self.waiting, &self.kv_usage, &self.workers, &self.kv_blocks];
         gauges.iter().for_each(|gauge| gauge.reset());
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();
-        let mut now = HashMap::new();
         for worker in workers.workers() {
             let role = worker.record.role.as_str();
             let state = if worker.alive() { "up" } else { "down" };
@@ -343,13 +345,18 @@ impl Metrics {
             }
             let before = seen.get(id).copied().unwrap_or_default();
             self.add_growth(model, &before, &status);
-            now.insert(id.to_owned(), *status);
+            seen.insert(id.to_owned(), *status);
         }
         for (model, (used, total)) in blocks {
             let share = used as f64 / total.max(1) as f64;
             self.kv_usage.with_label_values(&[model.as_str(), ENGINE]).set(share);
         }
-        *seen = now;
+        // Workers that are away may come back; those of long ago do not.
+        if seen.len() > MAX_SEEN {
+            let known: HashSet<String> =
+                workers.workers().iter().map(|worker| worker.record.id.clone()).collect();
+            seen.retain(|id, _| known.contains(id));
+        }
     }
 
     fn add_growth(&self, model: &str, before: &WorkerStatus, now: &WorkerStatus) {

@@ -80,7 +80,8 @@ async fn values_that_no_field_takes_are_400_and_name_the_field() {
         ("stream", vec![json!("maybe"), json!(7), json!([])]),
         ("stream_options", vec![json!({"include_usage": true}), json!(5)]),
         ("model", vec![json!(5), json!(["a"])]),
-        ("cache_salt", vec![json!("")]),
+        ("cache_salt", vec![json!(""), json!("s".repeat(2000))]),
+        ("stop", vec![json!(vec!["x"; 1000]), json!("x".repeat(2000))]),
     ];
     for route in ROUTES {
         for (field, values) in &fields {

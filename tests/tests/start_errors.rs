@@ -215,6 +215,10 @@ async fn a_bad_flag_is_exit_code_2_and_named() {
     fails(&dir, "baton-worker", &args(["--role", "unified"]), 2, &["--model"]).await;
     let missing = args(["--api-key-file", "/no/such/file"]);
     fails(&dir, "baton-gateway", &missing, 2, &["--api-key-file", "/no/such/file"]).await;
+    let empty = dir.path().join("no-keys");
+    fs::write(&empty, "# none yet\n").expect("write");
+    let empty = args(["--api-key-file", path(&empty)]);
+    fails(&dir, "baton-gateway", &empty, 2, &["--api-key-file", "no key"]).await;
     fails(&dir, "baton-gateway", &args(["--max-inflight", "0"]), 2, &["--max-inflight"]).await;
     fails(&dir, "baton-gateway", &args(["--request-timeout", "0"]), 2, &["--request-timeout"])
         .await;

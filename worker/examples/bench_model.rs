@@ -55,7 +55,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         });
     }
-    for (streams, context) in [(1, 64), (1, 1024), (2, 64), (4, 64), (8, 64), (32, 64), (8, 1024)] {
+    for (streams, context) in [
+        (1, 64),
+        (1, 1024),
+        (2, 64),
+        (4, 64),
+        (8, 64),
+        (12, 64),
+        (16, 64),
+        (24, 64),
+        (32, 64),
+        (8, 1024),
+    ] {
         let steps = 32;
         measure(&format!("decode {streams} x context {context}"), steps * streams, &mut || {
             for step in 0..steps {

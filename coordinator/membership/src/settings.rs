@@ -82,7 +82,9 @@ pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, Membe
     let options = ConnectOptions::new()
         .with_connect_timeout(Duration::from_secs(1))
         .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
-        .with_keep_alive_while_idle(true);
+        .with_keep_alive_while_idle(true)
+        // A member that has lost its quorum must say so, not keep silent.
+        .with_require_leader(true);
     let mut client =
         within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?;
     within(CALL_TIMEOUT, client.status()).await?;

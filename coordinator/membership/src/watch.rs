@@ -71,12 +71,15 @@ impl Watcher {
                 self.update(|view| view.etcd_connected = false);
                 warn!(%error, "lost sight of etcd; going on with the last view");
             }
-            backoff.wait().await;
-            if let Err(error) = self.list().await {
-                warn!(%error, "etcd does not answer");
-            } else {
-                info!("etcd is back");
+            // What to follow from is known only after a list.
+            loop {
+                backoff.wait().await;
+                match self.list().await {
+                    Ok(()) => break,
+                    Err(error) => warn!(%error, "etcd does not answer"),
+                }
             }
+            info!("etcd is back");
         }
     }
 
@@ -109,6 +112,10 @@ impl Watcher {
             };
             if answer.canceled() {
                 return Err(MembershipError::WatchEnded(answer.cancel_reason().to_owned()));
+            }
+            // The answer to the call itself says nothing of what was seen.
+            if answer.created() {
+                continue;
             }
             backoff.reset();
             let revision = answer.header().map_or(0, |header| header.revision());

@@ -45,7 +45,8 @@ impl Process {
         let failed = |what: &str, error: std::io::Error| {
             Failure::new(Exit::Failure, format!("cannot start {}: {what}: {error}", spec.name))
         };
-        let stderr = File::create(&log).map_err(|error| failed("its log", error))?;
+        let append = File::options().create(true).append(true).open(&log);
+        let stderr = append.map_err(|error| failed("its log", error))?;
         let stdout = match spec.announces {
             true => Stdio::piped(),
             false => Stdio::null(),

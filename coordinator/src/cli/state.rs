@@ -46,10 +46,16 @@ impl Lock {
     /// Takes the lock, or says who has it.
     pub fn take() -> Result<Self, Failure> {
         let directory = directory();
-        fs::create_dir_all(directory.join("logs")).map_err(|error| cannot(&directory, &error))?;
+        fs::create_dir_all(&directory).map_err(|error| cannot(&directory, &error))?;
         let file = open(&directory)?;
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file, directory }),
+            Ok(()) => {
+                // Logs of the cluster before; there may be none.
+                let _ = fs::remove_dir_all(directory.join("logs"));
+                fs::create_dir_all(directory.join("logs"))
+                    .map_err(|error| cannot(&directory, &error))?;
+                Ok(Self { _file: file, directory })
+            }
             Err(TryLockError::WouldBlock) => {
                 let message =
                     "a cluster runs already; see `baton status`, stop it with `baton down`";

@@ -133,6 +133,8 @@ struct Cluster {
     lock: Lock,
     programs: PathBuf,
     etcd: [String; 2],
+    /// The coordinator's port, the same when it is started again: `baton status` knows it.
+    coordinator: u16,
     processes: Vec<Process>,
 }
 
@@ -150,9 +152,9 @@ impl Cluster {
                 return Err(Failure::new(Exit::Failure, message));
             }
         }
-        let [client, peer] = free_ports(args.port)?;
+        let [client, peer, coordinator] = free_ports(args.port)?;
         let etcd = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
-        Ok(Self { lock, programs, etcd, processes: Vec::new() })
+        Ok(Self { lock, programs, etcd, coordinator, processes: Vec::new() })
     }
 
     async fn start(
@@ -178,7 +180,7 @@ impl Cluster {
             "coordinator",
             "coordinator",
             "baton-coordinator",
-            &["--listen".into(), "127.0.0.1:0".into()],
+            &["--listen".into(), format!("127.0.0.1:{}", self.coordinator)],
         );
         let mut specs = vec![coordinator];
         specs.extend(self.workers(args, model, name));
@@ -415,11 +417,11 @@ fn loopback(url: &str) -> String {
     url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 }
 
-/// Two ports that are free now, and not `taken`.
-fn free_ports(taken: u16) -> Result<[u16; 2], Failure> {
+/// Three ports that are free now, and not `taken`.
+fn free_ports(taken: u16) -> Result<[u16; 3], Failure> {
     let failed = |error: std::io::Error| Failure::new(Exit::Failure, error);
     // All held at once, so that they differ.
-    let listeners: Vec<TcpListener> = (0..3)
+    let listeners: Vec<TcpListener> = (0..4)
         .map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
         .collect::<Result<_, _>>()
         .map_err(failed)?;
@@ -428,9 +430,9 @@ fn free_ports(taken: u16) -> Result<[u16; 2], Failure> {
         .filter_map(|listener| listener.local_addr().ok())
         .map(|address| address.port())
         .filter(|port| *port != taken);
-    match (ports.next(), ports.next()) {
-        (Some(client), Some(peer)) => Ok([client, peer]),
-        _ => Err(Failure::new(Exit::Failure, "no free port for etcd")),
+    match (ports.next(), ports.next(), ports.next()) {
+        (Some(a), Some(b), Some(c)) => Ok([a, b, c]),
+        _ => Err(Failure::new(Exit::Failure, "no free ports on 127.0.0.1")),
     }
 }
 
@@ -450,7 +452,7 @@ mod tests {
 
     #[test]
     fn ports_differ() {
-        let [a, b] = free_ports(8000).unwrap();
-        assert!(a != b && a != 8000 && b != 8000);
+        let [a, b, c] = free_ports(8000).unwrap();
+        assert!(a != b && a != c && b != c && ![a, b, c].contains(&8000));
     }
 }

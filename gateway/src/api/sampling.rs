@@ -14,6 +14,12 @@ use crate::error::ApiError;
 pub const MAX_SEQUENCES: usize = 128;
 /// The most alternatives that `logprobs` may ask for.
 pub const MAX_LOGPROBS: i64 = 20;
+/// The most stop strings, and stop tokens.
+const MAX_STOPS: usize = 256;
+/// The longest stop string, and cache salt.
+const MAX_STOP_BYTES: usize = 1024;
+/// The most tokens that `logit_bias` may name.
+const MAX_BIASED: usize = 4096;
 /// Below this a temperature makes logits overflow; vLLM raises it too.
 const MIN_TEMPERATURE: f64 = 0.01;
 
@@ -137,6 +143,14 @@ impl SamplingFields {
             return Err(ApiError::bad_value("stop", "`stop` must not hold an empty string."));
         }
         let stop_token_ids = self.stop_token_ids.as_deref().unwrap_or_default();
+        at_most("stop", stop.len(), MAX_STOPS, "strings")?;
+        let longest = stop.iter().map(String::len).max().unwrap_or(0);
+        at_most("stop", longest, MAX_STOP_BYTES, "bytes in a string")?;
+        at_most("stop_token_ids", stop_token_ids.len(), MAX_STOPS, "ids")?;
+        let salt = self.cache_salt.as_ref().map_or(0, String::len);
+        at_most("cache_salt", salt, MAX_STOP_BYTES, "bytes")?;
+        let biased = self.logit_bias.as_ref().map_or(0, Map::len);
+        at_most("logit_bias", biased, MAX_BIASED, "tokens")?;
         let params = SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
@@ -180,6 +194,15 @@ impl Sampling {
         let seed = self.params.seed.wrapping_add(index as u64);
         SamplingParams { seed, max_tokens, ..self.params.clone() }
     }
+}
+
+/// Each of these is looked at for every token, and kept for every sequence.
+fn at_most(field: &str, count: usize, most: usize, what: &str) -> Result<(), ApiError> {
+    if count <= most {
+        return Ok(());
+    }
+    let message = format!("`{field}` has {count} {what}; at most {most} are taken.");
+    Err(ApiError::bad_value(field, message))
 }
 
 fn penalty(field: &str, value: Option<f64>) -> Result<f32, ApiError> {

@@ -180,13 +180,31 @@ impl Generation {
                 Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
                 Ok(Err(status)) => status,
             };
-            match judge(&self.attempt.ticket, status, &mut self.avoid) {
+            let failure = judge(&self.attempt.ticket, status, &mut self.avoid);
+            if let Some(end) = self.ended_unsaid() {
+                return Ok(Some(end));
+            }
+            match failure {
                 Failure::Final(error) => return Err(error),
                 Failure::Retry(error) | Failure::Absent(error) | Failure::Full(error) => {
                     self.resume(error).await?
                 }
             }
         }
+    }
+
+    /// The end, when the worker died between the last token and the word that it was the last.
+    fn ended_unsaid(&self) -> Option<Update> {
+        let (params, card) = (&self.job.sampling, &self.job.served.card);
+        let last = *self.output.last()?;
+        let stop = params.stop_token_ids.contains(&last).then_some(last);
+        let eos = !params.ignore_eos && card.eos_token_ids.contains(&last);
+        if (stop.is_some() || eos) && self.output.len() > params.min_tokens as usize {
+            return Some(Update::Finished(FinishReason::Stop, stop));
+        }
+        let full = self.job.prompt.len() + self.output.len() >= card.max_model_len as usize;
+        let done = self.output.len() >= params.max_tokens as usize;
+        (full || done).then_some(Update::Finished(FinishReason::Length, None))
     }
 
     /// Goes on elsewhere, and waits a little for somewhere to go on.
@@ -196,7 +214,7 @@ impl Generation {
         self.failures += 1;
         loop {
             self.failures_in_all += 1;
-            if self.failures > MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
+            if self.failures >= MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
                 return Err(cause);
             }
             debug!(

@@ -1,14 +1,17 @@
 //! What both generation routes do: from a body to answers, whole or as a stream of events.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use actix_web::web::{Bytes, Payload};
 use actix_web::{HttpRequest, HttpResponse};
 use futures::stream::FuturesUnordered;
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use futures::{Stream, StreamExt as _};
 use serde_json::{Map, Value};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 
 use super::connection::{Connection, closed};
 use super::load::Place;
@@ -24,6 +27,10 @@ use crate::workers::Served;
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
 /// load balancers cut streams that are silent, so a comment is sent.
 const SILENCE: Duration = Duration::from_secs(15);
+/// Frames on their way to a client that reads slowly.
+const STREAM_DEPTH: usize = 32;
+/// How long after its deadline a stream may still deliver what it has.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A request as it comes in: what both routes do first.
 pub(super) struct Intake {
@@ -44,6 +51,9 @@ impl Intake {
         shared: &Shared,
     ) -> Result<Self, ApiError> {
         let arrived = Instant::now();
+        if shared.draining.load(Relaxed) {
+            return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
+        }
         let place = shared.load.enter()?;
         let mut body = body::read(request, payload, shared.limits.max_body_bytes).await?;
         let fields: SamplingFields = body.read()?;
@@ -75,6 +85,7 @@ pub(super) struct Answers {
     pub(super) prompts: Vec<Arc<[u32]>>,
     /// Sequences for each prompt.
     pub(super) n: usize,
+    deadline: Instant,
     place: Place,
 }
 
@@ -127,7 +138,7 @@ impl Order {
         });
         let all = futures::future::try_join_all(starts);
         let answers = unless_gone(client, all).await??;
-        Ok(Answers { answers, prompts, n: sampling.n, place: self.place })
+        Ok(Answers { answers, prompts, n: sampling.n, deadline, place: self.place })
     }
 }
 
@@ -155,74 +166,81 @@ impl Answers {
     }
 
     /// Streams all answers as events, mixed as they come. `shape` makes the frames.
+    ///
+    /// A task of its own reads the answers, so that a client that stops reading holds nothing
+    /// beyond its deadline: the server polls a response only when there is room to write.
     pub(super) fn stream<S: Shape + 'static>(
         self,
         shape: S,
         client: Option<Connection>,
     ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> + use<S> {
+        let (sender, frames) = mpsc::channel(STREAM_DEPTH);
+        let until = self.deadline + LAST_WORDS;
+        actix_web::rt::spawn(async move {
+            tokio::select! {
+                biased;
+                () = closed(client.as_ref()) => {}
+                () = sender.closed() => {}
+                () = tokio::time::sleep_until(until.into()) => {}
+                () = self.pump(shape, &sender) => {}
+            }
+        });
+        ReceiverStream::new(frames).map(Ok)
+    }
+
+    /// Sends all frames, to the last one.
+    async fn pump<S: Shape>(self, shape: S, sender: &mpsc::Sender<Bytes>) {
         let mut run = Run {
             shape,
             prompts: self.prompts.iter().map(|prompt| prompt.len()).collect(),
             n: self.n,
             tokens: vec![0; self.answers.len()],
         };
-        let mut opening = String::new();
+        let mut frame = String::new();
         for index in 0..self.answers.len() {
-            run.opening(index, &mut opening);
+            run.opening(index, &mut frame);
         }
-        let place = self.place;
         let next = |index: usize, mut answer: Answer| async move {
             let delta = answer.next().await;
             (index, answer, delta)
         };
-        let waiting: FuturesUnordered<_> = self
+        let mut waiting: FuturesUnordered<_> = self
             .answers
             .into_iter()
             .enumerate()
             .map(|(index, answer)| next(index, answer))
             .collect();
-        let state = (run, waiting, client, place, false);
-        let frames = futures::stream::unfold(state, move |state| async move {
-            let (mut run, mut waiting, client, place, over) = state;
-            if over {
-                return None;
+        let mut over = false;
+        loop {
+            // An empty chunk would end the response.
+            if !frame.is_empty()
+                && sender.send(Bytes::from(std::mem::take(&mut frame))).await.is_err()
+            {
+                return;
             }
-            let arrived = tokio::select! {
-                biased;
-                // Ends the stream, and with it the answers.
-                () = closed(client.as_ref()) => return None,
-                arrived = tokio::time::timeout(SILENCE, waiting.next()) => arrived,
-            };
-            let mut frame = String::new();
-            let over = match arrived {
-                Err(_) => {
-                    frame.push_str(": still working\n\n");
-                    false
-                }
+            if over {
+                return;
+            }
+            match tokio::time::timeout(SILENCE, waiting.next()).await {
+                Err(_) => frame.push_str(": still working\n\n"),
                 Ok(Some((index, answer, Ok(delta)))) => {
                     if let Some(delta) = delta {
                         run.tokens[index] = answer.tokens();
                         run.delta(index, delta, &mut frame);
                         waiting.push(next(index, answer));
                     }
-                    false
                 }
                 Ok(Some((_, _, Err(error)))) => {
                     push_frame(&error.body(), &mut frame);
                     frame.push_str("data: [DONE]\n\n");
-                    true
+                    over = true;
                 }
                 Ok(None) => {
                     run.close(&mut frame);
-                    true
+                    over = true;
                 }
-            };
-            Some((Ok(Bytes::from(frame)), (run, waiting, client, place, over)))
-        });
-        let opening =
-            futures::stream::iter((!opening.is_empty()).then(|| Ok(Bytes::from(opening))));
-        // An empty chunk would end the response.
-        opening.chain(frames.try_filter(|frame| std::future::ready(!frame.is_empty())))
+            }
+        }
     }
 }
 

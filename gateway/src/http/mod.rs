@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::http::Method;
 use actix_web::http::header::{AUTHORIZATION, CONNECTION, HeaderValue};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{App, Error, HttpRequest, HttpResponse, HttpServer, Resource, web};
@@ -113,12 +114,26 @@ async fn around(
         request.error_response(ApiError::unauthorized()).map_into_right_body()
     };
     let status = response.status();
-    shared.metrics.answered(&handler, method.as_str(), status.as_u16());
+    shared.metrics.answered(&handler, known(&method), status.as_u16());
     debug!(%method, handler, %status, "answered");
     if shared.draining.load(Relaxed) {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response)
+}
+
+/// A method as a label: clients may make up any number of them.
+fn known(method: &Method) -> &str {
+    match *method {
+        Method::GET
+        | Method::POST
+        | Method::PUT
+        | Method::DELETE
+        | Method::HEAD
+        | Method::OPTIONS
+        | Method::PATCH => method.as_str(),
+        _ => "other",
+    }
 }
 
 /// A path whose unknown methods are answered in the API's own words.

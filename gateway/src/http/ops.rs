@@ -1,5 +1,7 @@
 //! Routes for operators and probes.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use actix_web::http::header::ContentType;
 use actix_web::{HttpResponse, web};
 use serde_json::json;
@@ -11,7 +13,7 @@ use crate::error::ApiError;
 /// 200 when a request would be served, 503 when no worker that generates answers: what a load
 /// balancer must know, and what vLLM says when its engine is dead.
 pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
-    match shared.registry.ready() {
+    match shared.registry.ready() && !shared.draining.load(Relaxed) {
         true => HttpResponse::Ok().finish(),
         false => HttpResponse::ServiceUnavailable().finish(),
     }

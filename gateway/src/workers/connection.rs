@@ -26,6 +26,9 @@ const STATUS_EVERY: Duration = Duration::from_millis(250);
 const STATUS_TIMEOUT: Duration = Duration::from_secs(3);
 /// Waits between attempts to reach a worker that does not answer.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Bytes that a sequence, and all sequences of a worker together, may have under way.
+const STREAM_WINDOW: u32 = 128 * 1024;
+const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Blocks remembered of a worker that does not say how many it has.
 const DEFAULT_PREFIXES: usize = 4096;
 
@@ -34,8 +37,17 @@ pub(super) fn start(
     registry: &Arc<Registry>,
     record: InstanceRecord,
 ) -> Option<(Arc<Worker>, AbortHandle)> {
-    let channel = match endpoint(&record.address) {
-        Ok(endpoint) => endpoint.connect_lazy(),
+    // Sequences and status on connections of their own, and a small window for each sequence: a
+    // client that does not read must not silence the worker for others.
+    let (channel, control) = match endpoint(&record.address) {
+        Ok(endpoint) => (
+            endpoint
+                .clone()
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
+                .connect_lazy(),
+            endpoint.connect_lazy(),
+        ),
         Err(error) => {
             warn!(id = record.id, address = record.address, %error, "a worker's address is no URL");
             return None;
@@ -44,6 +56,7 @@ pub(super) fn start(
     let worker = Arc::new(Worker {
         record,
         channel,
+        control,
         served: ArcSwapOption::empty(),
         status: ArcSwapOption::empty(),
         alive: AtomicBool::new(false),
@@ -83,7 +96,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
         None => Arc::new(learn(registry, worker).await?),
     };
     let request = WatchStatusRequest { interval_ms: STATUS_EVERY.as_millis() as u32 };
-    let mut stream = within(worker.client().watch_status(request)).await?.into_inner();
+    let mut stream = within(worker.control().watch_status(request)).await?.into_inner();
     loop {
         let next = tokio::time::timeout(STATUS_TIMEOUT, stream.message());
         let status = tokio::select! {
@@ -109,7 +122,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
 }
 
 async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
-    let description = within(worker.client().describe(DescribeRequest {})).await?.into_inner();
+    let description = within(worker.control().describe(DescribeRequest {})).await?.into_inner();
     let card = description
         .model
         .clone()
@@ -128,7 +141,7 @@ async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
 
 async fn fetch_text(worker: &Worker) -> Result<TextModel, Status> {
     let mut chunks =
-        within(worker.client().fetch_tokenizer(FetchTokenizerRequest {})).await?.into_inner();
+        within(worker.control().fetch_tokenizer(FetchTokenizerRequest {})).await?.into_inner();
     let mut json = Vec::new();
     while let Some(chunk) = within(chunks.message()).await? {
         json.extend_from_slice(&chunk.payload);

@@ -35,7 +35,10 @@ const FULL_FOR: Duration = Duration::from_millis(250);
 pub struct Worker {
     /// Its record in etcd.
     pub record: InstanceRecord,
+    /// For sequences.
     channel: Channel,
+    /// For everything else.
+    control: Channel,
     /// What it serves; known once it has answered.
     served: ArcSwapOption<Served>,
     /// Its last status.
@@ -65,11 +68,14 @@ pub struct Served {
 }
 
 impl Worker {
-    /// A client for its gRPC service.
+    /// A client for sequences.
     pub fn client(&self) -> WorkerClient<Channel> {
-        WorkerClient::new(self.channel.clone())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES)
+        client(&self.channel)
+    }
+
+    /// A client for everything else.
+    fn control(&self) -> WorkerClient<Channel> {
+        client(&self.control)
     }
 
     /// What it serves, if it has answered.
@@ -108,6 +114,12 @@ impl Worker {
             full: self.full_until.lock().is_some_and(|until| Instant::now() < until),
         }
     }
+}
+
+fn client(channel: &Channel) -> WorkerClient<Channel> {
+    WorkerClient::new(channel.clone())
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
 /// A worker chosen for a request. Dropping it takes the request off its account.
@@ -251,13 +263,7 @@ impl Registry {
             .workers()
             .into_iter()
             .filter(|worker| worker.alive() && eligible(worker))
-            .filter(|worker| {
-                worker
-                    .served
-                    .load()
-                    .as_ref()
-                    .is_some_and(|other| other.card.name == served.card.name)
-            })
+            .filter(|worker| worker.served.load().as_ref().is_some_and(|it| it.equals(served)))
             .collect();
         let block_size = served.block_size();
         let candidates: Vec<Candidate> =
@@ -305,14 +311,24 @@ impl Registry {
 
     /// Called by a connection that broke: etcd no longer lists the worker, and now it is silent.
     fn forget_unlisted(&self, worker: &Worker) {
+        let mut workers = self.workers.write();
+        // Under the lock: etcd may be listing it again at this moment.
         if !worker.listed.load(Relaxed) {
-            let mut workers = self.workers.write();
             self.forget(&mut workers, &worker.record.id);
         }
     }
 }
 
 impl Served {
+    /// Whether an answer may go on there: the same name, weights and tokenizer.
+    fn equals(&self, other: &Self) -> bool {
+        let of = |served: &Self| {
+            let ModelCard { name, weights_digest, tokenizer_digest, .. } = served.card.clone();
+            (name, weights_digest, tokenizer_digest)
+        };
+        of(self) == of(other)
+    }
+
     /// Tokens in a KV block.
     pub fn block_size(&self) -> usize {
         self.description.kv_layout.as_ref().map_or(16, |layout| layout.block_size.max(1) as usize)

@@ -16,8 +16,9 @@ use crate::gguf::TensorBytes;
 
 /// Weight rows of one task. A panel of them, decoded, fits the second-level cache.
 const PANEL: usize = 32;
-/// Up to this many rows of `x` the weights are decoded in registers.
-const STREAM_ROWS: usize = 4;
+/// Up to this many rows of `x` the weights are decoded in registers; with 32 registers, and with
+/// fewer.
+const STREAM_ROWS: (usize, usize) = (16, 4);
 
 /// A weight matrix, `outputs × inputs`, in its file's blocks.
 pub struct Linear {
@@ -113,7 +114,10 @@ impl Linear {
     }
 
     unsafe fn panel(&self, isa: Isa, panel: &[u8], call: &Call) {
-        let few = call.rows <= STREAM_ROWS;
+        let few = match isa {
+            Isa::Avx512 => call.rows <= STREAM_ROWS.0,
+            _ => call.rows <= STREAM_ROWS.1,
+        };
         match self.weight.dtype {
             // SAFETY: handed on from the caller.
             GgmlDType::Q4_0 if few => unsafe { stream_q4_0(isa, panel.as_ptr(), call) },
@@ -187,15 +191,41 @@ impl SharedOutput {
     }
 }
 
+/// Decodes the weights once for each eight rows of `x`.
 #[inline(always)]
 unsafe fn stream<V: Lanes, F: Format>(panel: *const u8, call: &Call) {
+    let most = if V::WIDE { 8 } else { 4 };
+    // Equal passes: nine rows are five and four.
+    let rows = call.rows.div_ceil(call.rows.div_ceil(most));
+    let mut row = 0;
+    while row < call.rows {
+        // SAFETY: rows `row..row + rows`, as far as they exist.
+        unsafe {
+            let part = Call {
+                rows: rows.min(call.rows - row),
+                x: call.x.add(row * call.inputs),
+                y: call.y.add(row * call.stride),
+                ..*call
+            };
+            stream_pass::<V, F>(panel, &part);
+        }
+        row += rows;
+    }
+}
+
+#[inline(always)]
+unsafe fn stream_pass<V: Lanes, F: Format>(panel: *const u8, call: &Call) {
     // SAFETY: handed on.
     unsafe {
         match call.rows {
             1 => stream_rows::<V, F, 1, 4>(panel, call),
             2 => stream_rows::<V, F, 2, 4>(panel, call),
             3 => stream_rows::<V, F, 3, 4>(panel, call),
-            STREAM_ROWS => stream_rows::<V, F, 4, 4>(panel, call),
+            4 => stream_rows::<V, F, 4, 4>(panel, call),
+            5 if V::WIDE => stream_rows::<V, F, 5, 4>(panel, call),
+            6 if V::WIDE => stream_rows::<V, F, 6, 4>(panel, call),
+            7 if V::WIDE => stream_rows::<V, F, 7, 2>(panel, call),
+            8 if V::WIDE => stream_rows::<V, F, 8, 2>(panel, call),
             rows => unreachable!("{rows} rows are not streamed"),
         }
     }
