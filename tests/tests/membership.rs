@@ -187,7 +187,7 @@ async fn a_worker_that_is_stopped_leaves_at_once_and_finishes_its_requests() {
     cluster.finish().await;
 }
 
-/// How long etcd is away; the minute is `BATON_TEST_ETCD_OUTAGE=60`.
+/// How long etcd is away. Short for the sake of time; `BATON_TEST_ETCD_OUTAGE=60` is a minute.
 fn outage() -> Duration {
     let seconds = std::env::var("BATON_TEST_ETCD_OUTAGE").unwrap_or_else(|_| "20".to_owned());
     Duration::from_secs(seconds.parse().expect("BATON_TEST_ETCD_OUTAGE in seconds"))
