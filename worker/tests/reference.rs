@@ -71,10 +71,10 @@ fn logits_are_those_of_transformers() {
         }
         let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
         let expected = case["logsumexp"].as_f64().unwrap();
-        assert!((sum.ln() - expected).abs() < 5e-4, "{} {expected}", sum.ln());
+        assert!((sum.ln() - expected).abs() < 5e-3, "{} {expected}", sum.ln());
     }
-    // transformers itself differs by 1.8e-4 between one pass and step by step.
-    assert!(worst < 5e-4, "largest difference {worst}");
+    // Activations of sixteen bits leave 3e-3; of eight bits, as in llama.cpp, they would leave 0.5.
+    assert!(worst < 5e-3, "largest difference {worst}");
 }
 
 #[test]

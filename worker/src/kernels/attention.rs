@@ -9,8 +9,7 @@ use std::cell::RefCell;
 
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
-use super::linear::SharedOutput;
-use super::pool::ThreadPool;
+use super::pool::{Disjoint, ThreadPool};
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
 
@@ -111,7 +110,7 @@ pub fn attend(
         assert!(queries.start + queries.count <= queries.blocks.len() * shape.block_size);
         tasks.extend((0..queries.count).step_by(TOKENS).map(|first| (i as u32, first as u32)));
     }
-    let out = SharedOutput(out.as_mut_ptr());
+    let out = Disjoint(out.as_mut_ptr());
     let group = shape.heads / shape.kv_heads;
     let tasks = &tasks[..];
     pool.run(tasks.len() * shape.kv_heads, |task| {

@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 as below, with integer dot products of bytes.
+    Vnni,
     /// AVX-512F with its byte, doubleword and vector-length parts.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -34,6 +36,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
+                if is_x86_feature_detected!("avx512vnni") {
+                    all.push(Self::Vnni);
+                }
                 all.push(Self::Avx512);
             }
             if avx2 {
@@ -74,7 +79,9 @@ macro_rules! dispatch {
             match isa {
                 // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::kernels::cpu::Isa::Vnni | $crate::kernels::cpu::Isa::Avx512 => unsafe {
+                    avx512($($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -85,3 +92,38 @@ macro_rules! dispatch {
     };
 }
 pub(crate) use dispatch;
+
+/// As [`dispatch`], for a kernel generic over `Dot`.
+macro_rules! dispatch_dot {
+    (unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $kernel:ident;) => {
+        unsafe fn $name(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(
+                enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+            )]
+            unsafe fn vnni($($arg: $ty),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { $kernel::<$crate::kernels::dot::VnniDot>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: the features are enabled here; the rest is the caller's promise.
+                unsafe { $kernel::<$crate::kernels::dot::Avx2Dot>($($arg),*) }
+            }
+            match isa {
+                // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Vnni => unsafe { vnni($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Avx2 => unsafe {
+                    avx2($($arg),*)
+                },
+                // SAFETY: the caller's promise.
+                _ => unsafe { $kernel::<$crate::kernels::dot::PortableDot>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use dispatch_dot;

@@ -40,18 +40,18 @@ dispatch! {
     ) => rms_norm_kernel;
 }
 
-/// `gate = silu(gate) · up` (Shazeer 2020), any number of rows.
+/// `out = silu(gate) · up` (Shazeer 2020), any number of elements.
 ///
 /// # Panics
 /// When the lengths differ or are no multiple of sixteen.
-pub fn swiglu(isa: super::cpu::Isa, gate: &mut [f32], up: &[f32]) {
-    assert!(gate.len() == up.len() && gate.len().is_multiple_of(LANES));
-    // SAFETY: both slices have the same length, a multiple of sixteen.
-    unsafe { swiglu_row(isa, gate.as_mut_ptr(), up.as_ptr(), gate.len()) }
+pub fn swiglu(isa: super::cpu::Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == out.len() && gate.len().is_multiple_of(LANES));
+    // SAFETY: all three slices have the same length, a multiple of sixteen.
+    unsafe { swiglu_row(isa, gate.as_ptr(), up.as_ptr(), out.as_mut_ptr(), gate.len()) }
 }
 
 #[inline(always)]
-unsafe fn swiglu_kernel<V: Lanes>(gate: *mut f32, up: *const f32, len: usize) {
+unsafe fn swiglu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
     // SAFETY: `len` elements each, by the caller.
     unsafe {
         let (zero, one) = (V::splat(0.0), V::splat(1.0));
@@ -59,11 +59,15 @@ unsafe fn swiglu_kernel<V: Lanes>(gate: *mut f32, up: *const f32, len: usize) {
             let g = V::load(gate.add(i));
             // The upper bound keeps e^-g finite; there silu(g) is zero anyway.
             let e = zero.sub(g).max(V::splat(-87.0)).min(V::splat(87.0)).exp();
-            g.div(one.add(e)).mul(V::load(up.add(i))).store(gate.add(i));
+            g.div(one.add(e)).mul(V::load(up.add(i))).store(out.add(i));
         }
     }
 }
-dispatch! { unsafe fn swiglu_row(gate: *mut f32, up: *const f32, len: usize) => swiglu_kernel; }
+dispatch! {
+    unsafe fn swiglu_row(
+        gate: *const f32, up: *const f32, out: *mut f32, len: usize,
+    ) => swiglu_kernel;
+}
 
 /// Rotary position embedding (Su et al. 2021) over pairs of neighbours, the order in which GGUF
 /// keeps the query and key weights of Llama models.
@@ -139,8 +143,8 @@ mod tests {
         fn swiglu_is_its_formula(gate in prop::collection::vec(-120f32..120.0, 48), scale in -3f32..3.0) {
             let up: Vec<f32> = gate.iter().rev().map(|x| x * scale).collect();
             for isa in Isa::available() {
-                let mut out = gate.clone();
-                swiglu(isa, &mut out, &up);
+                let mut out = vec![0.0; gate.len()];
+                swiglu(isa, &gate, &up, &mut out);
                 for i in 0..out.len() {
                     let g = f64::from(gate[i]);
                     let expected = g / (1.0 + (-g).exp()) * f64::from(up[i]);

@@ -36,23 +36,8 @@ pub unsafe trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// Sixteen floats to memory.
     unsafe fn store(self, to: *mut f32);
-    /// Sixteen unsigned bytes from memory, the value of each as a float.
-    unsafe fn from_u8(from: *const u8) -> Self;
-    /// A finite half-precision float from memory in all lanes.
-    unsafe fn from_half(from: *const u8) -> Self {
-        // SAFETY: the caller's promise.
-        unsafe { Self::splat(half(from)) }
-    }
-    /// Two finite half-precision floats from memory, each in all lanes.
-    unsafe fn from_two_halves(from: *const u8) -> (Self, Self) {
-        // SAFETY: the caller's promise.
-        unsafe { (Self::splat(half(from)), Self::splat(half(from.add(2)))) }
-    }
-    /// Sixteen bytes from memory: `q * d + m` for the low and for the high four bits `q` of each.
-    /// `d` and `m` are the same in all lanes.
-    unsafe fn from_nibbles(from: *const u8, d: Self, m: Self) -> (Self, Self);
-    /// Sixteen signed bytes from memory, the value of each as a float.
-    unsafe fn from_i8(from: *const i8) -> Self;
+    /// Sixteen finite half-precision floats from memory.
+    unsafe fn load_halves(from: *const u8) -> Self;
     /// `self * b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     /// Lane-wise sum.
@@ -149,25 +134,9 @@ unsafe impl Lanes for Portable {
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
     #[inline(always)]
-    unsafe fn from_u8(from: *const u8) -> Self {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        Self(bytes.map(f32::from))
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(from: *const u8, d: Self, m: Self) -> (Self, Self) {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        let value = |q: u8, lane: usize| f32::from(q) * d.0[lane] + m.0[lane];
-        let low = std::array::from_fn(|lane| value(bytes[lane] & 15, lane));
-        let high = std::array::from_fn(|lane| value(bytes[lane] >> 4, lane));
-        (Self(low), Self(high))
-    }
-    #[inline(always)]
-    unsafe fn from_i8(from: *const i8) -> Self {
-        // SAFETY: the caller gives sixteen readable bytes.
-        let bytes = unsafe { from.cast::<[i8; LANES]>().read_unaligned() };
-        Self(bytes.map(f32::from))
+    unsafe fn load_halves(from: *const u8) -> Self {
+        // SAFETY: the caller gives 32 readable bytes.
+        Self(std::array::from_fn(|i| unsafe { half(from.add(2 * i)) }))
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
@@ -211,7 +180,7 @@ unsafe impl Lanes for Portable {
 /// AVX2 and FMA: two registers of eight.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub struct Avx2(__m256, __m256);
+pub struct Avx2(pub(super) __m256, pub(super) __m256);
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: callers of the methods have AVX2, FMA and F16C, by the trait's contract; every load and store
@@ -236,61 +205,12 @@ unsafe impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn from_u8(from: *const u8) -> Self {
+    unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: see the impl.
         unsafe {
-            let bytes = _mm_loadu_si128(from.cast());
-            Self(
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
-            )
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_half(from: *const u8) -> Self {
-        // SAFETY: see the impl.
-        unsafe {
-            let bits = _mm_set1_epi16(from.cast::<i16>().read_unaligned());
-            let value = _mm256_cvtph_ps(bits);
-            Self(value, value)
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_two_halves(from: *const u8) -> (Self, Self) {
-        // SAFETY: see the impl.
-        unsafe {
-            let bits = _mm_set1_epi32(from.cast::<i32>().read_unaligned());
-            let values = _mm256_cvtph_ps(bits);
-            let (d, m) = (_mm256_moveldup_ps(values), _mm256_movehdup_ps(values));
-            (Self(d, d), Self(m, m))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(from: *const u8, d: Self, m: Self) -> (Self, Self) {
-        // SAFETY: see the impl.
-        unsafe {
-            let bytes = _mm_loadu_si128(from.cast());
-            let mask = _mm_set1_epi8(15);
-            let widen = |b: __m128i| {
-                let q = Self(
-                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
-                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(b))),
-                );
-                q.mul_add(d, m)
-            };
-            let high = _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask);
-            (widen(_mm_and_si128(bytes, mask)), widen(high))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_i8(from: *const i8) -> Self {
-        // SAFETY: see the impl.
-        unsafe {
-            let bytes = _mm_loadu_si128(from.cast());
-            Self(
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
-            )
+            let from = from.cast::<__m128i>();
+            let halves = [_mm_loadu_si128(from), _mm_loadu_si128(from.add(1))];
+            Self(_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1]))
         }
     }
     #[inline(always)]
@@ -349,7 +269,7 @@ unsafe impl Lanes for Avx2 {
 /// AVX-512F: one register.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub struct Avx512(__m512);
+pub struct Avx512(pub(super) __m512);
 
 #[cfg(target_arch = "x86_64")]
 // SAFETY: callers of the methods have AVX-512F, by the trait's contract; every load and store
@@ -372,48 +292,9 @@ unsafe impl Lanes for Avx512 {
         unsafe { _mm512_storeu_ps(to, self.0) }
     }
     #[inline(always)]
-    unsafe fn from_u8(from: *const u8) -> Self {
+    unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: see the impl.
-        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())))) }
-    }
-    #[inline(always)]
-    unsafe fn from_half(from: *const u8) -> Self {
-        // SAFETY: see the impl.
-        unsafe {
-            let bits = _mm256_set1_epi16(from.cast::<i16>().read_unaligned());
-            Self(_mm512_cvtph_ps(bits))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_two_halves(from: *const u8) -> (Self, Self) {
-        // SAFETY: see the impl.
-        unsafe {
-            let bits = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-            let values = _mm512_cvtph_ps(bits);
-            (Self(_mm512_moveldup_ps(values)), Self(_mm512_movehdup_ps(values)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_nibbles(from: *const u8, d: Self, m: Self) -> (Self, Self) {
-        // SAFETY: see the impl.
-        unsafe {
-            // Sixteen values are all there can be: computed once and looked up. The lookup takes
-            // the low four bits of an index.
-            let q = _mm512_setr_ps(
-                0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
-                15.0,
-            );
-            let table = _mm512_fmadd_ps(q, d.0, m.0);
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-            let low = _mm512_permutexvar_ps(bytes, table);
-            let high = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table);
-            (Self(low), Self(high))
-        }
-    }
-    #[inline(always)]
-    unsafe fn from_i8(from: *const i8) -> Self {
-        // SAFETY: see the impl.
-        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+        unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {

@@ -2,8 +2,11 @@
 //!
 //! * [`lanes`]: sixteen float32 lanes, the one abstraction over instruction sets.
 //! * [`cpu`]: which instruction set this machine has; the only place that dispatches.
-//! * [`quant`]: block formats of GGUF, decoded to lanes.
-//! * [`linear`]: `y = x Wᵀ` for one row and for many.
+//! * [`dot`]: integer dot products, the one abstraction over their instructions.
+//! * [`quant`]: block formats of GGUF, decoded to floats.
+//! * [`packed`]: quantized weights, repacked for integer products.
+//! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
+//! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
 //! * [`attention`]: softmax attention that walks KV pages.
 //! * [`elementwise`]: RMSNorm, RoPE, SwiGLU.
 //! * [`pool`]: the threads.
@@ -20,10 +23,15 @@
 
 #![allow(clippy::needless_range_loop)]
 
+pub mod activations;
 pub mod attention;
 pub mod cpu;
+mod dot;
 pub mod elementwise;
+mod float;
+mod integer;
 pub mod lanes;
 pub mod linear;
+mod packed;
 pub mod pool;
 pub mod quant;

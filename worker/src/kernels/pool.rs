@@ -16,6 +16,9 @@ use parking_lot::{Condvar, Mutex};
 /// Spins before a worker parks, and before a waiting caller yields its core.
 const SPINS: u32 = 4000;
 
+/// Rows of one task of a row-wise operation: fewer are not worth waking a thread for.
+const ROWS: usize = 4;
+
 type Job = *const (dyn Fn(usize) + Sync);
 
 /// A fixed set of threads that run one parallel region at a time.
@@ -114,6 +117,31 @@ impl ThreadPool {
         }
         assert!(!shared.panicked.swap(false, Relaxed), "a kernel task panicked on a pool thread");
     }
+
+    /// Runs `job(row, a's row, b's row)` for every row of two matrices, some rows to a task.
+    pub fn for_rows<A: Send, B: Send>(
+        &mut self,
+        (a, a_width): (&mut [A], usize),
+        (b, b_width): (&mut [B], usize),
+        job: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+    ) {
+        let rows = a.len() / a_width;
+        assert!(rows * a_width == a.len() && rows * b_width == b.len(), "rows");
+        let (a, b) = (Disjoint(a.as_mut_ptr()), Disjoint(b.as_mut_ptr()));
+        self.run(rows.div_ceil(ROWS), |task| {
+            for row in task * ROWS..rows.min((task + 1) * ROWS) {
+                // SAFETY: both hold `rows` rows, each row belongs to one task, and the borrows
+                // outlive the region.
+                unsafe {
+                    job(
+                        row,
+                        std::slice::from_raw_parts_mut(a.at(row * a_width), a_width),
+                        std::slice::from_raw_parts_mut(b.at(row * b_width), b_width),
+                    );
+                }
+            }
+        });
+    }
 }
 
 impl Drop for ThreadPool {
@@ -184,6 +212,21 @@ impl Shared {
             self.wake.wait(&mut guard);
         }
         self.parked.fetch_sub(1, SeqCst);
+    }
+}
+
+/// A pointer that tasks may share because they write disjoint parts.
+pub(super) struct Disjoint<T>(pub(super) *mut T);
+// SAFETY: see the type; every user states why its parts are disjoint.
+unsafe impl<T: Send> Sync for Disjoint<T> {}
+
+impl<T> Disjoint<T> {
+    /// # Safety
+    /// `offset` is inside the allocation.
+    #[inline(always)]
+    pub(super) unsafe fn at(&self, offset: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
     }
 }
 

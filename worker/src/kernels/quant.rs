@@ -1,73 +1,11 @@
-//! GGUF block formats, decoded to float32.
-//!
-//! The formats are those of ggml's `ggml-quants.c`. Blocks of the types that chat models use on a
-//! CPU ([`Q4_0`], [`Q4_1`], [`Q8_0`]) are decoded straight into registers; every other type that
-//! candle knows is decoded by candle, a row at a time.
+//! GGUF block formats, decoded to float32 by candle, a row at a time: embedding lookups, and weights
+//! that have no repacked form. The formats are those of ggml's `ggml-quants.c`.
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K,
+    BlockQ8_0, GgmlType,
 };
-
-use super::lanes::{LANES, Lanes};
-
-/// Elements that [`Format::decode`] gives at once.
-pub const GROUP: usize = 2 * LANES;
-
-/// A block format of 32 elements that kernels decode in registers.
-pub trait Format {
-    /// Bytes of a block.
-    const BYTES: usize;
-    /// The 32 values of a block, in order.
-    ///
-    /// # Safety
-    /// `block` points to `BYTES` readable bytes; `V`'s instruction set is available.
-    unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V);
-}
-
-/// `d · (q − 8)`, four bits each.
-pub struct Q4_0;
-/// `d · q + m`, four bits each.
-pub struct Q4_1;
-/// `d · q`, eight bits each.
-pub struct Q8_0;
-
-impl Format for Q4_0 {
-    const BYTES: usize = 18;
-    #[inline(always)]
-    unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
-        // SAFETY: 2 + 16 bytes, granted by the caller.
-        unsafe {
-            let d = V::from_half(block);
-            V::from_nibbles(block.add(2), d, d.mul(V::splat(-8.0)))
-        }
-    }
-}
-
-impl Format for Q4_1 {
-    const BYTES: usize = 20;
-    #[inline(always)]
-    unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
-        // SAFETY: 2 + 2 + 16 bytes, granted by the caller.
-        unsafe {
-            let (d, m) = V::from_two_halves(block);
-            V::from_nibbles(block.add(4), d, m)
-        }
-    }
-}
-
-impl Format for Q8_0 {
-    const BYTES: usize = 34;
-    #[inline(always)]
-    unsafe fn decode<V: Lanes>(block: *const u8) -> (V, V) {
-        // SAFETY: 2 + 32 bytes, granted by the caller.
-        unsafe {
-            let d = V::from_half(block);
-            let q = block.add(2).cast::<i8>();
-            (V::from_i8(q).mul(d), V::from_i8(q.add(LANES)).mul(d))
-        }
-    }
-}
 
 /// Whether [`decode_row`] knows a type.
 pub fn supported(dtype: GgmlDType) -> bool {
@@ -112,9 +50,9 @@ pub fn decode_row(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
                 *out = half::bf16::from_le_bytes(*bytes).to_f32();
             }
         }
-        GgmlDType::Q4_0 => decode_blocks::<Q4_0>(bytes, out),
-        GgmlDType::Q4_1 => decode_blocks::<Q4_1>(bytes, out),
-        GgmlDType::Q8_0 => decode_blocks::<Q8_0>(bytes, out),
+        GgmlDType::Q4_0 => decode_with_candle::<BlockQ4_0>(bytes, out),
+        GgmlDType::Q4_1 => decode_with_candle::<BlockQ4_1>(bytes, out),
+        GgmlDType::Q8_0 => decode_with_candle::<BlockQ8_0>(bytes, out),
         GgmlDType::Q5_0 => decode_with_candle::<BlockQ5_0>(bytes, out),
         GgmlDType::Q5_1 => decode_with_candle::<BlockQ5_1>(bytes, out),
         GgmlDType::Q2K => decode_with_candle::<BlockQ2K>(bytes, out),
@@ -123,17 +61,6 @@ pub fn decode_row(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
         GgmlDType::Q5K => decode_with_candle::<BlockQ5K>(bytes, out),
         GgmlDType::Q6K => decode_with_candle::<BlockQ6K>(bytes, out),
         other => unreachable!("{other:?} is refused at load"),
-    }
-}
-
-fn decode_blocks<F: Format>(bytes: &[u8], out: &mut [f32]) {
-    for (block, out) in bytes.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(GROUP)) {
-        // SAFETY: the chunks have the lengths that decode and store need; `Portable` runs anywhere.
-        unsafe {
-            let (low, high) = F::decode::<super::lanes::Portable>(block.as_ptr());
-            low.store(out.as_mut_ptr());
-            high.store(out.as_mut_ptr().add(LANES));
-        }
     }
 }
 
@@ -159,10 +86,8 @@ fn decode_with_candle<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::k_quants::{BlockQ4_0, BlockQ4_1, BlockQ8_0};
     use proptest::prelude::*;
 
-    use super::super::cpu::{Isa, dispatch};
     use super::*;
 
     fn agrees<B: GgmlType>(dtype: GgmlDType, values: &[f32]) {
@@ -201,38 +126,6 @@ mod tests {
             agrees::<BlockQ4K>(GgmlDType::Q4K, &values);
             agrees::<BlockQ5K>(GgmlDType::Q5K, &values);
             agrees::<BlockQ6K>(GgmlDType::Q6K, &values);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn halves_kernel<V: Lanes>(from: *const u8, out: *mut f32) {
-        // SAFETY: four bytes and room for three times sixteen floats, granted by the caller.
-        unsafe {
-            let (first, second) = V::from_two_halves(from);
-            let all = [V::from_half(from), first, second];
-            all.iter().enumerate().for_each(|(i, lanes)| lanes.store(out.add(i * LANES)));
-        }
-    }
-    dispatch! { unsafe fn halves(from: *const u8, out: *mut f32) => halves_kernel; }
-
-    #[test]
-    fn every_finite_half_is_exact() {
-        for bits in 0..=u16::MAX {
-            let expected = half::f16::from_bits(bits);
-            if !expected.is_finite() {
-                continue;
-            }
-            let second = half::f16::from_bits(bits ^ 0x8001 & 0x83ff);
-            let bytes = [expected.to_le_bytes(), second.to_le_bytes()].concat();
-            for isa in Isa::available() {
-                let mut out = [0.0; 3 * LANES];
-                // SAFETY: the instruction set is there; four bytes, and room for the result.
-                unsafe { halves(isa, bytes.as_ptr(), out.as_mut_ptr()) };
-                for (i, got) in out.iter().enumerate() {
-                    let expected = if i < 2 * LANES { expected } else { second };
-                    assert_eq!(got.to_bits(), expected.to_f32().to_bits(), "{isa:?} {bits}");
-                }
-            }
         }
     }
 }

@@ -9,10 +9,11 @@ use baton_proto::v1::{KvDtype, KvLayout};
 
 use super::{Model, ModelConfig, ModelError, SequenceSlice};
 use crate::gguf::{Gguf, LoadError};
+use crate::kernels::activations::Activations;
 use crate::kernels::attention::{self, Queries, Shape};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{Rope, rms_norm, swiglu};
-use crate::kernels::linear::{Into, Linear};
+use crate::kernels::linear::{Linear, multiply};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::quant;
 use crate::kv::pool::KvPool;
@@ -92,13 +93,16 @@ struct Llama {
 struct Scratch {
     /// The residual stream, `rows × hidden`.
     x: Vec<f32>,
-    normed: Vec<f32>,
     query: Vec<f32>,
     key: Vec<f32>,
     value: Vec<f32>,
     attended: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
+    /// What the next product multiplies.
+    input: Activations,
+    /// Of each row, its sequence in the batch and its position in the sequence.
+    places: Vec<(u32, u32)>,
     tasks: Vec<(u32, u32)>,
 }
 
@@ -244,9 +248,8 @@ impl Model for Llama {
             head_dim,
             block_size: kv.layout().block_size as usize,
         };
-        let Scratch { x, normed, query, key, value, attended, gate, up, tasks } = scratch;
+        let Scratch { x, query, key, value, attended, gate, up, input, places, tasks } = scratch;
         x.resize(rows * hidden, 0.0);
-        normed.resize(rows * hidden, 0.0);
         query.resize(rows * q_width, 0.0);
         key.resize(rows * kv_width, 0.0);
         value.resize(rows * kv_width, 0.0);
@@ -271,6 +274,11 @@ impl Model for Llama {
             })
             .collect();
 
+        places.clear();
+        for (i, q) in queries.iter().enumerate() {
+            places.extend((q.start..q.start + q.count).map(|at| (i as u32, at as u32)));
+        }
+
         // Looked at before each of the larger operations: with many rows and busy cores a layer
         // takes tens of milliseconds.
         let go_on = || match interrupt.load(Ordering::Relaxed) {
@@ -279,52 +287,53 @@ impl Model for Llama {
         };
         for (i, layer) in layers.iter().enumerate() {
             go_on()?;
-            for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-                rms_norm(isa, x, &layer.attention_norm, config.rms_eps, normed);
-            }
-            layer.query.forward(isa, threads, rows, normed, query, Into::Set);
-            layer.key.forward(isa, threads, rows, normed, key, Into::Set);
-            layer.value.forward(isa, threads, rows, normed, value, Into::Set);
-            for q in &queries {
-                for offset in 0..q.count {
-                    let (row, position) = (q.row + offset, q.start + offset);
-                    let heads = query[row * q_width..][..q_width].chunks_exact_mut(head_dim);
-                    heads.for_each(|head| rope.rotate(position, head));
-                    let keys = &mut key[row * kv_width..][..kv_width];
-                    keys.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
-                    let values = &value[row * kv_width..][..kv_width];
-                    // SAFETY: the caller of `forward` owns the blocks that it writes.
-                    unsafe { attention::store(kv, &shape, i, q.blocks, position, keys, values) };
-                }
-            }
+            input.fill(isa, threads, rows, hidden, |row, out| {
+                let x = &x[row * hidden..][..hidden];
+                rms_norm(isa, x, &layer.attention_norm, config.rms_eps, out);
+            });
+            let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
+            multiply(isa, threads, input, products);
+            threads.for_rows((query, q_width), (key, kv_width), |row, query, key| {
+                let (sequence, position) = places[row];
+                let (blocks, position) = (queries[sequence as usize].blocks, position as usize);
+                query.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
+                key.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
+                let value = &value[row * kv_width..][..kv_width];
+                // SAFETY: the caller of `forward` owns the blocks that it writes, and rows have
+                // places of their own in them.
+                unsafe { attention::store(kv, &shape, i, blocks, position, key, value) };
+            });
             go_on()?;
             attention::attend(isa, threads, kv, &shape, i, &queries, tasks, query, attended);
-            layer.output.forward(isa, threads, rows, attended, x, Into::Add);
-            for (x, normed) in x.chunks_exact(hidden).zip(normed.chunks_exact_mut(hidden)) {
-                rms_norm(isa, x, &layer.ffn_norm, config.rms_eps, normed);
-            }
+            input.fill(isa, threads, rows, q_width, |row, out| {
+                out.copy_from_slice(&attended[row * q_width..][..q_width]);
+            });
+            multiply(isa, threads, input, [layer.output.add_to(x)]);
+            input.fill(isa, threads, rows, hidden, |row, out| {
+                let x = &x[row * hidden..][..hidden];
+                rms_norm(isa, x, &layer.ffn_norm, config.rms_eps, out);
+            });
             go_on()?;
-            layer.gate.forward(isa, threads, rows, normed, gate, Into::Set);
+            multiply(isa, threads, input, [layer.gate.set(gate), layer.up.set(up)]);
             go_on()?;
-            layer.up.forward(isa, threads, rows, normed, up, Into::Set);
-            swiglu(isa, gate, up);
-            go_on()?;
-            layer.down.forward(isa, threads, rows, gate, x, Into::Add);
+            let ffn = config.ffn;
+            input.fill(isa, threads, rows, ffn, |row, out| {
+                swiglu(isa, &gate[row * ffn..][..ffn], &up[row * ffn..][..ffn], out);
+            });
+            multiply(isa, threads, input, [layer.down.add_to(x)]);
         }
 
         // Only the rows whose logits are wanted go through the output projection.
-        let mut wanted = 0;
-        for (slice, q) in batch.iter().zip(&queries) {
-            if slice.logits {
-                let last = (q.row + q.count - 1) * hidden;
-                let out = &mut normed[wanted * hidden..][..hidden];
-                rms_norm(isa, &x[last..last + hidden], norm, config.rms_eps, out);
-                wanted += 1;
-            }
-        }
-        logits.resize(wanted * config.vocab, 0.0);
+        tasks.clear();
+        let wanted = batch.iter().zip(&queries).filter(|(slice, _)| slice.logits);
+        tasks.extend(wanted.map(|(_, q)| ((q.row + q.count - 1) as u32, 0)));
+        input.fill(isa, threads, tasks.len(), hidden, |row, out| {
+            let x = &x[tasks[row].0 as usize * hidden..][..hidden];
+            rms_norm(isa, x, norm, config.rms_eps, out);
+        });
+        logits.resize(tasks.len() * config.vocab, 0.0);
         let head = head.as_ref().unwrap_or(embedding);
-        head.forward(isa, threads, wanted, &normed[..wanted * hidden], logits, Into::Set);
+        multiply(isa, threads, input, [head.set(logits)]);
         Ok(())
     }
 }

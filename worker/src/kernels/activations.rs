@@ -1,0 +1,95 @@
+//! Rows of activations, as floats and as what the integer products read.
+
+use super::cpu::{Isa, dispatch_dot};
+use super::dot::{BLOCK, Dot, LARGEST};
+use super::pool::ThreadPool;
+
+/// Bytes of a block: 64 of activations, then as floats the scale, the scaled sum of all, and the
+/// scaled sums of both halves.
+pub(super) const BLOCK_BYTES: usize = 80;
+/// Where the scale and the sums of a block are.
+pub(super) const FACTORS: usize = 64;
+
+/// Rows of equal width, a multiple of 32. Grown to the most rows seen and kept.
+#[derive(Default)]
+pub struct Activations {
+    rows: usize,
+    width: usize,
+    floats: Vec<f32>,
+    blocks: Vec<u8>,
+}
+
+impl Activations {
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Floats of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The rows as floats.
+    pub fn floats(&self) -> &[f32] {
+        &self.floats[..self.rows * self.width]
+    }
+
+    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats.
+    pub(super) fn row_blocks(&self, row: usize) -> &[u8] {
+        let bytes = self.row_bytes();
+        &self.blocks[row * bytes..][..bytes]
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.width / BLOCK * BLOCK_BYTES
+    }
+
+    /// Makes `rows` rows of `width` floats; `write(row, out)` writes all of each, on any thread.
+    ///
+    /// # Panics
+    /// When the width is no multiple of 32.
+    pub fn fill(
+        &mut self,
+        isa: Isa,
+        pool: &mut ThreadPool,
+        rows: usize,
+        width: usize,
+        write: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        assert!(width.is_multiple_of(BLOCK), "rows of {width}");
+        (self.rows, self.width) = (rows, width);
+        self.floats.resize(self.floats.len().max(rows * width), 0.0);
+        let bytes = self.row_bytes();
+        self.blocks.resize(self.blocks.len().max(rows * bytes), 0);
+        let floats = &mut self.floats[..rows * width];
+        let blocks = &mut self.blocks[..rows * bytes];
+        pool.for_rows((floats, width), (blocks, bytes), |row, out, blocks| {
+            write(row, out);
+            // SAFETY: `isa` is available; a row has `width / BLOCK` blocks.
+            unsafe { quantize(isa, out.as_ptr(), width / BLOCK, blocks.as_mut_ptr()) }
+        });
+    }
+}
+
+#[inline(always)]
+unsafe fn quantize_kernel<D: Dot>(x: *const f32, blocks: usize, to: *mut u8) {
+    for block in 0..blocks {
+        // SAFETY: the caller grants `blocks` blocks of floats and of bytes.
+        unsafe {
+            let (x, to) = (x.add(block * BLOCK), to.add(block * BLOCK_BYTES));
+            let magnitude = D::magnitude(x);
+            // What is not finite must not be hidden; what vanishes beside everything else may be.
+            let (scale, inverse) = match magnitude {
+                _ if !magnitude.is_finite() => (f32::NAN, 0.0),
+                _ if magnitude < 1e-30 => (0.0, 0.0),
+                _ => (magnitude / LARGEST, LARGEST / magnitude),
+            };
+            let [first, second] = D::split(x, inverse, to);
+            let sums = [first.wrapping_add(second), first, second].map(|sum| scale * sum as f32);
+            let factors = [scale, sums[0], sums[1], sums[2]];
+            to.add(FACTORS).cast::<[f32; 4]>().write_unaligned(factors);
+        }
+    }
+}
+dispatch_dot! { unsafe fn quantize(x: *const f32, blocks: usize, to: *mut u8) => quantize_kernel; }
