@@ -103,7 +103,9 @@ struct Scratch {
     input: Activations,
     /// Of each row, its sequence in the batch and its position in the sequence.
     places: Vec<(u32, u32)>,
-    tasks: Vec<(u32, u32)>,
+    /// Rows whose logits are wanted.
+    wanted: Vec<usize>,
+    attention: attention::Scratch,
 }
 
 impl Llama {
@@ -248,7 +250,19 @@ impl Model for Llama {
             head_dim,
             block_size: kv.layout().block_size as usize,
         };
-        let Scratch { x, query, key, value, attended, gate, up, input, places, tasks } = scratch;
+        let Scratch {
+            x,
+            query,
+            key,
+            value,
+            attended,
+            gate,
+            up,
+            input,
+            places,
+            wanted,
+            attention: buffers,
+        } = scratch;
         x.resize(rows * hidden, 0.0);
         query.resize(rows * q_width, 0.0);
         key.resize(rows * kv_width, 0.0);
@@ -304,7 +318,7 @@ impl Model for Llama {
                 unsafe { attention::store(kv, &shape, i, blocks, position, key, value) };
             });
             go_on()?;
-            attention::attend(isa, threads, kv, &shape, i, &queries, tasks, query, attended);
+            attention::attend(isa, threads, kv, &shape, i, &queries, buffers, query, attended);
             input.fill(isa, threads, rows, q_width, |row, out| {
                 out.copy_from_slice(&attended[row * q_width..][..q_width]);
             });
@@ -324,14 +338,13 @@ impl Model for Llama {
         }
 
         // Only the rows whose logits are wanted go through the output projection.
-        tasks.clear();
-        let wanted = batch.iter().zip(&queries).filter(|(slice, _)| slice.logits);
-        tasks.extend(wanted.map(|(_, q)| ((q.row + q.count - 1) as u32, 0)));
-        input.fill(isa, threads, tasks.len(), hidden, |row, out| {
-            let x = &x[tasks[row].0 as usize * hidden..][..hidden];
-            rms_norm(isa, x, norm, config.rms_eps, out);
+        wanted.clear();
+        let last = batch.iter().zip(&queries).filter(|(slice, _)| slice.logits);
+        wanted.extend(last.map(|(_, q)| q.row + q.count - 1));
+        input.fill(isa, threads, wanted.len(), hidden, |row, out| {
+            rms_norm(isa, &x[wanted[row] * hidden..][..hidden], norm, config.rms_eps, out);
         });
-        logits.resize(tasks.len() * config.vocab, 0.0);
+        logits.resize(wanted.len() * config.vocab, 0.0);
         let head = head.as_ref().unwrap_or(embedding);
         multiply(isa, threads, input, [head.set(logits)]);
         Ok(())
