@@ -103,11 +103,11 @@ async fn run_all(api: &Api, cases: &[Greedy], at_once: usize) -> Tally {
 }
 
 /// One at a time, and not only the choice but the numbers: logprobs differ among themselves as the
-/// reference's logits do. The reference computes in float32 throughout; its own noise is about
-/// 2e-4.
+/// reference's logits do. The reference computes in float32 throughout; activations, keys and
+/// values of sixteen bits differ from that by up to 8e-3 (of eight bits, by 0.5).
 #[tokio::test]
 async fn unified_equals_the_reference_in_tokens_and_in_logprobs() {
-    const TOLERANCE: f64 = 5e-3;
+    const TOLERANCE: f64 = 1.5e-2;
     let cluster = Cluster::unified().await;
     let cases = reference::greedy();
     let start = Instant::now();

@@ -9,34 +9,10 @@ use std::cell::RefCell;
 
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
+use super::page::{Matrix, Shape};
 use super::pool::{Disjoint, ThreadPool};
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
-
-/// The shape of an attention layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Query heads.
-    pub heads: usize,
-    /// Key/value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Width of a head, a multiple of sixteen.
-    pub head_dim: usize,
-    /// Tokens in a KV block, a multiple of sixteen.
-    pub block_size: usize,
-}
-
-impl Shape {
-    /// Floats of one key or value matrix in a block.
-    fn matrix(&self) -> usize {
-        self.head_dim * self.block_size
-    }
-
-    /// Floats of one layer in a block.
-    fn layer(&self) -> usize {
-        2 * self.kv_heads * self.matrix()
-    }
-}
 
 /// One sequence's queries.
 #[derive(Clone, Copy, Debug)]
@@ -49,38 +25,6 @@ pub struct Queries<'a> {
     pub start: usize,
     /// The sequence's blocks.
     pub blocks: &'a [BlockId],
-}
-
-/// Writes one token's keys and values of a layer into its block.
-///
-/// # Safety
-/// The caller owns the block alone.
-pub unsafe fn store(
-    kv: &KvPool,
-    shape: &Shape,
-    layer: usize,
-    blocks: &[BlockId],
-    position: usize,
-    key: &[f32],
-    value: &[f32],
-) {
-    let (block, slot) = (blocks[position / shape.block_size], position % shape.block_size);
-    assert!(key.len() == shape.kv_heads * shape.head_dim && key.len() == value.len());
-    assert!((layer + 1) * shape.layer() * size_of::<f32>() <= kv.block_bytes());
-    // SAFETY: the asserts keep every offset inside the block, which is the caller's alone.
-    unsafe {
-        let keys = kv.block_ptr(block).cast::<f32>().add(layer * shape.layer());
-        let values = keys.add(shape.kv_heads * shape.matrix());
-        for head in 0..shape.kv_heads {
-            let at = head * shape.head_dim;
-            let column = keys.add(head * shape.matrix() + slot);
-            for d in 0..shape.head_dim {
-                *column.add(d * shape.block_size) = key[at + d];
-            }
-            let row = values.add(head * shape.matrix() + slot * shape.head_dim);
-            std::ptr::copy_nonoverlapping(value[at..].as_ptr(), row, shape.head_dim);
-        }
-    }
 }
 
 /// Keys that are weighed together. Results do not depend on how the work is shared out, because a
@@ -259,35 +203,34 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// The key matrix of a block; the value matrix with `values`.
+    /// The block of a key, and the key's slot in it.
     #[inline(always)]
-    unsafe fn page(&self, block: usize, values: bool) -> *const f32 {
-        let shape = self.shape;
-        let matrix = self.head + if values { shape.kv_heads } else { 0 };
-        // SAFETY: inside the block, by the layout.
+    fn place(&self, key: usize) -> (*mut u8, usize) {
+        let size = self.shape.block_size;
+        (self.kv.block_ptr(self.blocks[key / size]), key % size)
+    }
+
+    /// Sixteen keys from `key` on, a multiple of sixteen: `block_size` elements from a dimension
+    /// to the next, and a scale for each.
+    #[inline(always)]
+    unsafe fn keys(&self, key: usize) -> (*const i16, *const f32) {
+        let (block, slot) = self.place(key);
+        // SAFETY: inside the block.
         unsafe {
-            self.kv
-                .block_ptr(self.blocks[block])
-                .cast::<f32>()
-                .add(self.layer * shape.layer() + matrix * shape.matrix())
+            let page = self.shape.page(block, self.layer, Matrix::Keys, self.head);
+            (page.elements.add(slot), page.scales.add(slot))
         }
     }
 
-    /// Sixteen keys from `key` on, a multiple of sixteen: `block_size` floats from a dimension to
-    /// the next.
+    /// Sixteen values from that of `key` on: `head_dim` elements, and a scale, for each.
     #[inline(always)]
-    unsafe fn keys(&self, key: usize) -> *const f32 {
-        let size = self.shape.block_size;
-        // SAFETY: inside the page.
-        unsafe { self.page(key / size, false).add(key % size) }
-    }
-
-    /// The value of a key.
-    #[inline(always)]
-    unsafe fn value(&self, key: usize) -> *const f32 {
-        let size = self.shape.block_size;
-        // SAFETY: inside the page.
-        unsafe { self.page(key / size, true).add(key % size * self.shape.head_dim) }
+    unsafe fn values(&self, key: usize) -> (*const i16, *const f32) {
+        let (block, slot) = self.place(key);
+        // SAFETY: inside the block.
+        unsafe {
+            let page = self.shape.page(block, self.layer, Matrix::Values, self.head);
+            (page.elements.add(slot * self.shape.head_dim), page.scales.add(slot))
+        }
     }
 
     /// Offset of a query in `q` and `out`.
@@ -321,6 +264,7 @@ unsafe fn weigh_kernel<V: Lanes>(
         let mut query = first;
         while query < call.queries {
             query += match (V::WIDE, call.queries - query) {
+                (true, 12..) => score::<V, 12, 2>(call, segment, query, scores),
                 (true, 6..) => score::<V, 6, 2>(call, segment, query, scores),
                 (true, 3..) => score::<V, 3, 4>(call, segment, query, scores),
                 (true, _) => score::<V, 1, 4>(call, segment, query, scores),
@@ -330,14 +274,16 @@ unsafe fn weigh_kernel<V: Lanes>(
         }
         for query in first..call.queries {
             let (seen, partial) = (call.seen(query, segment), partial.add(query * row));
-            exponents::<V>(seen, scores.add(query * SEGMENT), partial.add(call.shape.head_dim));
+            let summary = partial.add(call.shape.head_dim);
+            exponents::<V>(call, segment, seen, scores.add(query * SEGMENT), summary);
         }
         let mut query = first;
         while query < call.queries {
             query += match (V::WIDE, call.queries - query) {
-                (true, 6..) => weighted_sum::<V, 6>(call, segment, query, scores, partial),
-                (true, 3..) => weighted_sum::<V, 3>(call, segment, query, scores, partial),
-                _ => weighted_sum::<V, 1>(call, segment, query, scores, partial),
+                (true, 12..) => weighted_sum::<V, 12, 2>(call, segment, query, scores, partial),
+                (true, 6..) => weighted_sum::<V, 6, 4>(call, segment, query, scores, partial),
+                (true, 3..) => weighted_sum::<V, 3, 4>(call, segment, query, scores, partial),
+                _ => weighted_sum::<V, 1, 4>(call, segment, query, scores, partial),
             };
         }
     }
@@ -384,20 +330,29 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
 ) {
     // SAFETY: as in `score`.
     unsafe {
-        let scale = V::splat(1.0 / (call.shape.head_dim as f32).sqrt());
+        let factor = V::splat(1.0 / (call.shape.head_dim as f32).sqrt());
         let mut q = [std::ptr::null::<f32>(); N];
         for n in 0..N {
             q[n] = call.q.add(call.offset(query + n));
         }
-        let mut keys = [std::ptr::null::<f32>(); C];
+        let mut keys = [(std::ptr::null::<i16>(), std::ptr::null::<f32>()); C];
         for c in 0..C {
             keys[c] = call.keys(segment * SEGMENT + (column + c) * LANES);
+        }
+        // The values of these keys are read next: asked for now, they are in the second-level cache by
+        // then. Pages are too small, and too far apart, for the CPU to foresee it.
+        let mut values = [std::ptr::null::<i16>(); C];
+        for c in 0..C {
+            values[c] = call.values(segment * SEGMENT + (column + c) * LANES).0;
         }
         let mut sums = [[V::splat(0.0); C]; N];
         for d in 0..call.shape.head_dim {
             let mut key = [V::splat(0.0); C];
             for c in 0..C {
-                key[c] = V::load(keys[c].add(d * call.shape.block_size));
+                if d % 2 == 0 {
+                    V::prefetch(values[c].add(d * LANES));
+                }
+                key[c] = V::load_i16(keys[c].0.add(d * call.shape.block_size));
             }
             for n in 0..N {
                 let q = V::splat(*q[n].add(d));
@@ -406,8 +361,9 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
                 }
             }
         }
-        for n in 0..N {
-            for c in 0..C {
+        for c in 0..C {
+            let scale = V::load(keys[c].1).mul(factor);
+            for n in 0..N {
                 let at = (query + n) * SEGMENT + (column + c) * LANES;
                 sums[n][c].mul(scale).store(scores.add(at));
             }
@@ -415,9 +371,16 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
     }
 }
 
-/// Turns a query's scores into `e^(score - largest)`; writes the largest and the sum.
+/// Turns a query's scores into `e^(score - largest)`, times the scale of each value; writes the
+/// largest score, and the sum without the scales.
 #[inline(always)]
-unsafe fn exponents<V: Lanes>(seen: usize, scores: *mut f32, summary: *mut f32) {
+unsafe fn exponents<V: Lanes>(
+    call: &Call<'_>,
+    segment: usize,
+    seen: usize,
+    scores: *mut f32,
+    summary: *mut f32,
+) {
     let padded = seen.next_multiple_of(LANES);
     // SAFETY: `padded` is at most `SEGMENT`; the summary has two floats.
     unsafe {
@@ -432,7 +395,8 @@ unsafe fn exponents<V: Lanes>(seen: usize, scores: *mut f32, summary: *mut f32) 
         let mut sum = V::splat(0.0);
         for i in (0..padded).step_by(LANES) {
             let weight = V::load(scores.add(i)).sub(V::splat(largest)).exp();
-            weight.store(scores.add(i));
+            let (_, scales) = call.values(segment * SEGMENT + i);
+            weight.mul(V::load(scales)).store(scores.add(i));
             sum = sum.add(weight);
         }
         *summary = largest;
@@ -440,17 +404,16 @@ unsafe fn exponents<V: Lanes>(seen: usize, scores: *mut f32, summary: *mut f32) 
     }
 }
 
-/// The sum of a segment's values by weight, for `N` queries.
+/// The sum of a segment's values by weight, for `N` queries, `WIDTH` vectors of a head in one walk
+/// over the pages.
 #[inline(always)]
-unsafe fn weighted_sum<V: Lanes, const N: usize>(
+unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
     call: &Call<'_>,
     segment: usize,
     query: usize,
     scores: *const f32,
     partial: *mut f32,
 ) -> usize {
-    /// Vectors of a head that are summed in one walk over the pages.
-    const WIDTH: usize = 4;
     let (head_dim, row) = (call.shape.head_dim, partial_row(call.shape));
     // SAFETY: no key past a query's own is read, so every value read has been written.
     unsafe {
@@ -463,12 +426,18 @@ unsafe fn weighted_sum<V: Lanes, const N: usize>(
             let mut key = 0;
             while key < shared {
                 // Within sixteen keys the values follow each other.
-                let value = call.value(segment * SEGMENT + key).add(dim);
+                let value = call.values(segment * SEGMENT + key).0.add(dim);
+                // The keys of the next segment come next.
+                let ahead = ((segment + 1) * SEGMENT + key).min(call.position / LANES * LANES);
+                let ahead = call.keys(ahead).0;
                 for i in 0..LANES.min(shared - key) {
+                    for w in 0..WIDTH / 2 {
+                        V::prefetch(ahead.add((dim + i * head_dim) + 2 * w * LANES));
+                    }
                     let value = value.add(i * head_dim);
                     for w in 0..WIDTH {
                         if w < width {
-                            let value = V::load(value.add(w * LANES));
+                            let value = V::load_i16(value.add(w * LANES));
                             for n in 0..N {
                                 let weight = V::splat(*weights.add(n * SEGMENT + key + i));
                                 sums[n][w] = weight.mul_add(value, sums[n][w]);
@@ -480,10 +449,11 @@ unsafe fn weighted_sum<V: Lanes, const N: usize>(
             }
             for n in 0..N {
                 for key in shared..call.seen(query + n, segment) {
-                    let value = call.value(segment * SEGMENT + key).add(dim);
+                    let value = call.values(segment * SEGMENT + key).0.add(dim);
                     let weight = V::splat(*weights.add(n * SEGMENT + key));
                     for w in 0..width {
-                        sums[n][w] = weight.mul_add(V::load(value.add(w * LANES)), sums[n][w]);
+                        let value = V::load_i16(value.add(w * LANES));
+                        sums[n][w] = weight.mul_add(value, sums[n][w]);
                     }
                 }
                 for w in 0..width {
@@ -554,6 +524,7 @@ mod tests {
     use baton_proto::v1::{KvDtype, KvLayout};
     use proptest::prelude::*;
 
+    use super::super::page::store;
     use super::*;
 
     fn value(seed: usize, i: usize) -> f32 {
@@ -587,8 +558,8 @@ mod tests {
             let layers = 2;
             let layout = KvLayout {
                 block_size: shape.block_size as u32, layers, kv_heads: kv_heads as u32,
-                head_dim: shape.head_dim as u32, dtype: KvDtype::F32.into(),
-                block_bytes: (layers as usize * shape.layer() * 4) as u64,
+                head_dim: shape.head_dim as u32, dtype: KvDtype::I16.into(),
+                block_bytes: (layers as usize * shape.layer_bytes()) as u64,
             };
             let count = length.div_ceil(shape.block_size);
             let kv = KvPool::new(layout, count + 1).unwrap();
@@ -632,7 +603,7 @@ mod tests {
                         let expected = reference(&q[at..at + shape.head_dim], &keys, &values);
                         for (d, expected) in expected.iter().enumerate() {
                             let got = f64::from(at_once[at + d]);
-                            prop_assert!((got - expected).abs() < 2e-5, "{isa:?} {got} {expected}");
+                            prop_assert!((got - expected).abs() < 1e-4, "{isa:?} {got} {expected}");
                         }
                     }
                 }

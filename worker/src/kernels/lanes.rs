@@ -34,8 +34,18 @@ pub unsafe trait Lanes: Copy {
     unsafe fn splat(value: f32) -> Self;
     /// Sixteen floats from memory.
     unsafe fn load(from: *const f32) -> Self;
+    /// Asks for the cache line of an address that will be read soon.
+    unsafe fn prefetch<T>(from: *const T) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint, without effect on an address that is not mapped.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(from.cast());
+        }
+    }
     /// Sixteen floats to memory.
     unsafe fn store(self, to: *mut f32);
+    /// Sixteen signed integers from memory, the value of each as a float.
+    unsafe fn load_i16(from: *const i16) -> Self;
     /// Sixteen finite half-precision floats from memory.
     unsafe fn load_halves(from: *const u8) -> Self;
     /// `self * b + c`.
@@ -134,6 +144,11 @@ unsafe impl Lanes for Portable {
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        // SAFETY: the caller gives sixteen readable integers.
+        Self(unsafe { from.cast::<[i16; LANES]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
     unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: the caller gives 32 readable bytes.
         Self(std::array::from_fn(|i| unsafe { half(from.add(2 * i)) }))
@@ -202,6 +217,17 @@ unsafe impl Lanes for Avx2 {
         unsafe {
             _mm256_storeu_ps(to, self.0);
             _mm256_storeu_ps(to.add(8), self.1);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(high)),
+            )
         }
     }
     #[inline(always)]
@@ -290,6 +316,11 @@ unsafe impl Lanes for Avx512 {
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: see the impl.
         unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast())))) }
     }
     #[inline(always)]
     unsafe fn load_halves(from: *const u8) -> Self {

@@ -7,7 +7,8 @@
 //! * [`packed`]: quantized weights, repacked for integer products.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
-//! * [`attention`]: softmax attention that walks KV pages.
+//! * [`page`]: how keys and values lie in a KV block.
+//! * [`attention`]: softmax attention that walks those pages.
 //! * [`elementwise`]: RMSNorm, RoPE, SwiGLU.
 //! * [`pool`]: the threads.
 //!
@@ -33,5 +34,6 @@ mod integer;
 pub mod lanes;
 pub mod linear;
 mod packed;
+pub mod page;
 pub mod pool;
 pub mod quant;

@@ -9,10 +9,8 @@
 //! up while it copied, past the time that its blocks were kept for it, sees by the generation that
 //! the copy is worthless.
 //!
-//! A block is laid out `[layer][key, value][kv_head]`, each a small matrix: keys
-//! `[head_dim][token]`, so that one vector holds the same dimension of sixteen keys and scores need
-//! no horizontal sums; values `[token][head_dim]`. A block over all layers is one contiguous range
-//! and moves with one copy.
+//! How a block is laid out is the business of `kernels::page`; here it is one range of bytes over all
+//! layers, which moves with one copy.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};

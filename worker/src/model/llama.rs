@@ -10,10 +10,11 @@ use baton_proto::v1::{KvDtype, KvLayout};
 use super::{Model, ModelConfig, ModelError, SequenceSlice};
 use crate::gguf::{Gguf, LoadError};
 use crate::kernels::activations::Activations;
-use crate::kernels::attention::{self, Queries, Shape};
+use crate::kernels::attention::{self, Queries};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{Rope, rms_norm, swiglu};
 use crate::kernels::linear::{Linear, multiply};
+use crate::kernels::page::{self, Shape};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::quant;
 use crate::kv::pool::KvPool;
@@ -49,17 +50,21 @@ pub fn load(
     })
 }
 
-/// The layout of a model's KV blocks, in float32.
+/// The layout of a model's KV blocks.
 pub fn kv_layout(config: &ModelConfig, block_size: usize) -> KvLayout {
-    let floats = 2 * config.layers * config.kv_heads * config.head_dim * block_size;
     KvLayout {
         block_size: block_size as u32,
         layers: config.layers as u32,
         kv_heads: config.kv_heads as u32,
         head_dim: config.head_dim as u32,
-        dtype: KvDtype::F32.into(),
-        block_bytes: (floats * size_of::<f32>()) as u64,
+        dtype: KvDtype::I16.into(),
+        block_bytes: (config.layers * shape(config, block_size).layer_bytes()) as u64,
     }
+}
+
+fn shape(config: &ModelConfig, block_size: usize) -> Shape {
+    let &ModelConfig { heads, kv_heads, head_dim, .. } = config;
+    Shape { heads, kv_heads, head_dim, block_size }
 }
 
 struct Layer {
@@ -244,12 +249,7 @@ impl Model for Llama {
         let rows: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
         let (hidden, head_dim) = (config.hidden, config.head_dim);
         let (q_width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
-        let shape = Shape {
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim,
-            block_size: kv.layout().block_size as usize,
-        };
+        let shape = shape(config, kv.layout().block_size as usize);
         let Scratch {
             x,
             query,
@@ -315,7 +315,7 @@ impl Model for Llama {
                 let value = &value[row * kv_width..][..kv_width];
                 // SAFETY: the caller of `forward` owns the blocks that it writes, and rows have
                 // places of their own in them.
-                unsafe { attention::store(kv, &shape, i, blocks, position, key, value) };
+                unsafe { page::store(kv, &shape, i, blocks, position, key, value) };
             });
             go_on()?;
             attention::attend(isa, threads, kv, &shape, i, &queries, buffers, query, attended);
