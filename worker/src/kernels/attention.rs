@@ -6,6 +6,7 @@
 //! positions: its result does not depend on the chunk it came in or on the number of threads.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
@@ -50,8 +51,8 @@ struct Tile {
     /// The first token, in the sequence's queries.
     first: usize,
     tokens: usize,
-    /// Segments up to the last token's position.
-    segments: usize,
+    /// The first segment that one of the tokens sees, and the end of those that any sees.
+    segments: (usize, usize),
     /// Segments of the tiles before, over one head.
     before: usize,
 }
@@ -59,7 +60,8 @@ struct Tile {
 /// Attention of all queries of one layer: `out = softmax(q kᵀ / √d) v`.
 ///
 /// `q` and `out` are `rows × heads × head_dim`. The keys and values of every position up to each
-/// query's own are in the sequences' blocks.
+/// query's own are in the sequences' blocks. With a `window`, a query sees that many positions, the
+/// last of them its own.
 ///
 /// The softmax is taken segment by segment and folded (Milakov and Gimelshein 2018; Dao et al.
 /// 2022). With fewer tiles than would keep the threads busy, segments are tasks of their own.
@@ -70,6 +72,7 @@ pub fn attend(
     kv: &KvPool,
     shape: &Shape,
     layer: usize,
+    window: Option<usize>,
     queries: &[Queries<'_>],
     scratch: &mut Scratch,
     q: &[f32],
@@ -78,6 +81,7 @@ pub fn attend(
     assert_eq!(q.len(), out.len());
     let width = shape.heads * shape.head_dim;
     let group = shape.heads / shape.kv_heads;
+    let window = window.unwrap_or(usize::MAX);
     let Scratch { tiles, partials } = scratch;
     tiles.clear();
     let mut before = 0;
@@ -87,9 +91,11 @@ pub fn attend(
         let step = (QUERIES / group).max(1);
         for first in (0..queries.count).step_by(step) {
             let tokens = step.min(queries.count - first);
-            let segments = (queries.start + first + tokens).div_ceil(SEGMENT);
+            let position = queries.start + first;
+            let from = (position + 1).saturating_sub(window) / SEGMENT;
+            let segments = (from, (position + tokens).div_ceil(SEGMENT));
             tiles.push(Tile { sequence, first, tokens, segments, before });
-            before += segments;
+            before += segments.1 - segments.0;
         }
     }
     let (tiles, segments) = (&tiles[..], before);
@@ -106,6 +112,7 @@ pub fn attend(
             queries: tile.tokens * group,
             group,
             position: queries.start + tile.first,
+            window,
             q: q[offset..].as_ptr(),
             // SAFETY: inside `out`, checked above.
             out: unsafe { out.at(offset) },
@@ -129,8 +136,8 @@ pub fn attend(
                 // SAFETY: `isa` is available; the blocks hold every position read; the scratch
                 // holds scores and two rows for each query; tasks write disjoint parts of `out`.
                 unsafe {
-                    weigh(isa, &call, 0, scores.as_mut_ptr(), whole.as_mut_ptr());
-                    for segment in 1..tile.segments {
+                    begin(&call, whole);
+                    for segment in tile.segments.0..tile.segments.1 {
                         weigh(isa, &call, segment, scores.as_mut_ptr(), part.as_mut_ptr());
                         fold(isa, &call, segment, whole.as_mut_ptr(), part.as_ptr());
                     }
@@ -146,12 +153,15 @@ pub fn attend(
     let partials = Disjoint(partials.as_mut_ptr());
     let partial = |tile: &Tile, head: usize, segment: usize| {
         // SAFETY: a place for each segment of each tile and head.
-        unsafe { partials.at(((tile.before + segment) * shape.kv_heads + head) * most) }
+        unsafe {
+            let index = tile.before + segment - tile.segments.0;
+            partials.at((index * shape.kv_heads + head) * most)
+        }
     };
     pool.run(segments * shape.kv_heads, |task| {
         let (at, head) = (task / shape.kv_heads, task % shape.kv_heads);
         let tile = &tiles[tiles.partition_point(|tile| tile.before <= at) - 1];
-        let (call, segment) = (call(tile, head), at - tile.before);
+        let (call, segment) = (call(tile, head), tile.segments.0 + at - tile.before);
         SCRATCH.with_borrow_mut(|scores| {
             scores.resize(scores.len().max(call.queries * SEGMENT), 0.0);
             // SAFETY: as above; each task has a partial of its own.
@@ -163,14 +173,18 @@ pub fn attend(
     pool.run(tasks, |task| {
         let (tile, head) = tile_of(task);
         let call = call(tile, head);
-        // SAFETY: as above; a tile and head belong to one task.
-        unsafe {
-            let whole = partial(tile, head, 0);
-            for segment in 1..tile.segments {
-                fold(isa, &call, segment, whole, partial(tile, head, segment));
+        SCRATCH.with_borrow_mut(|whole| {
+            whole.resize(whole.len().max(call.queries * row), 0.0);
+            begin(&call, whole);
+            // SAFETY: as above; a tile and head belong to one task.
+            unsafe {
+                for segment in tile.segments.0..tile.segments.1 {
+                    let part = partial(tile, head, segment);
+                    fold(isa, &call, segment, whole.as_mut_ptr(), part);
+                }
+                finish(isa, &call, whole.as_ptr());
             }
-            finish(isa, &call, whole);
-        }
+        });
     });
 }
 
@@ -196,6 +210,7 @@ struct Call<'a> {
     group: usize,
     /// Position of the first token.
     position: usize,
+    window: usize,
     q: *const f32,
     out: *mut f32,
     /// Floats from a token to the next in `q` and `out`.
@@ -239,12 +254,22 @@ impl Call<'_> {
         query / self.group * self.width + query % self.group * self.shape.head_dim
     }
 
-    /// How many keys of a segment a query sees.
+    /// Which keys of a segment a query sees.
     #[inline(always)]
-    fn seen(&self, query: usize, segment: usize) -> usize {
-        let keys = self.position + query / self.group + 1;
-        keys.saturating_sub(segment * SEGMENT).min(SEGMENT)
+    fn seen(&self, query: usize, segment: usize) -> Range<usize> {
+        let end = self.position + query / self.group + 1;
+        let within = |key: usize| key.saturating_sub(segment * SEGMENT).min(SEGMENT);
+        within(end.saturating_sub(self.window))..within(end)
     }
+}
+
+/// The partial results of no segment at all.
+fn begin(call: &Call<'_>, whole: &mut [f32]) {
+    let rows = whole.chunks_exact_mut(partial_row(call.shape)).take(call.queries);
+    rows.for_each(|row| {
+        row.fill(0.0);
+        row[call.shape.head_dim] = f32::NEG_INFINITY;
+    });
 }
 
 /// One segment's partial results of all queries that see some of it.
@@ -256,14 +281,16 @@ unsafe fn weigh_kernel<V: Lanes>(
     partial: *mut f32,
 ) {
     let row = partial_row(call.shape);
-    // The first queries of a tile may see nothing of its last segment.
-    let first = (0..call.queries).find(|&query| call.seen(query, segment) > 0);
-    let Some(first) = first else { return };
+    // The first queries of a tile may see nothing of its last segment, and with a window the last
+    // ones nothing of its first.
+    let sees = |query: &usize| !call.seen(*query, segment).is_empty();
+    let Some(first) = (0..call.queries).find(sees) else { return };
+    let end = (first..call.queries).rfind(sees).map_or(first, |last| last + 1);
     // SAFETY: handed on. Query tiles are as tall as the registers allow.
     unsafe {
         let mut query = first;
-        while query < call.queries {
-            query += match (V::WIDE, call.queries - query) {
+        while query < end {
+            query += match (V::WIDE, end - query) {
                 (true, 12..) => score::<V, 12, 2>(call, segment, query, scores),
                 (true, 6..) => score::<V, 6, 2>(call, segment, query, scores),
                 (true, 3..) => score::<V, 3, 4>(call, segment, query, scores),
@@ -272,14 +299,14 @@ unsafe fn weigh_kernel<V: Lanes>(
                 (false, _) => score::<V, 1, 2>(call, segment, query, scores),
             };
         }
-        for query in first..call.queries {
+        for query in first..end {
             let (seen, partial) = (call.seen(query, segment), partial.add(query * row));
             let summary = partial.add(call.shape.head_dim);
             exponents::<V>(call, segment, seen, scores.add(query * SEGMENT), summary);
         }
         let mut query = first;
-        while query < call.queries {
-            query += match (V::WIDE, call.queries - query) {
+        while query < end {
+            query += match (V::WIDE, end - query) {
                 (true, 12..) => weighted_sum::<V, 12, 2>(call, segment, query, scores, partial),
                 (true, 6..) => weighted_sum::<V, 6, 4>(call, segment, query, scores, partial),
                 (true, 3..) => weighted_sum::<V, 3, 4>(call, segment, query, scores, partial),
@@ -303,11 +330,11 @@ unsafe fn score<V: Lanes, const N: usize, const C: usize>(
     query: usize,
     scores: *mut f32,
 ) -> usize {
-    let columns = call.seen(query + N - 1, segment).div_ceil(LANES);
+    let columns = call.seen(query + N - 1, segment).end.div_ceil(LANES);
     // SAFETY: keys up to the last query's position are in the blocks; a query has `SEGMENT`
     // scores.
     unsafe {
-        let mut column = 0;
+        let mut column = call.seen(query, segment).start / LANES;
         while column + C <= columns {
             score_columns::<V, N, C>(call, segment, query, column, scores);
             column += C;
@@ -377,23 +404,24 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
 unsafe fn exponents<V: Lanes>(
     call: &Call<'_>,
     segment: usize,
-    seen: usize,
+    seen: Range<usize>,
     scores: *mut f32,
     summary: *mut f32,
 ) {
-    let padded = seen.next_multiple_of(LANES);
+    let from = seen.start / LANES * LANES;
+    let padded = seen.end.next_multiple_of(LANES);
     // SAFETY: `padded` is at most `SEGMENT`; the summary has two floats.
     unsafe {
-        for i in seen..padded {
+        for i in (from..seen.start).chain(seen.end..padded) {
             *scores.add(i) = f32::NEG_INFINITY;
         }
         let mut largest = V::splat(f32::NEG_INFINITY);
-        for i in (0..padded).step_by(LANES) {
+        for i in (from..padded).step_by(LANES) {
             largest = largest.max(V::load(scores.add(i)));
         }
         let largest = largest.largest();
         let mut sum = V::splat(0.0);
-        for i in (0..padded).step_by(LANES) {
+        for i in (from..padded).step_by(LANES) {
             let weight = V::load(scores.add(i)).sub(V::splat(largest)).exp();
             let (_, scales) = call.values(segment * SEGMENT + i);
             weight.mul(V::load(scales)).store(scores.add(i));
@@ -421,16 +449,31 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
         for dim in (0..head_dim).step_by(WIDTH * LANES) {
             let width = WIDTH.min((head_dim - dim) / LANES);
             let mut sums = [[V::splat(0.0); WIDTH]; N];
-            // Keys that all N queries see, then those that only the later ones see.
-            let shared = call.seen(query, segment);
-            let mut key = 0;
-            while key < shared {
+            // Keys in ascending order for each query: those that only the earlier queries see,
+            // those that all N see, those that only the later ones see.
+            let shared = call.seen(query + N - 1, segment).start..call.seen(query, segment).end;
+            let shared = if shared.is_empty() { SEGMENT..SEGMENT } else { shared };
+            for n in 0..N {
+                let seen = call.seen(query + n, segment);
+                let own = seen.start..seen.end.min(shared.start);
+                add_alone::<V, WIDTH>(
+                    call,
+                    segment,
+                    own,
+                    dim,
+                    weights.add(n * SEGMENT),
+                    &mut sums[n],
+                );
+            }
+            let mut key = shared.start;
+            while key < shared.end {
                 // Within sixteen keys the values follow each other.
                 let value = call.values(segment * SEGMENT + key).0.add(dim);
-                // The keys of the next segment come next.
+                // The keys of the next segment are read next.
                 let ahead = ((segment + 1) * SEGMENT + key).min(call.position / LANES * LANES);
-                let ahead = call.keys(ahead).0;
-                for i in 0..LANES.min(shared - key) {
+                let ahead = call.keys(ahead / LANES * LANES).0;
+                let run = (LANES - key % LANES).min(shared.end - key);
+                for i in 0..run {
                     for w in 0..WIDTH / 2 {
                         V::prefetch(ahead.add((dim + i * head_dim) + 2 * w * LANES));
                     }
@@ -445,17 +488,19 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
                         }
                     }
                 }
-                key += LANES;
+                key += run;
             }
             for n in 0..N {
-                for key in shared..call.seen(query + n, segment) {
-                    let value = call.values(segment * SEGMENT + key).0.add(dim);
-                    let weight = V::splat(*weights.add(n * SEGMENT + key));
-                    for w in 0..width {
-                        let value = V::load_i16(value.add(w * LANES));
-                        sums[n][w] = weight.mul_add(value, sums[n][w]);
-                    }
-                }
+                let seen = call.seen(query + n, segment);
+                let own = shared.end.max(seen.start)..seen.end;
+                add_alone::<V, WIDTH>(
+                    call,
+                    segment,
+                    own,
+                    dim,
+                    weights.add(n * SEGMENT),
+                    &mut sums[n],
+                );
                 for w in 0..width {
                     sums[n][w].store(partial.add((query + n) * row + dim + w * LANES));
                 }
@@ -463,6 +508,32 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
         }
     }
     N
+}
+
+/// Adds values by weight for one query.
+#[inline(always)]
+unsafe fn add_alone<V: Lanes, const WIDTH: usize>(
+    call: &Call<'_>,
+    segment: usize,
+    keys: Range<usize>,
+    dim: usize,
+    weights: *const f32,
+    sums: &mut [V; WIDTH],
+) {
+    let width = WIDTH.min((call.shape.head_dim - dim) / LANES);
+    for key in keys {
+        // SAFETY: the query sees these keys, so their values have been written.
+        unsafe {
+            let value = call.values(segment * SEGMENT + key).0.add(dim);
+            let weight = V::splat(*weights.add(key));
+            for w in 0..WIDTH {
+                if w < width {
+                    let value = V::load_i16(value.add(w * LANES));
+                    sums[w] = weight.mul_add(value, sums[w]);
+                }
+            }
+        }
+    }
 }
 
 /// Adds a segment's partial results to those of the segments before it.
@@ -477,7 +548,7 @@ unsafe fn fold_kernel<V: Lanes>(
     // SAFETY: both hold a row for each query.
     unsafe {
         for query in 0..call.queries {
-            if call.seen(query, segment) == 0 {
+            if call.seen(query, segment).is_empty() {
                 continue;
             }
             let (whole, part) = (whole.add(query * row), part.add(query * row));
@@ -552,7 +623,8 @@ mod tests {
         #[test]
         fn agrees_with_float64_and_does_not_depend_on_the_chunk(
             kv_heads in 1usize..4, group in 1usize..5, dims in 1usize..9, pages in 1usize..3,
-            length in prop_oneof![1usize..90, 240usize..600], chunk in 1usize..70, seed in 0usize..1000,
+            length in prop_oneof![1usize..90, 240usize..600], chunk in 1usize..70,
+            window in prop_oneof![Just(None), (1usize..300).prop_map(Some)], seed in 0usize..1000,
         ) {
             let shape = Shape { heads: kv_heads * group, kv_heads, head_dim: dims * 16, block_size: pages * 16 };
             let layers = 2;
@@ -586,20 +658,21 @@ mod tests {
                     }
                     let range = start * width..(start + count) * width;
                     let queries = [Queries { row: 0, count, start, blocks: &blocks }];
-                    attend(isa, &mut threads, &kv, &shape, 1, &queries, &mut Scratch::default(), &q[range.clone()], &mut whole[range]);
+                    attend(isa, &mut threads, &kv, &shape, 1, window, &queries, &mut Scratch::default(), &q[range.clone()], &mut whole[range]);
                     start += count;
                 }
                 let mut at_once = vec![0.0; q.len()];
                 let queries = [Queries { row: 0, count: length, start: 0, blocks: &blocks }];
-                attend(isa, &mut threads, &kv, &shape, 1, &queries, &mut Scratch::default(), &q, &mut at_once);
+                attend(isa, &mut threads, &kv, &shape, 1, window, &queries, &mut Scratch::default(), &q, &mut at_once);
                 prop_assert_eq!(&whole, &at_once, "{:?}: chunks of {}", isa, chunk);
                 for p in [0, length / 2, length - 1] {
                     for head in 0..shape.heads {
                         let at = p * width + head * shape.head_dim;
                         let kv_at = head / group * shape.head_dim;
                         let part = |rows: Vec<f32>| rows[kv_at..kv_at + shape.head_dim].to_vec();
-                        let keys: Vec<_> = (0..=p).map(|p| part(key(p))).collect();
-                        let values: Vec<_> = (0..=p).map(|p| part(val(p))).collect();
+                        let first = (p + 1).saturating_sub(window.unwrap_or(usize::MAX));
+                        let keys: Vec<_> = (first..=p).map(|p| part(key(p))).collect();
+                        let values: Vec<_> = (first..=p).map(|p| part(val(p))).collect();
                         let expected = reference(&q[at..at + shape.head_dim], &keys, &values);
                         for (d, expected) in expected.iter().enumerate() {
                             let got = f64::from(at_once[at + d]);

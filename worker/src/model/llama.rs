@@ -318,7 +318,9 @@ impl Model for Llama {
                 unsafe { page::store(kv, &shape, i, blocks, position, key, value) };
             });
             go_on()?;
-            attention::attend(isa, threads, kv, &shape, i, &queries, buffers, query, attended);
+            attention::attend(
+                isa, threads, kv, &shape, i, None, &queries, buffers, query, attended,
+            );
             input.fill(isa, threads, rows, q_width, |row, out| {
                 out.copy_from_slice(&attended[row * q_width..][..q_width]);
             });
