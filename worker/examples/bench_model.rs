@@ -23,7 +23,7 @@ struct Arguments {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     const BLOCK: usize = 16;
     let arguments = Arguments::parse();
-    let mut model = load(&arguments.model, arguments.threads, None)?.model;
+    let mut model = load(&arguments.model, arguments.threads)?.model;
     let sequences = 32;
     let each = 1600 / BLOCK;
     let kv = KvPool::new(kv_layout(model.config(), BLOCK), sequences * each)?;

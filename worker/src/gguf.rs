@@ -11,7 +11,10 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
+
+/// The unit of mappings, or a multiple of it.
+const PAGE: usize = 4096;
 
 /// Why a model file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +86,16 @@ impl TensorBytes {
     /// The raw blocks.
     pub fn bytes(&self) -> &[u8] {
         &self.map[self.start..self.start + self.len]
+    }
+
+    /// Lets go of the tensor's pages in memory; they are read from the file again when needed.
+    pub fn forget(&self) {
+        // What the mapping of a tensor shares with its neighbours stays. A failure costs memory only.
+        let start = self.start.next_multiple_of(PAGE);
+        let len = (self.start + self.len).saturating_sub(start) / PAGE * PAGE;
+        // SAFETY: the mapping is private, read-only and of a file, so the pages' content is there
+        // again at the next access.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 
     /// A tensor that is not in a file, for tests of what reads one.

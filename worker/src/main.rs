@@ -83,8 +83,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = settings.threads.unwrap_or(cores);
-    let (path, positions) = (settings.model.clone(), settings.max_model_len);
-    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, positions))
+    let path = settings.model.clone();
+    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?
         .map_err(|error| match error {

@@ -20,7 +20,7 @@ fn model_path() -> PathBuf {
 }
 
 fn loaded() -> LoadedModel {
-    load(&model_path(), 2, None).unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"))
+    load(&model_path(), 2).unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"))
 }
 
 fn fixture(name: &str) -> Value {

@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 use super::lanes::{LANES, Lanes, Portable};
 
 /// Inputs that share one scale of the activations.
-pub(super) const BLOCK: usize = 32;
+pub(crate) const BLOCK: usize = 32;
 /// The largest activation after scaling: 127 · 256, so that the high byte fits.
 pub(super) const LARGEST: f32 = 32512.0;
 /// Inputs of one step: four of each of sixteen outputs fill 64 bytes of weights.

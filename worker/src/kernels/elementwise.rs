@@ -1,16 +1,39 @@
-//! The small operations between the matrix products: RMSNorm, RoPE, SwiGLU.
+//! The small operations between the matrix products: RMSNorm, gated activations, sums.
 
-use super::cpu::dispatch;
+use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
+use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
 
 /// `out = x / sqrt(mean(x²) + eps) · weight` (Zhang and Sennrich 2019), one row.
 ///
 /// # Panics
 /// When the lengths differ or are no multiple of sixteen.
-pub fn rms_norm(isa: super::cpu::Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     assert!(x.len() == weight.len() && x.len() == out.len() && x.len().is_multiple_of(LANES));
     // SAFETY: all three slices have the same length, a multiple of sixteen.
     unsafe { rms_norm_row(isa, x.as_ptr(), weight.as_ptr(), eps, out.as_mut_ptr(), x.len()) }
+}
+
+/// [`rms_norm`] of a row that it replaces.
+///
+/// # Panics
+/// When the lengths differ or are no multiple of sixteen.
+pub fn rms_norm_in_place(isa: Isa, x: &mut [f32], weight: &[f32], eps: f32) {
+    assert!(x.len() == weight.len() && x.len().is_multiple_of(LANES));
+    let x = x.as_mut_ptr();
+    // SAFETY: both slices have the same length, a multiple of sixteen; an element is read before
+    // it is written.
+    unsafe { rms_norm_row(isa, x.cast_const(), weight.as_ptr(), eps, x, weight.len()) }
+}
+
+/// `x += y`.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn add_to(x: &mut [f32], y: &[f32]) {
+    assert_eq!(x.len(), y.len());
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }
 
 #[inline(always)]
@@ -40,81 +63,83 @@ dispatch! {
     ) => rms_norm_kernel;
 }
 
-/// `out = silu(gate) · up` (Shazeer 2020), any number of elements.
+/// What an MLP applies to its gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// The Gaussian error linear unit (Hendrycks and Gimpel 2016), by its tanh approximation.
+    GeluTanh,
+}
+
+/// `out = activation(gate) · up` (Shazeer 2020), any number of elements.
 ///
 /// # Panics
 /// When the lengths differ or are no multiple of sixteen.
-pub fn swiglu(isa: super::cpu::Isa, gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub fn gated(isa: Isa, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
     assert!(gate.len() == up.len() && gate.len() == out.len() && gate.len().is_multiple_of(LANES));
+    let (gate, up, out, len) = (gate.as_ptr(), up.as_ptr(), out.as_mut_ptr(), out.len());
     // SAFETY: all three slices have the same length, a multiple of sixteen.
-    unsafe { swiglu_row(isa, gate.as_ptr(), up.as_ptr(), out.as_mut_ptr(), gate.len()) }
+    unsafe {
+        match activation {
+            Activation::Silu => silu_gated(isa, gate, up, out, len),
+            Activation::GeluTanh => gelu_gated(isa, gate, up, out, len),
+        }
+    }
+}
+
+/// `x · sigmoid(y)`.
+#[inline(always)]
+unsafe fn times_sigmoid<V: Lanes>(x: V, y: V) -> V {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        // The bounds keep e^-y finite; beyond them the sigmoid is zero or one anyway.
+        let e = V::splat(0.0).sub(y).max(V::splat(-87.0)).min(V::splat(87.0)).exp();
+        x.div(V::splat(1.0).add(e))
+    }
 }
 
 #[inline(always)]
-unsafe fn swiglu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
+unsafe fn silu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
     // SAFETY: `len` elements each, by the caller.
     unsafe {
-        let (zero, one) = (V::splat(0.0), V::splat(1.0));
         for i in (0..len).step_by(LANES) {
             let g = V::load(gate.add(i));
-            // The upper bound keeps e^-g finite; there silu(g) is zero anyway.
-            let e = zero.sub(g).max(V::splat(-87.0)).min(V::splat(87.0)).exp();
-            g.div(one.add(e)).mul(V::load(up.add(i))).store(out.add(i));
+            times_sigmoid(g, g).mul(V::load(up.add(i))).store(out.add(i));
         }
     }
 }
 dispatch! {
-    unsafe fn swiglu_row(
+    unsafe fn silu_gated(
         gate: *const f32, up: *const f32, out: *mut f32, len: usize,
-    ) => swiglu_kernel;
+    ) => silu_kernel;
 }
 
-/// Rotary position embedding (Su et al. 2021) over pairs of neighbours, the order in which GGUF
-/// keeps the query and key weights of Llama models.
-pub struct Rope {
-    half: usize,
-    /// `(cos, sin)` of each pair, position by position.
-    table: Vec<(f32, f32)>,
-}
-
-impl Rope {
-    /// Angles for `positions` positions and heads of `dims` rotated dimensions.
-    ///
-    /// `factors`, when given, divides the frequency of each pair (`rope_freqs.weight`).
-    pub fn new(positions: usize, dims: usize, theta: f32, factors: Option<&[f32]>) -> Self {
-        let half = dims / 2;
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| {
-                let frequency = f64::from(theta).powf(-2.0 * i as f64 / dims as f64) as f32;
-                frequency / factors.map_or(1.0, |factors| factors[i])
-            })
-            .collect();
-        let table = (0..positions)
-            .flat_map(|position| {
-                frequencies.iter().map(move |frequency| {
-                    // The angle in single precision, as every other implementation has it.
-                    let angle = f64::from(position as f32 * frequency);
-                    (angle.cos() as f32, angle.sin() as f32)
-                })
-            })
-            .collect();
-        Self { half, table }
-    }
-
-    /// Rotates one head at a position. Dimensions past the rotated ones stay.
-    pub fn rotate(&self, position: usize, head: &mut [f32]) {
-        let angles = &self.table[position * self.half..(position + 1) * self.half];
-        for ([a, b], (cos, sin)) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
-            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+#[inline(always)]
+unsafe fn gelu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
+    // SAFETY: `len` elements each, by the caller.
+    unsafe {
+        // (1 + tanh(u)) / 2 is sigmoid(2 u), with u = √(2/π) (x + 0.044715 x³).
+        const LINEAR: f32 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
+        let (linear, cubic) = (V::splat(LINEAR), V::splat(LINEAR * 0.044_715));
+        for i in (0..len).step_by(LANES) {
+            let g = V::load(gate.add(i));
+            let u = g.mul(g).mul_add(cubic, linear).mul(g);
+            times_sigmoid(g, u).mul(V::load(up.add(i))).store(out.add(i));
         }
     }
+}
+dispatch! {
+    unsafe fn gelu_gated(
+        gate: *const f32, up: *const f32, out: *mut f32, len: usize,
+    ) => gelu_kernel;
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::cpu::Isa;
+    use super::Isa;
     use super::*;
 
     fn close(got: f32, expected: f64) -> bool {
@@ -140,29 +165,19 @@ mod tests {
         }
 
         #[test]
-        fn swiglu_is_its_formula(gate in prop::collection::vec(-120f32..120.0, 48), scale in -3f32..3.0) {
+        fn gated_activations_are_their_formulas(
+            gate in prop::collection::vec(-120f32..120.0, 48), scale in -3f32..3.0,
+        ) {
             let up: Vec<f32> = gate.iter().rev().map(|x| x * scale).collect();
-            for isa in Isa::available() {
+            for (isa, i) in Isa::available().into_iter().flat_map(|isa| (0..48).map(move |i| (isa, i))) {
+                let (g, u) = (f64::from(gate[i]), f64::from(up[i]));
                 let mut out = vec![0.0; gate.len()];
-                swiglu(isa, &gate, &up, &mut out);
-                for i in 0..out.len() {
-                    let g = f64::from(gate[i]);
-                    let expected = g / (1.0 + (-g).exp()) * f64::from(up[i]);
-                    prop_assert!(close(out[i], expected), "{isa:?}: {} {expected}", out[i]);
-                }
-            }
-        }
-
-        #[test]
-        fn rope_rotates_each_pair_by_its_angle(position in 0usize..4096, x in -3f32..3.0, y in -3f32..3.0) {
-            let rope = Rope::new(4096, 64, 10_000.0, None);
-            let mut head = [x, y].repeat(32);
-            rope.rotate(position, &mut head);
-            for (i, pair) in head.as_chunks::<2>().0.iter().enumerate() {
-                let angle = position as f64 * 10_000f64.powf(-2.0 * i as f64 / 64.0);
-                let expected = f64::from(x) * angle.cos() - f64::from(y) * angle.sin();
-                // Single-precision angles: the error grows with the position.
-                prop_assert!((f64::from(pair[0]) - expected).abs() < 2e-3, "{} {expected}", pair[0]);
+                gated(isa, Activation::Silu, &gate, &up, &mut out);
+                prop_assert!(close(out[i], g / (1.0 + (-g).exp()) * u), "{isa:?}: {}", out[i]);
+                gated(isa, Activation::GeluTanh, &gate, &up, &mut out);
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+                let expected = 0.5 * g * (1.0 + inner.tanh()) * u;
+                prop_assert!(close(out[i], expected), "{isa:?}: {} {expected}", out[i]);
             }
         }
     }

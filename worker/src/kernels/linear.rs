@@ -40,15 +40,22 @@ pub struct Product<'a> {
 
 impl Linear {
     /// Takes a two-dimensional tensor; `None` when its type or shape is not supported.
-    pub fn new(weight: TensorBytes) -> Option<Self> {
+    ///
+    /// Quantized weights are repacked on the pool's threads.
+    pub fn new(pool: &mut ThreadPool, weight: TensorBytes) -> Option<Self> {
         let &[outputs, inputs] = &weight.dims[..] else {
             return None;
         };
         if !quant::supported(weight.dtype) || !inputs.is_multiple_of(BLOCK) {
             return None;
         }
-        let packed = Packed::new(&weight, outputs, inputs);
+        let packed = Packed::new(pool, &weight, outputs, inputs);
         Some(Self { weight, outputs, inputs, packed })
+    }
+
+    /// Whether the file's own blocks are needed for [`Linear::row`] alone.
+    pub fn is_repacked(&self) -> bool {
+        self.packed.is_some()
     }
 
     /// Rows of the matrix.
@@ -183,7 +190,7 @@ mod tests {
 
     fn check(tensor: TensorBytes, rows: usize, seed: u64) {
         let quantized = !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16);
-        let linear = Linear::new(tensor).unwrap();
+        let linear = Linear::new(&mut ThreadPool::new(3).unwrap(), tensor).unwrap();
         let (n, k) = (linear.outputs(), linear.inputs());
         let x: Vec<f32> = (0..rows * k).map(|i| noise(seed + 1, i)).collect();
         let seen = if quantized { rounded(&x) } else { x.clone() };

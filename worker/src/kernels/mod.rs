@@ -9,7 +9,8 @@
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
 //! * [`page`]: how keys and values lie in a KV block.
 //! * [`attention`]: softmax attention that walks those pages.
-//! * [`elementwise`]: RMSNorm, RoPE, SwiGLU.
+//! * [`rope`]: rotary position embedding.
+//! * [`elementwise`]: RMSNorm, gated activations.
 //! * [`pool`]: the threads.
 //!
 //! Every kernel gives a row the same bits whatever else is in the batch: sums run over the same
@@ -27,7 +28,7 @@
 pub mod activations;
 pub mod attention;
 pub mod cpu;
-mod dot;
+pub(crate) mod dot;
 pub mod elementwise;
 mod float;
 mod integer;
@@ -37,3 +38,4 @@ mod packed;
 pub mod page;
 pub mod pool;
 pub mod quant;
+pub mod rope;

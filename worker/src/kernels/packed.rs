@@ -9,9 +9,11 @@
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
+use parking_lot::Mutex;
 
 use super::dot::{BLOCK, STEP};
 use super::lanes::LANES;
+use super::pool::ThreadPool;
 use crate::gguf::TensorBytes;
 
 /// How the blocks of a type are repacked.
@@ -82,32 +84,26 @@ pub(super) struct Packed {
 
 impl Packed {
     /// Repacks a matrix of `outputs × inputs`; `None` when its type is not block-quantized.
-    pub(super) fn new(weight: &TensorBytes, outputs: usize, inputs: usize) -> Option<Self> {
+    pub(super) fn new(
+        pool: &mut ThreadPool,
+        weight: &TensorBytes,
+        outputs: usize,
+        inputs: usize,
+    ) -> Option<Self> {
         let layout = Layout::of(weight.dtype)?;
-        let (tiles, blocks) = (outputs.div_ceil(LANES), inputs / BLOCK);
-        let mut packed = Self { layout, blocks, lines: Vec::new() };
-        packed.lines = vec![Line([0; 64]); tiles * packed.tile_bytes() / 64];
-        let tile_bytes = packed.tile_bytes();
-        let quants = blocks * layout.quant_bytes();
+        let mut packed = Self { layout, blocks: inputs / BLOCK, lines: Vec::new() };
+        let lines = packed.tile_bytes() / 64;
+        packed.lines = vec![Line([0; 64]); outputs.div_ceil(LANES) * lines];
         let row_bytes = inputs / layout.piece.0 * layout.piece.1;
-        // SAFETY: plain bytes.
-        let bytes = unsafe {
-            std::slice::from_raw_parts_mut(
-                packed.lines.as_mut_ptr().cast::<u8>(),
-                size_of_val(&packed.lines[..]),
-            )
-        };
-        for (output, row) in weight.bytes().chunks_exact(row_bytes).enumerate() {
-            let (lane, tile) = (output % LANES, &mut bytes[output / LANES * tile_bytes..]);
-            let (quants, factors) = tile.split_at_mut(quants);
-            for block in 0..blocks {
-                let block_in_piece = block % (layout.piece.0 / BLOCK);
-                let piece = &row[block * BLOCK / layout.piece.0 * layout.piece.1..];
-                let group = Group::read(weight.dtype, &piece[..layout.piece.1], block_in_piece);
-                group.put_quants(&layout, lane, &mut quants[block * layout.quant_bytes()..]);
-                group.put_factors(&layout, lane, &mut factors[block * layout.factors_bytes()..]);
+        let tiles: Vec<_> = packed.lines.chunks_mut(lines).map(Mutex::new).collect();
+        pool.run(tiles.len(), |task| {
+            let rows = weight.bytes()[task * LANES * row_bytes..].chunks_exact(row_bytes);
+            let mut lines = tiles[task].lock();
+            for (lane, row) in rows.take(LANES).enumerate() {
+                put_row(&layout, weight.dtype, lane, row, inputs / BLOCK, &mut lines);
             }
-        }
+        });
+        drop(tiles);
         Some(packed)
     }
 
@@ -125,6 +121,29 @@ impl Packed {
     /// A tile's first byte.
     pub(super) fn tile(&self, tile: usize) -> *const u8 {
         self.lines[tile * self.tile_bytes() / 64..].as_ptr().cast()
+    }
+}
+
+/// Writes one output's row of a file into its lane of a tile.
+fn put_row(
+    layout: &Layout,
+    dtype: GgmlDType,
+    lane: usize,
+    row: &[u8],
+    blocks: usize,
+    tile: &mut [Line],
+) {
+    let (piece_len, piece_bytes) = layout.piece;
+    // SAFETY: lines are plain bytes.
+    let bytes = unsafe {
+        std::slice::from_raw_parts_mut(tile.as_mut_ptr().cast::<u8>(), size_of_val(tile))
+    };
+    let (quants, factors) = bytes.split_at_mut(blocks * layout.quant_bytes());
+    for block in 0..blocks {
+        let piece = &row[block * BLOCK / piece_len * piece_bytes..][..piece_bytes];
+        let group = Group::read(dtype, piece, block % (piece_len / BLOCK));
+        group.put_quants(layout, lane, &mut quants[block * layout.quant_bytes()..]);
+        group.put_factors(layout, lane, &mut factors[block * layout.factors_bytes()..]);
     }
 }
 

@@ -3,42 +3,18 @@
 //! [`Model`] is the seam between the engine, which decides what to run, and an architecture,
 //! which knows how. The engine thread owns the model and calls it once per step.
 
-mod llama;
+mod architecture;
+mod decoder;
+mod weights;
 
-pub use llama::{LoadedModel, kv_layout, load};
+pub use architecture::{ModelConfig, Window};
+pub use decoder::{LoadedModel, kv_layout, load};
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
-
-/// What the engine and the gateways must know of a model.
-#[derive(Clone, Debug)]
-pub struct ModelConfig {
-    /// `general.architecture` of the GGUF, such as `llama`.
-    pub architecture: String,
-    /// Transformer layers.
-    pub layers: usize,
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key/value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
-    /// Width of the MLP.
-    pub ffn: usize,
-    /// Rows of the output projection.
-    pub vocab: usize,
-    /// Context length that the model was trained for.
-    pub max_context: usize,
-    /// RoPE base.
-    pub rope_theta: f32,
-    /// Epsilon of RMSNorm.
-    pub rms_eps: f32,
-}
 
 /// The new tokens of one sequence in one step.
 #[derive(Clone, Copy, Debug)]

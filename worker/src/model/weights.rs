@@ -1,0 +1,142 @@
+//! A decoder's weights, read from a GGUF.
+
+use super::architecture::ModelConfig;
+use crate::gguf::{Gguf, LoadError};
+use crate::kernels::linear::Linear;
+use crate::kernels::pool::ThreadPool;
+use crate::kernels::quant;
+
+/// All weights.
+pub(super) struct Weights {
+    pub(super) embedding: Linear,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Vec<f32>,
+    /// Absent when the embedding is also the output projection.
+    pub(super) head: Option<Linear>,
+    /// Divide the frequencies of RoPE.
+    pub(super) rope_factors: Option<Vec<f32>>,
+}
+
+/// A layer's weights. What is optional depends on the architecture.
+pub(super) struct Layer {
+    pub(super) attention_norm: Vec<f32>,
+    pub(super) query: Projection,
+    pub(super) key: Projection,
+    pub(super) value: Projection,
+    pub(super) output: Linear,
+    /// Of the attention's output, before it is added to the residual stream.
+    pub(super) post_attention_norm: Option<Vec<f32>>,
+    pub(super) ffn_norm: Vec<f32>,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+    /// Of the MLP's output, before it is added to the residual stream.
+    pub(super) post_ffn_norm: Option<Vec<f32>>,
+}
+
+/// Makes queries, keys or values of the residual stream.
+pub(super) struct Projection {
+    pub(super) weight: Linear,
+    pub(super) bias: Option<Vec<f32>>,
+    /// RMSNorm of each head.
+    pub(super) norm: Option<Vec<f32>>,
+}
+
+impl Weights {
+    /// Reads and repacks all tensors, on the pool's threads.
+    pub(super) fn read(
+        gguf: &Gguf,
+        config: &ModelConfig,
+        threads: &mut ThreadPool,
+    ) -> Result<Self, LoadError> {
+        let mut reader = Reader { gguf, threads };
+        let &ModelConfig { hidden, ffn, head_dim, vocab, .. } = config;
+        let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
+        let layers = (0..config.layers)
+            .map(|i| {
+                let name = |rest: &str| format!("blk.{i}.{rest}");
+                let mut projection = |which: &str, outputs: usize| {
+                    Ok::<_, LoadError>(Projection {
+                        weight: reader.linear(
+                            &name(&format!("{which}.weight")),
+                            outputs,
+                            hidden,
+                        )?,
+                        bias: reader.optional_vector(&name(&format!("{which}.bias")), outputs)?,
+                        norm: reader
+                            .optional_vector(&name(&format!("{which}_norm.weight")), head_dim)?,
+                    })
+                };
+                Ok(Layer {
+                    query: projection("attn_q", q)?,
+                    key: projection("attn_k", kv)?,
+                    value: projection("attn_v", kv)?,
+                    attention_norm: reader.vector(&name("attn_norm.weight"), hidden)?,
+                    output: reader.linear(&name("attn_output.weight"), hidden, q)?,
+                    post_attention_norm: reader
+                        .optional_vector(&name("post_attention_norm.weight"), hidden)?,
+                    ffn_norm: reader.vector(&name("ffn_norm.weight"), hidden)?,
+                    gate: reader.linear(&name("ffn_gate.weight"), ffn, hidden)?,
+                    up: reader.linear(&name("ffn_up.weight"), ffn, hidden)?,
+                    down: reader.linear(&name("ffn_down.weight"), hidden, ffn)?,
+                    post_ffn_norm: reader.optional_vector(&name("post_ffw_norm.weight"), hidden)?,
+                })
+            })
+            .collect::<Result<Vec<_>, LoadError>>()?;
+        Ok(Self {
+            embedding: reader.linear("token_embd.weight", vocab, hidden)?,
+            layers,
+            norm: reader.vector("output_norm.weight", hidden)?,
+            head: match gguf.has_tensor("output.weight") {
+                true => Some(reader.linear("output.weight", vocab, hidden)?),
+                false => None,
+            },
+            rope_factors: reader.optional_vector("rope_freqs.weight", head_dim / 2)?,
+        })
+    }
+}
+
+struct Reader<'a> {
+    gguf: &'a Gguf,
+    threads: &'a mut ThreadPool,
+}
+
+impl Reader<'_> {
+    fn linear(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, LoadError> {
+        let tensor = self.gguf.tensor(name)?;
+        if tensor.dims != [outputs, inputs] {
+            return Err(self.gguf.corrupt(format!(
+                "tensor {name} is {:?}, expected [{outputs}, {inputs}]",
+                tensor.dims
+            )));
+        }
+        let linear = Linear::new(self.threads, tensor.clone()).ok_or_else(|| {
+            let dtype = tensor.dtype;
+            self.gguf.unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
+        })?;
+        if linear.is_repacked() {
+            tensor.forget();
+        }
+        Ok(linear)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.gguf.tensor(name)?;
+        if tensor.dims != [len] || !quant::supported(tensor.dtype) {
+            return Err(self.gguf.corrupt(format!(
+                "tensor {name} is {:?} {:?}, expected [{len}]",
+                tensor.dtype, tensor.dims
+            )));
+        }
+        let mut values = vec![0.0; len];
+        quant::decode_row(tensor.dtype, tensor.bytes(), &mut values);
+        Ok(values)
+    }
+
+    fn optional_vector(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
+        match self.gguf.has_tensor(name) {
+            true => self.vector(name, len).map(Some),
+            false => Ok(None),
+        }
+    }
+}
