@@ -260,11 +260,6 @@ impl Cluster {
         self.dir.path()
     }
 
-    /// The flags that join a daemon to this cluster.
-    pub fn join_args(&self) -> Vec<OsString> {
-        common_args(&self.etcd, self.builder.lease_ttl)
-    }
-
     /// Asserts that the gateway answers a request now.
     pub async fn still_serves(&self) {
         let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});

@@ -52,9 +52,4 @@ impl TextModel {
         // The decoder fails on nothing that a vocabulary check lets through.
         self.tokenizer.decode(ids, skip_special_tokens).unwrap_or_default()
     }
-
-    /// Whether the vocabulary has this token.
-    pub fn knows(&self, id: u32) -> bool {
-        self.tokenizer.id_to_token(id).is_some()
-    }
 }
