@@ -17,7 +17,7 @@ use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
-use tracing::{info, warn};
+use tracing::info;
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
@@ -69,13 +69,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         // Their last bytes are on their way.
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
-    tokio::select! {
-        () = drained => {}
-        () = tokio::time::sleep(Duration::from_secs(settings.drain_timeout)) => {
-            warn!("giving up requests that did not finish in time");
-        }
-        () = stop_signals.next() => warn!("stopping at once"),
-    }
+    stop_signals.drain(drained, Duration::from_secs(settings.drain_timeout)).await;
     handle.stop(false).await;
     let _ = tokio::time::timeout(Duration::from_secs(1), serving).await;
     Ok(())

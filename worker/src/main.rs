@@ -18,7 +18,7 @@ use baton_worker::scheduler::Limits;
 use baton_worker::service::{Parts, WorkerService};
 use clap::Parser as _;
 use tokio::net::TcpListener;
-use tracing::{info, warn};
+use tracing::info;
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
@@ -65,13 +65,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::select! {
-        () = drained => {}
-        () = tokio::time::sleep(Duration::from_secs(settings.drain_timeout)) => {
-            warn!("giving up requests that did not finish in time");
-        }
-        () = stop_signals.next() => warn!("stopping at once"),
-    }
+    stop_signals.drain(drained, Duration::from_secs(settings.drain_timeout)).await;
     // Joining a thread: not on the runtime's own threads.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let _ = stop.send(());

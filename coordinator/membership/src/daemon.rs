@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use baton_proto::{InstanceRecord, InstanceRole};
 use clap::{Args, ValueEnum};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
 use crate::{EtcdSettings, MembershipError};
@@ -154,6 +155,18 @@ impl StopSignals {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+        }
+    }
+
+    /// Waits until running requests are `done`, but at most for `limit`: another signal ends the
+    /// wait at once.
+    pub async fn drain(&mut self, done: impl Future<Output = ()>, limit: Duration) {
+        tokio::select! {
+            () = done => {}
+            () = tokio::time::sleep(limit) => {
+                warn!("giving up requests that did not finish in time");
+            }
+            () = self.next() => warn!("stopping at once"),
         }
     }
 }
