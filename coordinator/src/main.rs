@@ -24,7 +24,7 @@ async fn main() -> ExitCode {
 async fn run(settings: Settings) -> Result<(), Failure> {
     let listener = TcpListener::bind(settings.listen)
         .await
-        .map_err(|error| Failure::listen(settings.listen, &error))?;
+        .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
     let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
     let mut stop_signals = StopSignals::take()?;

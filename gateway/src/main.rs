@@ -29,7 +29,7 @@ async fn main() -> ExitCode {
 async fn run(settings: Settings) -> Result<(), Failure> {
     let keys = keys(&settings)?;
     let listener = TcpListener::bind(settings.listen)
-        .map_err(|error| Failure::listen(settings.listen, &error))?;
+        .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
     let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     let advertised = settings.advertise.clone().unwrap_or_else(|| default_url(address));
     let mut stop_signals = StopSignals::take()?;

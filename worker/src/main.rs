@@ -31,7 +31,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     // Before anything slow, so that a bad address is told at once.
     let listener = TcpListener::bind(settings.listen)
         .await
-        .map_err(|error| Failure::listen(settings.listen, &error))?;
+        .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
     let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     if address.ip().is_unspecified() && settings.advertise.is_none() {
         let message = format!(

@@ -105,13 +105,13 @@ impl Failure {
         Self { exit, message: error.to_string() }
     }
 
-    /// A listener that could not be had.
-    pub fn listen(address: SocketAddr, error: &std::io::Error) -> Self {
+    /// A listener that could not be had; `flag` chooses another address.
+    pub fn listen(flag: &str, address: SocketAddr, error: &std::io::Error) -> Self {
         let exit = match error.kind() {
             std::io::ErrorKind::AddrInUse => Exit::PortInUse,
             _ => Exit::Failure,
         };
-        let message = format!("cannot listen on {address}: {error}; choose another with --listen");
+        let message = format!("cannot listen on {address}: {error}; choose another with {flag}");
         Self { exit, message }
     }
 }

@@ -118,14 +118,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 
 /// Says it now, under the flag's name here, and not when everything else has started.
 fn check_port(address: SocketAddr) -> Result<(), Failure> {
-    TcpListener::bind(address).map(drop).map_err(|error| {
-        let exit = match error.kind() {
-            std::io::ErrorKind::AddrInUse => Exit::PortInUse,
-            _ => Exit::Failure,
-        };
-        let message = format!("cannot listen on {address}: {error}; choose another with --port");
-        Failure::new(exit, message)
-    })
+    TcpListener::bind(address).map(drop).map_err(|error| Failure::listen("--port", address, &error))
 }
 
 /// The processes, in the order of their start.
