@@ -89,6 +89,16 @@ pub enum Exit {
     PortInUse = 98,
 }
 
+impl Exit {
+    /// What a process meant that ended with this code.
+    pub fn from_code(code: i32) -> Self {
+        [Self::Config, Self::BadModel, Self::NoModel, Self::Unavailable, Self::PortInUse]
+            .into_iter()
+            .find(|exit| *exit as i32 == code)
+            .unwrap_or(Self::Failure)
+    }
+}
+
 /// A failure that ends the process.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

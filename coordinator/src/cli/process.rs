@@ -123,14 +123,8 @@ impl Process {
     fn failure(&self, status: Option<ExitStatus>) -> Failure {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let said = log.lines().rev().find_map(|line| line.strip_prefix("error: "));
-        let exit = match status.and_then(|status| status.code()) {
-            Some(2) => Exit::Config,
-            Some(65) => Exit::BadModel,
-            Some(66) => Exit::NoModel,
-            Some(69) => Exit::Unavailable,
-            Some(98) => Exit::PortInUse,
-            _ => Exit::Failure,
-        };
+        let code = status.and_then(|status| status.code());
+        let exit = code.map_or(Exit::Failure, Exit::from_code);
         let how = status.map_or_else(|| "ended".to_owned(), |status| status.to_string());
         let message = match said {
             Some(said) => format!("{}: {said}", self.spec.name),
