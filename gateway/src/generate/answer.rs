@@ -130,18 +130,15 @@ impl Answer {
     fn token(&mut self, token: Token) -> Delta {
         self.count += 1;
         self.note_time();
-        let params = &self.generation.job.sampling;
-        let eos = &self.generation.job.served.card.eos_token_ids;
-        let may_end = self.count > params.min_tokens as usize;
+        let job = &self.generation.job;
+        let may_stop = job.may_stop(self.count);
         // The token that ends the sequence counts, but is no text.
-        let ends = params.stop_token_ids.contains(&token.id)
-            || (!params.ignore_eos && eos.contains(&token.id));
-        if ends && may_end && !self.include_stop {
+        if job.stops(token.id, self.count) && !self.include_stop {
             return Delta { tokens: vec![token], ..Delta::default() };
         }
         let text = self.detokenizer.push(&self.model, token.id);
         let tokens = vec![token];
-        if !may_end {
+        if !may_stop {
             // What comes before `min_tokens` cannot stop anything.
             return Delta { text, tokens, end: None };
         }

@@ -55,6 +55,19 @@ pub struct Job {
     pub handoff_min_tokens: u32,
 }
 
+impl Job {
+    /// Whether the `count`th token may stop the sequence: those up to `min_tokens` may not.
+    fn may_stop(&self, count: usize) -> bool {
+        count > self.sampling.min_tokens as usize
+    }
+
+    /// Whether `token`, the `count`th, stops the sequence.
+    fn stops(&self, token: u32, count: usize) -> bool {
+        let eos = !self.sampling.ignore_eos && self.served.card.eos_token_ids.contains(&token);
+        (eos || self.sampling.stop_token_ids.contains(&token)) && self.may_stop(count)
+    }
+}
+
 /// What happens to a sequence: `Started` first, then tokens, then one `Finished`.
 #[derive(Debug)]
 pub enum Update {
@@ -197,9 +210,8 @@ impl Generation {
     fn ended_unsaid(&self) -> Option<Update> {
         let (params, card) = (&self.job.sampling, &self.job.served.card);
         let last = *self.output.last()?;
-        let stop = params.stop_token_ids.contains(&last).then_some(last);
-        let eos = !params.ignore_eos && card.eos_token_ids.contains(&last);
-        if (stop.is_some() || eos) && self.output.len() > params.min_tokens as usize {
+        if self.job.stops(last, self.output.len()) {
+            let stop = params.stop_token_ids.contains(&last).then_some(last);
             return Some(Update::Finished(FinishReason::Stop, stop));
         }
         let full = self.job.prompt.len() + self.output.len() >= card.max_model_len as usize;
