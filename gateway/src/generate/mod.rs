@@ -14,7 +14,7 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
     FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, SamplingParams, Started, Token,
 };
-use baton_proto::{BlockHash, InstanceRole, block_hashes};
+use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::timeout_at;
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, warn};
@@ -45,6 +45,8 @@ pub struct Job {
     pub request_id: String,
     /// The prompt.
     pub prompt: Arc<[u32]>,
+    /// The addresses of the prompt's blocks, under the salt.
+    pub hashes: Arc<[BlockHash]>,
     /// How to draw.
     pub sampling: SamplingParams,
     /// Requests share cached blocks only when their salts are equal.
@@ -83,7 +85,6 @@ pub enum Update {
 pub struct Generation {
     registry: Arc<Registry>,
     job: Job,
-    hashes: Vec<BlockHash>,
     attempt: Attempt,
     /// All tokens so far.
     output: Vec<u32>,
@@ -120,17 +121,15 @@ enum Failure {
 impl Generation {
     /// Sends the sequence to a worker. An error here comes before anything was generated.
     pub async fn start(registry: Arc<Registry>, job: Job) -> Result<Self, ApiError> {
-        let hashes = block_hashes(&job.salt, &job.prompt, job.served.block_size());
         let mut avoid = Vec::new();
         let mut failures = 0;
         let patience = Instant::now() + START_WITHIN;
         loop {
-            match open(&registry, &job, &hashes, &[], &mut avoid).await {
+            match open(&registry, &job, &[], &mut avoid).await {
                 Ok(attempt) => {
                     return Ok(Self {
                         registry,
                         job,
-                        hashes,
                         attempt,
                         output: Vec::new(),
                         ready: Vec::new().into_iter(),
@@ -236,7 +235,7 @@ impl Generation {
             );
             loop {
                 let (output, avoid) = (&self.output, &mut self.avoid);
-                match open(&self.registry, &self.job, &self.hashes, output, avoid).await {
+                match open(&self.registry, &self.job, output, avoid).await {
                     Ok(attempt) => {
                         self.attempt = attempt;
                         return Ok(());
@@ -265,7 +264,6 @@ impl Generation {
 async fn open(
     registry: &Registry,
     job: &Job,
-    hashes: &[BlockHash],
     output: &[u32],
     avoid: &mut Vec<String>,
 ) -> Result<Attempt, Failure> {
@@ -273,7 +271,7 @@ async fn open(
     // Each worker is asked once, so this ends.
     let mut asked = avoid.clone();
     loop {
-        let Some(ticket) = registry.choose_decode(&job.served, tokens, hashes, &asked) else {
+        let Some(ticket) = registry.choose_decode(&job.served, tokens, &job.hashes, &asked) else {
             return Err(match asked.len() > avoid.len() {
                 true => Failure::Full(full()),
                 false => Failure::Absent(nobody(&job.served.card.name)),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use actix_web::web::{Bytes, Payload};
 use actix_web::{HttpRequest, HttpResponse};
+use baton_proto::block_hashes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use serde_json::{Map, Value};
@@ -116,17 +117,20 @@ impl Order {
             include_stop: fields.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
         };
+        let salt = fields.cache_salt.unwrap_or_default();
         let mut jobs = Vec::with_capacity(sequences);
         for prompt in &prompts {
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, default_max_tokens)?;
+            let hashes: Arc<[_]> = block_hashes(&salt, prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
                     served: served.clone(),
                     request_id: self.id.clone(),
                     prompt: prompt.clone(),
+                    hashes: hashes.clone(),
                     sampling: sampling.params_for(index, max_tokens),
-                    salt: fields.cache_salt.clone().unwrap_or_default(),
+                    salt: salt.clone(),
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
                 });
