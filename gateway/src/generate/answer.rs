@@ -24,7 +24,7 @@ pub struct TextSettings {
     pub skip_special_tokens: bool,
 }
 
-/// What a step added to the answer.
+/// What a step added to the answer, or all of them together.
 #[derive(Clone, Debug, Default)]
 pub struct Delta {
     /// Text that is certain now.

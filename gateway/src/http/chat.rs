@@ -7,11 +7,12 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
 use super::Shared;
-use super::generation::{Answers, Intake, Order, Shape, Whole, check_length, streaming, whole};
+use super::generation::{Intake, Order, Shape, check_length};
 use super::tokenize::{encode, model};
 use crate::api::chat::{ChatFields, Conversation};
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
+use crate::api::usage::Usage;
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
@@ -56,13 +57,7 @@ pub(super) async fn create(
         place,
         fields,
     };
-    let streams = order.fields.streams();
-    let answers = order.start(client.as_ref()).await?;
-    if streams {
-        return Ok(streaming(&body, answers.stream(shape, client)));
-    }
-    let reply = shape.reply(answers, client.as_ref()).await?;
-    Ok(whole(&body, reply))
+    order.respond(shape, &body, client).await
 }
 
 /// How a chat's answer is framed.
@@ -78,26 +73,9 @@ struct Chat {
 }
 
 impl Chat {
-    async fn reply(
-        &self,
-        answers: Answers,
-        client: Option<&super::connection::Connection>,
-    ) -> Result<Map<String, Value>, ApiError> {
-        let (wholes, usage) = answers.whole(client).await?;
-        let choices = wholes.into_iter().enumerate().map(|(i, whole)| self.choice(i, whole));
-        let mut reply = self.envelope.frame("chat.completion", choices.collect());
-        let prompt_ids = self.token_ids.then(|| self.prompt.to_vec());
-        reply.insert("service_tier".into(), Value::Null);
-        reply.insert("system_fingerprint".into(), Value::Null);
-        reply.insert("usage".into(), usage.json());
-        reply.insert("prompt_logprobs".into(), Value::Null);
-        reply.insert("prompt_token_ids".into(), json!(prompt_ids));
-        reply.insert("kv_transfer_params".into(), Value::Null);
-        Ok(reply)
-    }
-
-    fn choice(&self, index: usize, whole: Whole) -> Value {
-        let Whole { text, tokens, end } = whole;
+    /// A choice of a whole reply.
+    fn choice(&self, index: usize, whole: Delta) -> Value {
+        let Delta { text, tokens, end } = whole;
         let logprobs = self.logprobs.then(|| self.naming.chat(&self.served.text, &tokens));
         let ids: Option<Vec<u32>> =
             self.token_ids.then(|| tokens.iter().map(|token| token.id).collect());
@@ -125,8 +103,21 @@ impl Chat {
     }
 }
 
-/// Only keys that are set are sent, as vLLM does it.
+/// Events have only the keys that are set, as vLLM does it.
 impl Shape for Chat {
+    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Map<String, Value> {
+        let choices = wholes.into_iter().enumerate().map(|(i, whole)| self.choice(i, whole));
+        let mut reply = self.envelope.frame("chat.completion", choices.collect());
+        let prompt_ids = self.token_ids.then(|| self.prompt.to_vec());
+        reply.insert("service_tier".into(), Value::Null);
+        reply.insert("system_fingerprint".into(), Value::Null);
+        reply.insert("usage".into(), usage.json());
+        reply.insert("prompt_logprobs".into(), Value::Null);
+        reply.insert("prompt_token_ids".into(), json!(prompt_ids));
+        reply.insert("kv_transfer_params".into(), Value::Null);
+        reply
+    }
+
     fn opening(&mut self, index: usize) -> Option<Map<String, Value>> {
         let mut event = self.frame(json!({
             "index": index,

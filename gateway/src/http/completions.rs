@@ -7,12 +7,12 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
 use super::Shared;
-use super::connection::Connection;
-use super::generation::{Answers, Intake, Order, Shape, Whole, check_length, streaming, whole};
+use super::generation::{Intake, Order, Shape, check_length};
 use super::tokenize::{encode, model};
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
+use crate::api::usage::Usage;
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
@@ -69,13 +69,7 @@ pub(super) async fn create(
         place,
         fields,
     };
-    let streams = order.fields.streams();
-    let answers = order.start(client.as_ref()).await?;
-    if streams {
-        return Ok(streaming(&body, answers.stream(shape, client)));
-    }
-    let reply = shape.reply(answers, client.as_ref()).await?;
-    Ok(whole(&body, reply))
+    order.respond(shape, &body, client).await
 }
 
 /// How a completion's answer is framed.
@@ -96,27 +90,6 @@ struct Completion {
 }
 
 impl Completion {
-    async fn reply(
-        mut self,
-        answers: Answers,
-        client: Option<&Connection>,
-    ) -> Result<Map<String, Value>, ApiError> {
-        let (wholes, usage) = answers.whole(client).await?;
-        let choices = wholes
-            .into_iter()
-            .enumerate()
-            .map(|(index, Whole { text, tokens, end })| {
-                self.choice(index, Delta { text, tokens, end })
-            })
-            .collect();
-        let mut reply = self.envelope.frame("text_completion", choices);
-        reply.insert("service_tier".into(), Value::Null);
-        reply.insert("system_fingerprint".into(), Value::Null);
-        reply.insert("usage".into(), usage.json());
-        reply.insert("kv_transfer_params".into(), Value::Null);
-        Ok(reply)
-    }
-
     /// A choice of a whole reply or of an event: completions keep nulls in both.
     fn choice(&mut self, index: usize, delta: Delta) -> Value {
         let Delta { mut text, tokens, end } = delta;
@@ -144,6 +117,17 @@ impl Completion {
 }
 
 impl Shape for Completion {
+    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Map<String, Value> {
+        let each = wholes.into_iter().enumerate();
+        let choices = each.map(|(index, whole)| self.choice(index, whole)).collect();
+        let mut reply = self.envelope.frame("text_completion", choices);
+        reply.insert("service_tier".into(), Value::Null);
+        reply.insert("system_fingerprint".into(), Value::Null);
+        reply.insert("usage".into(), usage.json());
+        reply.insert("kv_transfer_params".into(), Value::Null);
+        reply
+    }
+
     fn opening(&mut self, _index: usize) -> Option<Map<String, Value>> {
         None
     }

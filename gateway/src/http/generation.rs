@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use actix_web::web::{Bytes, Payload};
-use actix_web::{HttpRequest, HttpResponse};
+use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
 use baton_proto::block_hashes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
@@ -22,7 +22,7 @@ use crate::api::sampling::{MAX_SEQUENCES, Sampling, SamplingFields};
 use crate::api::usage::{Usage, room};
 use crate::error::ApiError;
 use crate::generate::Job;
-use crate::generate::answer::{Answer, Delta, End, TextSettings};
+use crate::generate::answer::{Answer, Delta, TextSettings};
 use crate::workers::Served;
 
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
@@ -80,28 +80,38 @@ pub(super) struct Order {
 }
 
 /// The answers to an order.
-pub(super) struct Answers {
+struct Answers {
     /// By index: prompt by prompt, `n` for each.
     answers: Vec<Answer>,
-    pub(super) prompts: Vec<Arc<[u32]>>,
+    prompts: Vec<Arc<[u32]>>,
     /// Sequences for each prompt.
-    pub(super) n: usize,
+    n: usize,
     deadline: Instant,
     place: Place,
 }
 
-/// An answer as a whole.
-#[derive(Debug, Default)]
-pub(super) struct Whole {
-    pub(super) text: String,
-    pub(super) tokens: Vec<baton_proto::v1::Token>,
-    pub(super) end: Option<End>,
-}
-
 impl Order {
+    /// Generates, and replies as the request asks: with a stream or as a whole.
+    pub(super) async fn respond<S: Shape + 'static>(
+        self,
+        mut shape: S,
+        body: &Body,
+        client: Option<Connection>,
+    ) -> Result<HttpResponse, ApiError> {
+        let streams = self.fields.streams();
+        let answers = self.start(client.as_ref()).await?;
+        let mut response = HttpResponse::Ok();
+        body::warn_of_unknown(body, &mut response);
+        if streams {
+            return Ok(streaming(response, answers.stream(shape, client)));
+        }
+        let (wholes, usage) = answers.whole(client.as_ref()).await?;
+        Ok(response.json(shape.whole(wholes, usage)))
+    }
+
     /// Sends all sequences on their way. An error here is an ordinary reply with its own status,
     /// also when a stream was asked for.
-    pub(super) async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
+    async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
         let Self { shared, served, fields, sampling, prompts, default_max_tokens, .. } = self;
         let sequences = prompts.len() * sampling.n;
         if sequences > MAX_SEQUENCES {
@@ -148,13 +158,10 @@ impl Order {
 
 impl Answers {
     /// Waits for all answers to end.
-    pub(super) async fn whole(
-        self,
-        client: Option<&Connection>,
-    ) -> Result<(Vec<Whole>, Usage), ApiError> {
+    async fn whole(self, client: Option<&Connection>) -> Result<(Vec<Delta>, Usage), ApiError> {
         let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
         let each = self.answers.into_iter().map(|mut answer| async move {
-            let mut whole = Whole::default();
+            let mut whole = Delta::default();
             while let Some(Delta { text, tokens, end }) = answer.next().await? {
                 whole.text.push_str(&text);
                 whole.tokens.extend(tokens);
@@ -173,7 +180,7 @@ impl Answers {
     ///
     /// A task of its own reads the answers, so that a client that stops reading holds nothing
     /// beyond its deadline: the server polls a response only when there is room to write.
-    pub(super) fn stream<S: Shape + 'static>(
+    fn stream<S: Shape + 'static>(
         self,
         shape: S,
         client: Option<Connection>,
@@ -248,8 +255,10 @@ impl Answers {
     }
 }
 
-/// How a route frames its events.
+/// How a route frames its answers.
 pub(super) trait Shape {
+    /// The reply with all answers, each a whole one.
+    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Map<String, Value>;
     /// The first event of a choice, if it has one of its own.
     fn opening(&mut self, index: usize) -> Option<Map<String, Value>>;
     /// The event of a delta.
@@ -314,25 +323,16 @@ fn push_frame(event: &Value, out: &mut String) {
 }
 
 /// A reply that streams.
-pub(super) fn streaming(
-    body: &Body,
+fn streaming(
+    mut response: HttpResponseBuilder,
     events: impl Stream<Item = Result<Bytes, actix_web::Error>> + 'static,
 ) -> HttpResponse {
-    let mut response = HttpResponse::Ok();
-    body::warn_of_unknown(body, &mut response);
     let media = HeaderValue::from_static("text/event-stream; charset=utf-8");
     response.insert_header((CONTENT_TYPE, media));
     response.insert_header((CACHE_CONTROL, HeaderValue::from_static("no-cache")));
     // nginx buffers streams unless told not to.
     response.insert_header(("X-Accel-Buffering", "no"));
     response.streaming(events)
-}
-
-/// A reply as a whole.
-pub(super) fn whole(body: &Body, reply: Map<String, Value>) -> HttpResponse {
-    let mut response = HttpResponse::Ok();
-    body::warn_of_unknown(body, &mut response);
-    response.json(reply)
 }
 
 /// Runs something unless the client leaves before its end. What comes then reaches nobody.
