@@ -1,6 +1,8 @@
 //! The fields that all generation routes share: how to draw tokens, and what to send back.
 
 use std::collections::HashMap;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 
 use baton_proto::v1::SamplingParams;
 use rand::RngExt as _;
@@ -107,21 +109,25 @@ impl SamplingFields {
             let message = "`cache_salt` must not be empty; leave it out to share the cache.";
             return Err(ApiError::malformed(message).param("cache_salt"));
         }
-        let temperature = float("temperature", self.temperature, 1.0, 0.0..=2.0)?;
+        let temperature = in_range("temperature", self.temperature, 1.0, 0.0..=2.0)?;
         let greedy = temperature == 0.0;
         let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
-        let top_p = float("top_p", self.top_p, 1.0, 0.0..=1.0)?;
+        let top_p = in_range("top_p", self.top_p, 1.0, 0.0..=1.0)?;
         if top_p == 0.0 {
             return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
         }
-        let top_k = integer("top_k", self.top_k, 0, -1..=i64::from(u32::MAX))?.max(0);
-        let repetition_penalty =
-            float("repetition_penalty", self.repetition_penalty, 1.0, 0.0..=f64::from(f32::MAX))?;
+        let top_k = in_range("top_k", self.top_k, 0, -1..=i64::from(u32::MAX))?.max(0);
+        let repetition_penalty = in_range(
+            "repetition_penalty",
+            self.repetition_penalty,
+            1.0,
+            0.0..=f64::from(f32::MAX),
+        )?;
         if repetition_penalty == 0.0 {
             let message = "`repetition_penalty` must be over 0.";
             return Err(ApiError::bad_value("repetition_penalty", message));
         }
-        let n = integer("n", self.n, 1, 1..=MAX_SEQUENCES as i64)? as usize;
+        let n = in_range("n", self.n, 1, 1..=MAX_SEQUENCES as i64)? as usize;
         if greedy && n > 1 {
             let message = "`n` must be 1 when `temperature` is 0: all answers would be the same.";
             return Err(ApiError::bad_value("n", message));
@@ -131,9 +137,10 @@ impl SamplingFields {
             None => ("max_tokens", self.max_tokens),
         };
         let limits = 1..=i64::from(u32::MAX);
-        let max_tokens = limit.map(|limit| integer(limit_field, Some(limit), 0, limits));
+        let max_tokens = limit.map(|limit| in_range(limit_field, Some(limit), 0, limits));
         let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32);
-        let min_tokens = integer("min_tokens", self.min_tokens, 0, 0..=i64::from(u32::MAX))? as u32;
+        let min_tokens =
+            in_range("min_tokens", self.min_tokens, 0, 0..=i64::from(u32::MAX))? as u32;
         if max_tokens.is_some_and(|max| min_tokens > max) {
             let message = format!("`min_tokens` must be at most `{limit_field}`.");
             return Err(ApiError::bad_value("min_tokens", message));
@@ -155,7 +162,7 @@ impl SamplingFields {
             temperature: temperature as f32,
             top_p: top_p as f32,
             top_k: top_k as u32,
-            min_p: float("min_p", self.min_p, 0.0, 0.0..=1.0)? as f32,
+            min_p: in_range("min_p", self.min_p, 0.0, 0.0..=1.0)? as f32,
             seed: self.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
             max_tokens: 0,
             min_tokens,
@@ -206,37 +213,22 @@ fn at_most(field: &str, count: usize, most: usize, what: &str) -> Result<(), Api
 }
 
 fn penalty(field: &str, value: Option<f64>) -> Result<f32, ApiError> {
-    float(field, value, 0.0, -2.0..=2.0).map(|value| value as f32)
+    in_range(field, value, 0.0, -2.0..=2.0).map(|value| value as f32)
 }
 
-fn float(
+fn in_range<T: PartialOrd + Display>(
     field: &str,
-    value: Option<f64>,
-    default: f64,
-    range: std::ops::RangeInclusive<f64>,
-) -> Result<f64, ApiError> {
+    value: Option<T>,
+    default: T,
+    range: RangeInclusive<T>,
+) -> Result<T, ApiError> {
     let value = value.unwrap_or(default);
     if range.contains(&value) {
         return Ok(value);
     }
-    Err(out_of_range(field, value, range.start(), range.end()))
-}
-
-fn integer(
-    field: &str,
-    value: Option<i64>,
-    default: i64,
-    range: std::ops::RangeInclusive<i64>,
-) -> Result<i64, ApiError> {
-    let value = value.unwrap_or(default);
-    if range.contains(&value) {
-        return Ok(value);
-    }
-    Err(out_of_range(field, value, range.start(), range.end()))
-}
-
-fn out_of_range<T: std::fmt::Display>(field: &str, value: T, low: &T, high: &T) -> ApiError {
-    ApiError::bad_value(field, format!("`{field}` must be from {low} to {high}, not {value}."))
+    let (low, high) = range.into_inner();
+    let message = format!("`{field}` must be from {low} to {high}, not {value}.");
+    Err(ApiError::bad_value(field, message))
 }
 
 #[cfg(test)]
