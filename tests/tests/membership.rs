@@ -48,6 +48,20 @@ async fn read_tokens(stream: &mut Sse, tokens: usize) -> Vec<Value> {
     events
 }
 
+/// Starts a stream for each request, and then reads `tokens` tokens of each.
+async fn begin(cluster: &Cluster, requests: &[Value], tokens: usize) -> Vec<(Sse, Vec<Value>)> {
+    let mut streams = Vec::new();
+    for request in requests {
+        streams.push(cluster.api.stream("/v1/completions", &streaming(request)).await);
+    }
+    let mut begun = Vec::new();
+    for mut stream in streams {
+        let events = read_tokens(&mut stream, tokens).await;
+        begun.push((stream, events));
+    }
+    begun
+}
+
 #[tokio::test]
 async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
     let ttl = 3;
@@ -62,14 +76,7 @@ async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
     let requests = requests(8, 96);
     let expected = undisturbed(&cluster, &requests).await;
 
-    let mut streams = Vec::new();
-    for request in &requests {
-        streams.push(cluster.api.stream("/v1/completions", &streaming(request)).await);
-    }
-    let mut begun = Vec::new();
-    for stream in &mut streams {
-        begun.push(read_tokens(stream, 4).await);
-    }
+    let streams = begin(&cluster, &requests, 4).await;
     let (first, second) = (cluster.workers[1].status().await, cluster.workers[2].status().await);
     assert!(first.running > 0 && second.running > 0, "load on both: {first:?} {second:?}");
 
@@ -93,7 +100,7 @@ async fn streams_survive_the_death_of_their_decode_worker_token_for_token() {
     .await;
     let gone = killed.elapsed();
 
-    for (i, (stream, mut events)) in streams.into_iter().zip(begun).enumerate() {
+    for (i, (stream, mut events)) in streams.into_iter().enumerate() {
         events.extend(stream.collect().await);
         assert_eq!(streamed_ids(&events, 0), expected[i], "request {i}");
         let ends = choices(&events, 0).filter(|choice| choice["finish_reason"] == "length");
@@ -161,19 +168,12 @@ async fn a_worker_that_is_stopped_leaves_at_once_and_finishes_its_requests() {
     let mut cluster = Cluster::builder().unified(2).start().await;
     let requests = requests(6, 96);
     let expected = undisturbed(&cluster, &requests).await;
-    let mut streams = Vec::new();
-    for request in &requests {
-        streams.push(cluster.api.stream("/v1/completions", &streaming(request)).await);
-    }
-    let mut begun = Vec::new();
-    for stream in &mut streams {
-        begun.push(read_tokens(stream, 2).await);
-    }
+    let streams = begin(&cluster, &requests, 2).await;
     let mut leaving = cluster.workers.remove(0);
     let leave = leaving.process.stop();
     let finish = async {
         let mut answers = Vec::new();
-        for (stream, mut events) in streams.into_iter().zip(begun) {
+        for (stream, mut events) in streams {
             events.extend(stream.collect().await);
             answers.push(streamed_ids(&events, 0));
         }
