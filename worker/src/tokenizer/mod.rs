@@ -1,5 +1,7 @@
 //! The tokenizer and chat template that a GGUF carries, in the form gateways take.
 
+mod sentencepiece;
+
 use baton_proto::TokenizerBundle;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::tokenizer::TokenizerFromGguf as _;
@@ -14,28 +16,19 @@ use crate::gguf::{Gguf, LoadError};
 
 /// Reads `tokenizer.ggml.*`.
 ///
-/// candle builds the byte-level BPE; the pre-tokenizer is ours, because candle knows fewer of
-/// llama.cpp's names (`tokenizer.ggml.pre`) and treats the rest as GPT-2's.
-///
 /// # Errors
 /// [`LoadError::Unsupported`] for a tokenizer model or pre-tokenizer this engine does not know.
 pub fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
-    let corrupt = |error: candle_core::Error| gguf.corrupt(error.to_string());
-    let model = gguf.optional_str("tokenizer.ggml.model")?.unwrap_or_default();
-    if model != "gpt2" {
-        return Err(gguf.unsupported(format!(
-            "tokenizer model `{model}` is not supported; supported: gpt2 (byte-level BPE)"
-        )));
-    }
-    let mut tokenizer = Tokenizer::from_gguf(gguf.content()).map_err(corrupt)?;
-    let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
-    let splitter = pre_tokenizer(pre).ok_or_else(|| {
-        gguf.unsupported(format!(
-            "pre-tokenizer `{pre}` is not supported; supported: {}",
-            PRE_TOKENIZERS.join(", ")
-        ))
-    })?;
-    tokenizer.with_pre_tokenizer(Some(splitter));
+    let tokenizer = match gguf.optional_str("tokenizer.ggml.model")?.unwrap_or_default() {
+        "gpt2" => byte_level(gguf)?,
+        "llama" => sentencepiece::read(gguf)?,
+        other => {
+            return Err(gguf.unsupported(format!(
+                "tokenizer model `{other}` is not supported; supported: gpt2 (byte-level BPE), \
+                 llama (SentencePiece BPE)"
+            )));
+        }
+    };
     let tokenizer_json = tokenizer
         .to_string(false)
         .map_err(|error| gguf.corrupt(format!("tokenizer does not serialize: {error}")))?;
@@ -45,6 +38,22 @@ pub fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
         bos_token: token_text(gguf, "tokenizer.ggml.bos_token_id")?,
         eos_token: token_text(gguf, "tokenizer.ggml.eos_token_id")?,
     })
+}
+
+/// Byte-level BPE. candle builds it; the pre-tokenizer is ours, because candle knows fewer of
+/// llama.cpp's names (`tokenizer.ggml.pre`) and treats the rest as GPT-2's.
+fn byte_level(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
+    let mut tokenizer = Tokenizer::from_gguf(gguf.content())
+        .map_err(|error: candle_core::Error| gguf.corrupt(error.to_string()))?;
+    let pre = gguf.optional_str("tokenizer.ggml.pre")?.unwrap_or("default");
+    let splitter = pre_tokenizer(pre).ok_or_else(|| {
+        gguf.unsupported(format!(
+            "pre-tokenizer `{pre}` is not supported; supported: {}",
+            PRE_TOKENIZERS.join(", ")
+        ))
+    })?;
+    tokenizer.with_pre_tokenizer(Some(splitter));
+    Ok(tokenizer)
 }
 
 /// The tokens that end a generation: end of text and, where the file names it, end of turn.
