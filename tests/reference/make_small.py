@@ -1,21 +1,25 @@
 #!/usr/bin/env python3
 """Makes small seeded checkpoints of architectures of which no real small weights are at hand.
 
-For each: a GGUF with matrices in float16, and what `transformers` computes from the same numbers in
-float32. The models are untrained: they show that the arithmetic is the architecture's, no more.
+For each: a folder as Hugging Face publishes models and (but for Gemma 3, of which there is a real
+one) a GGUF, both with matrices in float16, and what `transformers` computes from the same numbers
+in float32. The models are untrained: they show that the arithmetic is the architecture's, no more.
 
     venv/bin/python make_small.py --out small
 """
 
 import argparse
+import copy
 import json
 import pathlib
 
 import gguf
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+    Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, Qwen2Config,
+    Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )
 
 VOCAB, LAYERS, STEPS = 256, 2, 16
@@ -28,6 +32,11 @@ MODELS = {
     "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(
+        **{**SHAPE, "num_hidden_layers": 3, "tie_word_embeddings": True}, head_dim=32,
+        query_pre_attn_scalar=32, sliding_window=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )),
 }
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -37,6 +46,20 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+ALPHABET = [chr(i) if 33 <= i < 127 else chr(256 + i) for i in range(VOCAB - 1)]
+
+
+def write_folder(path: pathlib.Path, model: torch.nn.Module) -> None:
+    """`config.json`, `model.safetensors`, and a tokenizer of single characters."""
+    # A copy: rounding would reach the angles of RoPE too.
+    copy.deepcopy(model).half().save_pretrained(path)
+    vocab = {token: i for i, token in enumerate([*ALPHABET, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
 
 
 def gguf_name(name: str) -> str:
@@ -71,10 +94,9 @@ def write(path: pathlib.Path, name: str, model: torch.nn.Module) -> None:
     writer.add_value_length(head_dim)
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    alphabet = [chr(i) if 33 <= i < 127 else chr(256 + i) for i in range(VOCAB - 1)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default" if name == "mistral" else "qwen2")
-    writer.add_token_list([*alphabet, "ab"])
+    writer.add_token_list([*ALPHABET, "ab"])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(0)
     for key, tensor in model.state_dict().items():
@@ -102,9 +124,10 @@ def main() -> None:
             for parameter in model.parameters():
                 # Far from the small uniform start, so that norms, biases and softmax all matter.
                 parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 0.5))
-                if parameter.ndim == 2:
-                    parameter.copy_(parameter.half().float())
-        write(out / f"{name}.gguf", name, model)
+                parameter.copy_(parameter.half().float())
+        write_folder(out / name, model)
+        if name != "gemma3":
+            write(out / f"{name}.gguf", name, model)
         cases = []
         for length in (1, 20, 150):
             prompt = torch.randint(1, VOCAB, (length,)).tolist()

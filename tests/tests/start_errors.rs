@@ -86,7 +86,7 @@ async fn a_missing_model_file_is_exit_code_66() {
 }
 
 #[tokio::test]
-async fn a_folder_as_the_model_file_is_refused() {
+async fn a_folder_without_a_model_is_exit_code_65() {
     let folder = tempfile::tempdir().expect("a folder");
     model_error(folder.path(), 65).await;
 }

@@ -20,7 +20,7 @@ pub struct Settings {
     #[arg(long, env = "BATON_ROLE")]
     pub role: Role,
 
-    /// A GGUF file. To replace it under a running worker, rename another over it.
+    /// A GGUF file, or a folder with config.json, *.safetensors and tokenizer.json. To replace a file under a running worker, rename another over it.
     #[arg(long, env = "BATON_MODEL")]
     pub model: PathBuf,
 

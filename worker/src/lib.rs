@@ -1,17 +1,16 @@
 //! The worker: one engine, its role chosen at start.
 //!
 //! Data flows down: [`service`] takes gRPC calls, [`engine`] schedules and samples, [`model`]
-//! computes, [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
+//! computes what a [`checkpoint`] holds, [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
 //! share, [`transfer`] moves it between workers.
 
+pub mod checkpoint;
 pub mod config;
 pub mod engine;
-pub mod gguf;
 pub mod kernels;
 pub mod kv;
 pub mod model;
 pub mod sampler;
 pub mod scheduler;
 pub mod service;
-pub mod tokenizer;
 pub mod transfer;

@@ -18,9 +18,9 @@ struct Case {
 }
 
 /// Greedy tokens equal, and logits by no more than keys and values of sixteen bits explain.
-fn agrees(name: &str) {
+fn agrees(name: &str, file: &str) {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
-    let mut model = load(&directory.join(format!("{name}.gguf")), 2).unwrap().model;
+    let mut model = load(&directory.join(file), 2).unwrap().model;
     let text = std::fs::read_to_string(directory.join(format!("{name}.json"))).unwrap();
     let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
     let kv = KvPool::new(kv_layout(model.config(), 16), 20).unwrap();
@@ -36,26 +36,73 @@ fn agrees(name: &str) {
             }
             let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let got = logits.iter().position(|&logit| logit == largest).unwrap() as u32;
-            assert_eq!(got, token, "{name} at position {start}");
+            assert_eq!(got, token, "{file} at position {start}");
             start += tokens.len();
             tokens = vec![token];
         }
     }
-    println!("{name}: largest difference of logits {worst}");
-    assert!(worst < 5e-3, "{name}: largest difference {worst}");
+    println!("{file}: largest difference of logits {worst}");
+    assert!(worst < 5e-3, "{file}: largest difference {worst}");
 }
 
 #[test]
 fn mistral_is_as_in_transformers() {
-    agrees("mistral");
+    agrees("mistral", "mistral.gguf");
+    agrees("mistral", "mistral");
 }
 
 #[test]
 fn qwen2_is_as_in_transformers() {
-    agrees("qwen2");
+    agrees("qwen2", "qwen2.gguf");
+    agrees("qwen2", "qwen2");
 }
 
 #[test]
 fn qwen3_is_as_in_transformers() {
-    agrees("qwen3");
+    agrees("qwen3", "qwen3.gguf");
+    agrees("qwen3", "qwen3");
+}
+
+#[test]
+fn gemma3_in_safetensors_is_as_in_transformers() {
+    agrees("gemma3", "gemma3");
+}
+
+#[test]
+fn a_folder_that_lacks_something_says_what() {
+    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
+    let copy = tempfile::tempdir().unwrap();
+    let path = copy.path().join("model");
+    let refused = |removed: &str, edit: &dyn Fn(String) -> String| {
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir(&path).unwrap();
+        for entry in std::fs::read_dir(small.join("qwen3")).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_name() != removed {
+                std::fs::copy(entry.path(), path.join(entry.file_name())).unwrap();
+            }
+        }
+        if let Ok(config) = std::fs::read_to_string(path.join("config.json")) {
+            std::fs::write(path.join("config.json"), edit(config)).unwrap();
+        }
+        load(&path, 1).map(drop).unwrap_err().to_string()
+    };
+    let same = |config: String| config;
+    for needed in ["config.json", "tokenizer.json"] {
+        let error = refused(needed, &same);
+        assert!(error.contains(needed) && error.contains("does not have this file"), "{error}");
+    }
+    assert!(refused("model.safetensors", &same).contains("no *.safetensors"));
+    let other = refused("", &|config| config.replace("\"qwen3\"", "\"qwen9\""));
+    assert!(other.contains("qwen9") && other.contains("supported: llama"), "{other}");
+    let wide = refused("", &|config| config.replace("\"vocab_size\": 256", "\"vocab_size\": 300"));
+    assert!(wide.contains("expected [300, 64]"), "{wide}");
+    let bytes = std::fs::read(small.join("qwen3/model.safetensors")).unwrap();
+    std::fs::create_dir_all(&path).unwrap();
+    for len in [4, 100, bytes.len() - 1] {
+        std::fs::copy(small.join("qwen3/config.json"), path.join("config.json")).unwrap();
+        std::fs::write(path.join("model.safetensors"), &bytes[..len]).unwrap();
+        let error = load(&path, 1).map(drop).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors"), "{len} bytes: {error}");
+    }
 }

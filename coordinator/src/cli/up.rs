@@ -54,7 +54,7 @@ pub struct UpArgs {
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     host: IpAddr,
 
-    /// A GGUF file; by default a small model that is downloaded on first use.
+    /// A GGUF file, or a folder with safetensors; by default a small model that is downloaded on first use.
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
 

@@ -5,7 +5,7 @@ use super::cpu::Isa;
 use super::packed::Packed;
 use super::pool::{Disjoint, ThreadPool};
 use super::{float, integer, quant};
-use crate::gguf::TensorBytes;
+use crate::checkpoint::TensorBytes;
 use crate::kernels::dot::BLOCK;
 use crate::kernels::lanes::LANES;
 

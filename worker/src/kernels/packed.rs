@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use super::dot::{BLOCK, STEP};
 use super::lanes::LANES;
 use super::pool::ThreadPool;
-use crate::gguf::TensorBytes;
+use crate::checkpoint::TensorBytes;
 
 /// How the blocks of a type are repacked.
 #[derive(Clone, Copy, Debug)]

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use baton_proto::TokenizerBundle;
 use baton_proto::v1::{KvDtype, KvLayout};
 
-use super::architecture::ModelConfig;
+use super::config::ModelConfig;
 use super::weights::{Projection, Weights};
 use super::{Model, ModelError, SequenceSlice};
-use crate::gguf::{Gguf, LoadError};
+use crate::checkpoint::{self, Checkpoint, LoadError};
 use crate::kernels::activations::Activations;
 use crate::kernels::attention::{self, Queries};
 use crate::kernels::cpu::Isa;
@@ -20,7 +20,6 @@ use crate::kernels::page::{self, Shape};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::Rope;
 use crate::kv::pool::KvPool;
-use crate::tokenizer;
 
 /// A model and what else its file tells.
 pub struct LoadedModel {
@@ -34,15 +33,14 @@ pub struct LoadedModel {
     pub weights_digest: String,
 }
 
-/// Loads a GGUF file to run on `threads` threads.
+/// Loads a checkpoint to run on `threads` threads.
 pub fn load(path: &Path, threads: usize) -> Result<LoadedModel, LoadError> {
-    let gguf = Gguf::open(path)?;
-    let model = Decoder::new(&gguf, threads)?;
+    let checkpoint = checkpoint::open(path)?;
     Ok(LoadedModel {
-        model: Box::new(model),
-        eos_token_ids: tokenizer::eos_token_ids(&gguf)?,
-        tokenizer: tokenizer::bundle(&gguf)?,
-        weights_digest: gguf.digest(),
+        model: Box::new(Decoder::new(&*checkpoint, threads)?),
+        eos_token_ids: checkpoint.eos_token_ids()?,
+        tokenizer: checkpoint.tokenizer()?,
+        weights_digest: checkpoint.digest(),
     })
 }
 
@@ -98,11 +96,11 @@ struct Scratch {
 }
 
 impl Decoder {
-    fn new(gguf: &Gguf, threads: usize) -> Result<Self, LoadError> {
-        let config = ModelConfig::read(gguf)?;
+    fn new(checkpoint: &dyn Checkpoint, threads: usize) -> Result<Self, LoadError> {
+        let config = checkpoint.config()?;
         let mut threads = ThreadPool::new(threads)
-            .map_err(|error| gguf.unsupported(format!("cannot start threads: {error}")))?;
-        let weights = Weights::read(gguf, &config, &mut threads)?;
+            .map_err(|error| checkpoint.unsupported(format!("cannot start threads: {error}")))?;
+        let weights = Weights::read(checkpoint, &config, &mut threads)?;
         let rope = |theta| {
             Rope::new(config.pairs, config.head_dim, theta, weights.rope_factors.as_deref())
         };

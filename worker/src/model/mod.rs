@@ -3,11 +3,11 @@
 //! [`Model`] is the seam between the engine, which decides what to run, and an architecture,
 //! which knows how. The engine thread owns the model and calls it once per step.
 
-mod architecture;
+mod config;
 mod decoder;
 mod weights;
 
-pub use architecture::{ModelConfig, Window};
+pub use config::{ModelConfig, Window};
 pub use decoder::{LoadedModel, kv_layout, load};
 
 use std::sync::Arc;

@@ -1,7 +1,7 @@
-//! A decoder's weights, read from a GGUF.
+//! A decoder's weights.
 
-use super::architecture::ModelConfig;
-use crate::gguf::{Gguf, LoadError};
+use super::config::ModelConfig;
+use crate::checkpoint::{Checkpoint, LoadError};
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::quant;
@@ -45,11 +45,11 @@ pub(super) struct Projection {
 impl Weights {
     /// Reads and repacks all tensors, on the pool's threads.
     pub(super) fn read(
-        gguf: &Gguf,
+        checkpoint: &dyn Checkpoint,
         config: &ModelConfig,
         threads: &mut ThreadPool,
     ) -> Result<Self, LoadError> {
-        let mut reader = Reader { gguf, threads };
+        let mut reader = Reader { checkpoint, threads };
         let &ModelConfig { hidden, ffn, head_dim, vocab, .. } = config;
         let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
         let layers = (0..config.layers)
@@ -64,30 +64,30 @@ impl Weights {
                         )?,
                         bias: reader.optional_vector(&name(&format!("{which}.bias")), outputs)?,
                         norm: reader
-                            .optional_vector(&name(&format!("{which}_norm.weight")), head_dim)?,
+                            .optional_norm(&name(&format!("{which}_norm.weight")), head_dim)?,
                     })
                 };
                 Ok(Layer {
                     query: projection("attn_q", q)?,
                     key: projection("attn_k", kv)?,
                     value: projection("attn_v", kv)?,
-                    attention_norm: reader.vector(&name("attn_norm.weight"), hidden)?,
+                    attention_norm: reader.norm(&name("attn_norm.weight"), hidden)?,
                     output: reader.linear(&name("attn_output.weight"), hidden, q)?,
                     post_attention_norm: reader
-                        .optional_vector(&name("post_attention_norm.weight"), hidden)?,
-                    ffn_norm: reader.vector(&name("ffn_norm.weight"), hidden)?,
+                        .optional_norm(&name("post_attention_norm.weight"), hidden)?,
+                    ffn_norm: reader.norm(&name("ffn_norm.weight"), hidden)?,
                     gate: reader.linear(&name("ffn_gate.weight"), ffn, hidden)?,
                     up: reader.linear(&name("ffn_up.weight"), ffn, hidden)?,
                     down: reader.linear(&name("ffn_down.weight"), hidden, ffn)?,
-                    post_ffn_norm: reader.optional_vector(&name("post_ffw_norm.weight"), hidden)?,
+                    post_ffn_norm: reader.optional_norm(&name("post_ffw_norm.weight"), hidden)?,
                 })
             })
             .collect::<Result<Vec<_>, LoadError>>()?;
         Ok(Self {
             embedding: reader.linear("token_embd.weight", vocab, hidden)?,
             layers,
-            norm: reader.vector("output_norm.weight", hidden)?,
-            head: match gguf.has_tensor("output.weight") {
+            norm: reader.norm("output_norm.weight", hidden)?,
+            head: match checkpoint.has_tensor("output.weight") {
                 true => Some(reader.linear("output.weight", vocab, hidden)?),
                 false => None,
             },
@@ -97,22 +97,23 @@ impl Weights {
 }
 
 struct Reader<'a> {
-    gguf: &'a Gguf,
+    checkpoint: &'a dyn Checkpoint,
     threads: &'a mut ThreadPool,
 }
 
 impl Reader<'_> {
     fn linear(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, LoadError> {
-        let tensor = self.gguf.tensor(name)?;
+        let tensor = self.checkpoint.tensor(name)?;
         if tensor.dims != [outputs, inputs] {
-            return Err(self.gguf.corrupt(format!(
+            return Err(self.checkpoint.corrupt(format!(
                 "tensor {name} is {:?}, expected [{outputs}, {inputs}]",
                 tensor.dims
             )));
         }
         let linear = Linear::new(self.threads, tensor.clone()).ok_or_else(|| {
             let dtype = tensor.dtype;
-            self.gguf.unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
+            self.checkpoint
+                .unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
         })?;
         if linear.is_repacked() {
             tensor.forget();
@@ -121,9 +122,9 @@ impl Reader<'_> {
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.gguf.tensor(name)?;
+        let tensor = self.checkpoint.tensor(name)?;
         if tensor.dims != [len] || !quant::supported(tensor.dtype) {
-            return Err(self.gguf.corrupt(format!(
+            return Err(self.checkpoint.corrupt(format!(
                 "tensor {name} is {:?} {:?}, expected [{len}]",
                 tensor.dtype, tensor.dims
             )));
@@ -133,10 +134,19 @@ impl Reader<'_> {
         Ok(values)
     }
 
+    /// The weights of a norm.
+    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        let mut values = self.vector(name, len)?;
+        let offset = self.checkpoint.norm_offset();
+        values.iter_mut().for_each(|value| *value += offset);
+        Ok(values)
+    }
+
+    fn optional_norm(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
+        self.checkpoint.has_tensor(name).then(|| self.norm(name, len)).transpose()
+    }
+
     fn optional_vector(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
-        match self.gguf.has_tensor(name) {
-            true => self.vector(name, len).map(Some),
-            false => Ok(None),
-        }
+        self.checkpoint.has_tensor(name).then(|| self.vector(name, len)).transpose()
     }
 }

@@ -1,7 +1,5 @@
 //! The tokenizer and chat template that a GGUF carries, in the form gateways take.
 
-mod sentencepiece;
-
 use baton_proto::TokenizerBundle;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::tokenizer::TokenizerFromGguf as _;
@@ -12,13 +10,14 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use crate::gguf::{Gguf, LoadError};
+use super::gguf::Gguf;
+use super::{Checkpoint, LoadError, sentencepiece};
 
 /// Reads `tokenizer.ggml.*`.
 ///
 /// # Errors
 /// [`LoadError::Unsupported`] for a tokenizer model or pre-tokenizer this engine does not know.
-pub fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
+pub(super) fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
     let tokenizer = match gguf.optional_str("tokenizer.ggml.model")?.unwrap_or_default() {
         "gpt2" => byte_level(gguf)?,
         "llama" => sentencepiece::read(gguf)?,
@@ -57,7 +56,7 @@ fn byte_level(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
 }
 
 /// The tokens that end a generation: end of text and, where the file names it, end of turn.
-pub fn eos_token_ids(gguf: &Gguf) -> Result<Vec<u32>, LoadError> {
+pub(super) fn eos_token_ids(gguf: &Gguf) -> Result<Vec<u32>, LoadError> {
     let mut ids = Vec::new();
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
         if let Some(id) = gguf.optional_usize(key)?

@@ -16,7 +16,8 @@ use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, Tokenizer};
 
-use crate::gguf::{Gguf, LoadError};
+use super::gguf::Gguf;
+use super::{Checkpoint, LoadError};
 
 /// How SentencePiece writes a space.
 const SPACE: &str = "▁";
