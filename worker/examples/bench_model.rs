@@ -6,9 +6,10 @@
 
 use std::error::Error;
 use std::io::{BufRead, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
+use baton_worker::config::{ActivationBits, KvCacheDtype};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{Model, SequenceSlice, kv_layout, load};
 use clap::Parser;
@@ -36,6 +37,12 @@ struct Arguments {
     /// Runs of each measure; the median is printed.
     #[arg(long, default_value_t = 5)]
     runs: usize,
+    /// As of the worker.
+    #[arg(long, default_value = "16")]
+    activation_bits: ActivationBits,
+    /// As of the worker.
+    #[arg(long, default_value = "int16")]
+    kv_cache_dtype: KvCacheDtype,
     /// Take measures from stdin, one JSON object per line, and answer each with one.
     #[arg(long)]
     json: bool,
@@ -69,11 +76,15 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(path: &Path, threads: usize, sequences: usize) -> Result<Self, Box<dyn Error>> {
-        let model = load(path, threads)?.model;
+    fn new(arguments: &Arguments, sequences: usize) -> Result<Self, Box<dyn Error>> {
+        let activations = arguments.activation_bits.into();
+        let model = load(&arguments.model, arguments.threads, activations)?.model;
         let each = POSITIONS / BLOCK;
         Ok(Self {
-            kv: KvPool::new(kv_layout(model.config(), BLOCK), sequences * each)?,
+            kv: KvPool::new(
+                kv_layout(model.config(), BLOCK, arguments.kv_cache_dtype.into()),
+                sequences * each,
+            )?,
             model,
             tables: (0..sequences)
                 .map(|i| ((i * each) as u32..((i + 1) * each) as u32).collect())
@@ -133,11 +144,9 @@ impl Bench {
         steps: usize,
     ) -> Result<f64, Box<dyn Error>> {
         if !(1..=self.tables.len()).contains(&streams) || context + steps > POSITIONS {
-            return Err(format!(
-                "at most {} streams and {POSITIONS} positions",
-                self.tables.len()
-            )
-            .into());
+            return Err(
+                format!("at most {} streams and {POSITIONS} positions", self.tables.len()).into()
+            );
         }
         for sequence in 0..streams {
             if self.filled[sequence] < context {
@@ -162,7 +171,7 @@ impl Bench {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
-    let bench = Bench::new(&arguments.model, arguments.threads, SEQUENCES)?;
+    let bench = Bench::new(&arguments, SEQUENCES)?;
     if arguments.json { serve(bench, &arguments) } else { print_all(bench, arguments.runs) }
 }
 
@@ -181,11 +190,14 @@ fn answer(bench: &mut Bench, arguments: &Arguments, line: &str) -> Result<Value,
         Measure::About => json!({
             "version": env!("CARGO_PKG_VERSION"),
             "kv_bytes_per_token": bench.kv.layout().block_bytes as usize / BLOCK,
-            "notes": format!("prompts in chunks of {CHUNK}; activations and KV of sixteen bits"),
+            "notes": format!(
+                "prompts in chunks of {CHUNK}; activations of {:?} bits, KV in {:?}",
+                arguments.activation_bits, arguments.kv_cache_dtype
+            ).to_lowercase(),
         }),
         Measure::Load => {
             let start = Instant::now();
-            Bench::new(&arguments.model, arguments.threads, 1)?.prompt(0, 1)?;
+            Bench::new(arguments, 1)?.prompt(0, 1)?;
             json!({ "seconds": start.elapsed().as_secs_f64() })
         }
         Measure::Prefill { tokens } => {

@@ -77,8 +77,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = settings.threads.unwrap_or(cores);
-    let path = settings.model.clone();
-    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads))
+    let (path, activations) = (settings.model.clone(), settings.activation_bits.into());
+    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?
         .map_err(|error| match error {
@@ -86,7 +86,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
             _ => Failure::new(Exit::BadModel, error),
         })?;
     let config = loaded.model.config().clone();
-    let layout = model::kv_layout(&config, settings.block_size);
+    let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
     let blocks = settings.kv_memory / layout.block_bytes as usize;
     if blocks < 2 {
         let message = format!(

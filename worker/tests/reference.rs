@@ -6,8 +6,9 @@
 use std::path::PathBuf;
 use std::str::FromStr as _;
 
+use baton_proto::v1::KvDtype;
 use baton_worker::kv::pool::KvPool;
-use baton_worker::model::{LoadedModel, SequenceSlice, kv_layout, load};
+use baton_worker::model::{LoadedModel, Precision, SequenceSlice, kv_layout, load};
 use serde_json::Value;
 
 const BLOCK: usize = 16;
@@ -20,7 +21,8 @@ fn model_path() -> PathBuf {
 }
 
 fn loaded() -> LoadedModel {
-    load(&model_path(), 2).unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"))
+    load(&model_path(), 2, Precision::Sixteen)
+        .unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"))
 }
 
 fn fixture(name: &str) -> Value {
@@ -58,7 +60,7 @@ fn argmax(logits: &[f32]) -> u32 {
 #[test]
 fn logits_are_those_of_transformers() {
     let mut model = loaded();
-    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK), 100).unwrap();
+    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK, KvDtype::I16), 100).unwrap();
     let blocks: Vec<u32> = (0..100).collect();
     let mut worst = 0f32;
     for case in fixture("logits.json")["cases"].as_array().unwrap() {
@@ -80,7 +82,7 @@ fn logits_are_those_of_transformers() {
 #[test]
 fn greedy_tokens_are_those_of_transformers() {
     let mut model = loaded();
-    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK), 100).unwrap();
+    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK, KvDtype::I16), 100).unwrap();
     let blocks: Vec<u32> = (0..100).collect();
     let fixture = fixture("greedy.json");
     let cases = fixture["cases"].as_array().unwrap();
@@ -110,7 +112,7 @@ fn greedy_tokens_are_those_of_transformers() {
 #[test]
 fn logits_do_not_depend_on_chunks_batch_or_blocks() {
     let mut model = loaded();
-    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK), 300).unwrap();
+    let kv = KvPool::new(kv_layout(model.model.config(), BLOCK, KvDtype::I16), 300).unwrap();
     let fixture = fixture("greedy.json");
     let prompts: Vec<Vec<u32>> = fixture["cases"].as_array().unwrap()[10..16]
         .iter()

@@ -1,7 +1,7 @@
 //! Rows of activations, as floats and as what the integer products read.
 
 use super::cpu::{Isa, dispatch_dot};
-use super::dot::{BLOCK, Dot, LARGEST};
+use super::dot::{BLOCK, Dot};
 use super::pool::ThreadPool;
 
 /// Bytes of a block: 64 of activations, then as floats the scale, the scaled sum of all, and the
@@ -10,9 +10,30 @@ pub(super) const BLOCK_BYTES: usize = 80;
 /// Where the scale and the sums of a block are.
 pub(super) const FACTORS: usize = 64;
 
+/// How finely activations are rounded before their products with quantized weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// To sixteen bits: products agree with float32 arithmetic to about five digits.
+    #[default]
+    Sixteen,
+    /// To eight bits, as llama.cpp does: half the multiplications where the CPU multiplies bytes.
+    Eight,
+}
+
+impl Precision {
+    /// The largest magnitude after scaling.
+    fn largest(self) -> f32 {
+        match self {
+            Self::Sixteen => 127.0 * 256.0,
+            Self::Eight => 127.0,
+        }
+    }
+}
+
 /// Rows of equal width, a multiple of 32. Grown to the most rows seen and kept.
 #[derive(Default)]
 pub struct Activations {
+    precision: Precision,
     rows: usize,
     width: usize,
     floats: Vec<f32>,
@@ -20,6 +41,16 @@ pub struct Activations {
 }
 
 impl Activations {
+    /// No rows yet.
+    pub fn new(precision: Precision) -> Self {
+        Self { precision, ..Self::default() }
+    }
+
+    /// How the rows are rounded.
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// How many rows there are.
     pub fn rows(&self) -> usize {
         self.rows
@@ -62,18 +93,19 @@ impl Activations {
         self.floats.resize(self.floats.len().max(rows * width), 0.0);
         let bytes = self.row_bytes();
         self.blocks.resize(self.blocks.len().max(rows * bytes), 0);
+        let largest = self.precision.largest();
         let floats = &mut self.floats[..rows * width];
         let blocks = &mut self.blocks[..rows * bytes];
         pool.for_rows((floats, width), (blocks, bytes), |row, out, blocks| {
             write(row, out);
             // SAFETY: `isa` is available; a row has `width / BLOCK` blocks.
-            unsafe { quantize(isa, out.as_ptr(), width / BLOCK, blocks.as_mut_ptr()) }
+            unsafe { quantize(isa, out.as_ptr(), width / BLOCK, largest, blocks.as_mut_ptr()) }
         });
     }
 }
 
 #[inline(always)]
-unsafe fn quantize_kernel<D: Dot>(x: *const f32, blocks: usize, to: *mut u8) {
+unsafe fn quantize_kernel<D: Dot>(x: *const f32, blocks: usize, largest: f32, to: *mut u8) {
     for block in 0..blocks {
         // SAFETY: the caller grants `blocks` blocks of floats and of bytes.
         unsafe {
@@ -83,7 +115,7 @@ unsafe fn quantize_kernel<D: Dot>(x: *const f32, blocks: usize, to: *mut u8) {
             let (scale, inverse) = match magnitude {
                 _ if !magnitude.is_finite() => (f32::NAN, 0.0),
                 _ if magnitude < 1e-30 => (0.0, 0.0),
-                _ => (magnitude / LARGEST, LARGEST / magnitude),
+                _ => (magnitude / largest, largest / magnitude),
             };
             let [first, second] = D::split(x, inverse, to);
             let sums = [first.wrapping_add(second), first, second].map(|sum| scale * sum as f32);
@@ -92,4 +124,8 @@ unsafe fn quantize_kernel<D: Dot>(x: *const f32, blocks: usize, to: *mut u8) {
         }
     }
 }
-dispatch_dot! { unsafe fn quantize(x: *const f32, blocks: usize, to: *mut u8) => quantize_kernel; }
+dispatch_dot! {
+    unsafe fn quantize(
+        x: *const f32, blocks: usize, largest: f32, to: *mut u8,
+    ) => quantize_kernel, VnniDot;
+}

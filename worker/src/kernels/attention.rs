@@ -10,7 +10,9 @@ use std::ops::Range;
 
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
-use super::page::{Matrix, Shape};
+use baton_proto::v1::KvDtype;
+
+use super::page::{Element, Matrix, Shape};
 use super::pool::{Disjoint, ThreadPool};
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
@@ -228,22 +230,22 @@ impl Call<'_> {
     /// Sixteen keys from `key` on, a multiple of sixteen: `block_size` elements from a dimension
     /// to the next, and a scale for each.
     #[inline(always)]
-    unsafe fn keys(&self, key: usize) -> (*const i16, *const f32) {
+    unsafe fn keys<E: Element>(&self, key: usize) -> (*const E, *const f32) {
         let (block, slot) = self.place(key);
         // SAFETY: inside the block.
         unsafe {
-            let page = self.shape.page(block, self.layer, Matrix::Keys, self.head);
+            let page = self.shape.page::<E>(block, self.layer, Matrix::Keys, self.head);
             (page.elements.add(slot), page.scales.add(slot))
         }
     }
 
     /// Sixteen values from that of `key` on: `head_dim` elements, and a scale, for each.
     #[inline(always)]
-    unsafe fn values(&self, key: usize) -> (*const i16, *const f32) {
+    unsafe fn values<E: Element>(&self, key: usize) -> (*const E, *const f32) {
         let (block, slot) = self.place(key);
         // SAFETY: inside the block.
         unsafe {
-            let page = self.shape.page(block, self.layer, Matrix::Values, self.head);
+            let page = self.shape.page::<E>(block, self.layer, Matrix::Values, self.head);
             (page.elements.add(slot * self.shape.head_dim), page.scales.add(slot))
         }
     }
@@ -280,6 +282,27 @@ unsafe fn weigh_kernel<V: Lanes>(
     scores: *mut f32,
     partial: *mut f32,
 ) {
+    // SAFETY: handed on, with the type of the pages' elements.
+    unsafe {
+        match call.shape.dtype {
+            KvDtype::I8 => weigh_elements::<V, i8>(call, segment, scores, partial),
+            _ => weigh_elements::<V, i16>(call, segment, scores, partial),
+        }
+    }
+}
+dispatch! {
+    unsafe fn weigh(
+        call: &Call<'_>, segment: usize, scores: *mut f32, partial: *mut f32,
+    ) => weigh_kernel;
+}
+
+#[inline(always)]
+unsafe fn weigh_elements<V: Lanes, E: Element>(
+    call: &Call<'_>,
+    segment: usize,
+    scores: *mut f32,
+    partial: *mut f32,
+) {
     let row = partial_row(call.shape);
     // The first queries of a tile may see nothing of its last segment, and with a window the last
     // ones nothing of its first.
@@ -291,40 +314,35 @@ unsafe fn weigh_kernel<V: Lanes>(
         let mut query = first;
         while query < end {
             query += match (V::WIDE, end - query) {
-                (true, 12..) => score::<V, 12, 2>(call, segment, query, scores),
-                (true, 6..) => score::<V, 6, 2>(call, segment, query, scores),
-                (true, 3..) => score::<V, 3, 4>(call, segment, query, scores),
-                (true, _) => score::<V, 1, 4>(call, segment, query, scores),
-                (false, 3..) => score::<V, 3, 1>(call, segment, query, scores),
-                (false, _) => score::<V, 1, 2>(call, segment, query, scores),
+                (true, 12..) => score::<V, E, 12, 2>(call, segment, query, scores),
+                (true, 6..) => score::<V, E, 6, 2>(call, segment, query, scores),
+                (true, 3..) => score::<V, E, 3, 4>(call, segment, query, scores),
+                (true, _) => score::<V, E, 1, 4>(call, segment, query, scores),
+                (false, 3..) => score::<V, E, 3, 1>(call, segment, query, scores),
+                (false, _) => score::<V, E, 1, 2>(call, segment, query, scores),
             };
         }
         for query in first..end {
             let (seen, partial) = (call.seen(query, segment), partial.add(query * row));
             let summary = partial.add(call.shape.head_dim);
-            exponents::<V>(call, segment, seen, scores.add(query * SEGMENT), summary);
+            exponents::<V, E>(call, segment, seen, scores.add(query * SEGMENT), summary);
         }
         let mut query = first;
         while query < end {
             query += match (V::WIDE, end - query) {
-                (true, 12..) => weighted_sum::<V, 12, 2>(call, segment, query, scores, partial),
-                (true, 6..) => weighted_sum::<V, 6, 4>(call, segment, query, scores, partial),
-                (true, 3..) => weighted_sum::<V, 3, 4>(call, segment, query, scores, partial),
-                _ => weighted_sum::<V, 1, 4>(call, segment, query, scores, partial),
+                (true, 12..) => weighted_sum::<V, E, 12, 2>(call, segment, query, scores, partial),
+                (true, 6..) => weighted_sum::<V, E, 6, 4>(call, segment, query, scores, partial),
+                (true, 3..) => weighted_sum::<V, E, 3, 4>(call, segment, query, scores, partial),
+                _ => weighted_sum::<V, E, 1, 4>(call, segment, query, scores, partial),
             };
         }
     }
-}
-dispatch! {
-    unsafe fn weigh(
-        call: &Call<'_>, segment: usize, scores: *mut f32, partial: *mut f32,
-    ) => weigh_kernel;
 }
 
 /// Scores of `N` queries against the keys of a segment that the last of them sees, `C` times
 /// sixteen keys at once.
 #[inline(always)]
-unsafe fn score<V: Lanes, const N: usize, const C: usize>(
+unsafe fn score<V: Lanes, E: Element, const N: usize, const C: usize>(
     call: &Call<'_>,
     segment: usize,
     query: usize,
@@ -336,11 +354,11 @@ unsafe fn score<V: Lanes, const N: usize, const C: usize>(
     unsafe {
         let mut column = call.seen(query, segment).start / LANES;
         while column + C <= columns {
-            score_columns::<V, N, C>(call, segment, query, column, scores);
+            score_columns::<V, E, N, C>(call, segment, query, column, scores);
             column += C;
         }
         while column < columns {
-            score_columns::<V, N, 1>(call, segment, query, column, scores);
+            score_columns::<V, E, N, 1>(call, segment, query, column, scores);
             column += 1;
         }
     }
@@ -348,7 +366,7 @@ unsafe fn score<V: Lanes, const N: usize, const C: usize>(
 }
 
 #[inline(always)]
-unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
+unsafe fn score_columns<V: Lanes, E: Element, const N: usize, const C: usize>(
     call: &Call<'_>,
     segment: usize,
     query: usize,
@@ -362,13 +380,13 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
         for n in 0..N {
             q[n] = call.q.add(call.offset(query + n));
         }
-        let mut keys = [(std::ptr::null::<i16>(), std::ptr::null::<f32>()); C];
+        let mut keys = [(std::ptr::null::<E>(), std::ptr::null::<f32>()); C];
         for c in 0..C {
             keys[c] = call.keys(segment * SEGMENT + (column + c) * LANES);
         }
         // The values of these keys are read next: asked for now, they are in the second-level cache by
         // then. Pages are too small, and too far apart, for the CPU to foresee it.
-        let mut values = [std::ptr::null::<i16>(); C];
+        let mut values = [std::ptr::null::<E>(); C];
         for c in 0..C {
             values[c] = call.values(segment * SEGMENT + (column + c) * LANES).0;
         }
@@ -379,7 +397,7 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
                 if d % 2 == 0 {
                     V::prefetch(values[c].add(d * LANES));
                 }
-                key[c] = V::load_i16(keys[c].0.add(d * call.shape.block_size));
+                key[c] = E::load::<V>(keys[c].0.add(d * call.shape.block_size));
             }
             for n in 0..N {
                 let q = V::splat(*q[n].add(d));
@@ -401,7 +419,7 @@ unsafe fn score_columns<V: Lanes, const N: usize, const C: usize>(
 /// Turns a query's scores into `e^(score - largest)`, times the scale of each value; writes the
 /// largest score, and the sum without the scales.
 #[inline(always)]
-unsafe fn exponents<V: Lanes>(
+unsafe fn exponents<V: Lanes, E: Element>(
     call: &Call<'_>,
     segment: usize,
     seen: Range<usize>,
@@ -423,7 +441,7 @@ unsafe fn exponents<V: Lanes>(
         let mut sum = V::splat(0.0);
         for i in (from..padded).step_by(LANES) {
             let weight = V::load(scores.add(i)).sub(V::splat(largest)).exp();
-            let (_, scales) = call.values(segment * SEGMENT + i);
+            let (_, scales) = call.values::<E>(segment * SEGMENT + i);
             weight.mul(V::load(scales)).store(scores.add(i));
             sum = sum.add(weight);
         }
@@ -435,7 +453,7 @@ unsafe fn exponents<V: Lanes>(
 /// The sum of a segment's values by weight, for `N` queries, `WIDTH` vectors of a head in one walk
 /// over the pages.
 #[inline(always)]
-unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
+unsafe fn weighted_sum<V: Lanes, E: Element, const N: usize, const WIDTH: usize>(
     call: &Call<'_>,
     segment: usize,
     query: usize,
@@ -456,7 +474,7 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
             for n in 0..N {
                 let seen = call.seen(query + n, segment);
                 let own = seen.start..seen.end.min(shared.start);
-                add_alone::<V, WIDTH>(
+                add_alone::<V, E, WIDTH>(
                     call,
                     segment,
                     own,
@@ -468,10 +486,10 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
             let mut key = shared.start;
             while key < shared.end {
                 // Within sixteen keys the values follow each other.
-                let value = call.values(segment * SEGMENT + key).0.add(dim);
+                let value = call.values::<E>(segment * SEGMENT + key).0.add(dim);
                 // The keys of the next segment are read next.
                 let ahead = ((segment + 1) * SEGMENT + key).min(call.position / LANES * LANES);
-                let ahead = call.keys(ahead / LANES * LANES).0;
+                let ahead = call.keys::<E>(ahead / LANES * LANES).0;
                 let run = (LANES - key % LANES).min(shared.end - key);
                 for i in 0..run {
                     for w in 0..WIDTH / 2 {
@@ -480,7 +498,7 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
                     let value = value.add(i * head_dim);
                     for w in 0..WIDTH {
                         if w < width {
-                            let value = V::load_i16(value.add(w * LANES));
+                            let value = E::load::<V>(value.add(w * LANES));
                             for n in 0..N {
                                 let weight = V::splat(*weights.add(n * SEGMENT + key + i));
                                 sums[n][w] = weight.mul_add(value, sums[n][w]);
@@ -493,7 +511,7 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
             for n in 0..N {
                 let seen = call.seen(query + n, segment);
                 let own = shared.end.max(seen.start)..seen.end;
-                add_alone::<V, WIDTH>(
+                add_alone::<V, E, WIDTH>(
                     call,
                     segment,
                     own,
@@ -512,7 +530,7 @@ unsafe fn weighted_sum<V: Lanes, const N: usize, const WIDTH: usize>(
 
 /// Adds values by weight for one query.
 #[inline(always)]
-unsafe fn add_alone<V: Lanes, const WIDTH: usize>(
+unsafe fn add_alone<V: Lanes, E: Element, const WIDTH: usize>(
     call: &Call<'_>,
     segment: usize,
     keys: Range<usize>,
@@ -524,11 +542,11 @@ unsafe fn add_alone<V: Lanes, const WIDTH: usize>(
     for key in keys {
         // SAFETY: the query sees these keys, so their values have been written.
         unsafe {
-            let value = call.values(segment * SEGMENT + key).0.add(dim);
+            let value = call.values::<E>(segment * SEGMENT + key).0.add(dim);
             let weight = V::splat(*weights.add(key));
             for w in 0..WIDTH {
                 if w < width {
-                    let value = V::load_i16(value.add(w * LANES));
+                    let value = E::load::<V>(value.add(w * LANES));
                     sums[w] = weight.mul_add(value, sums[w]);
                 }
             }
@@ -592,7 +610,7 @@ dispatch! { unsafe fn finish(call: &Call<'_>, whole: *const f32) => finish_kerne
 
 #[cfg(test)]
 mod tests {
-    use baton_proto::v1::{KvDtype, KvLayout};
+    use baton_proto::v1::KvLayout;
     use proptest::prelude::*;
 
     use super::super::page::store;
@@ -600,6 +618,13 @@ mod tests {
 
     fn value(seed: usize, i: usize) -> f32 {
         ((seed * 7919 + i * 104_729) % 10_007) as f32 / 5003.5 - 1.0
+    }
+
+    /// What a page keeps of a head's vector.
+    fn kept(dtype: KvDtype, x: &[f32]) -> Vec<f32> {
+        let largest = if dtype == KvDtype::I8 { 127.0 } else { 32767.0 };
+        let magnitude = x.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        x.iter().map(|x| (x * largest / magnitude).round() * magnitude / largest).collect()
     }
 
     /// The formula, in float64, over plain arrays.
@@ -624,13 +649,14 @@ mod tests {
         fn agrees_with_float64_and_does_not_depend_on_the_chunk(
             kv_heads in 1usize..4, group in 1usize..5, dims in 1usize..9, pages in 1usize..3,
             length in prop_oneof![1usize..90, 240usize..600], chunk in 1usize..70,
+            dtype in prop_oneof![Just(KvDtype::I16), Just(KvDtype::I8)],
             window in prop_oneof![Just(None), (1usize..300).prop_map(Some)], seed in 0usize..1000,
         ) {
-            let shape = Shape { heads: kv_heads * group, kv_heads, head_dim: dims * 16, block_size: pages * 16 };
+            let shape = Shape { heads: kv_heads * group, kv_heads, head_dim: dims * 16, block_size: pages * 16, dtype };
             let layers = 2;
             let layout = KvLayout {
                 block_size: shape.block_size as u32, layers, kv_heads: kv_heads as u32,
-                head_dim: shape.head_dim as u32, dtype: KvDtype::I16.into(),
+                head_dim: shape.head_dim as u32, dtype: dtype.into(),
                 block_bytes: (layers as usize * shape.layer_bytes()) as u64,
             };
             let count = length.div_ceil(shape.block_size);
@@ -669,7 +695,7 @@ mod tests {
                     for head in 0..shape.heads {
                         let at = p * width + head * shape.head_dim;
                         let kv_at = head / group * shape.head_dim;
-                        let part = |rows: Vec<f32>| rows[kv_at..kv_at + shape.head_dim].to_vec();
+                        let part = |rows: Vec<f32>| kept(dtype, &rows[kv_at..kv_at + shape.head_dim]);
                         let first = (p + 1).saturating_sub(window.unwrap_or(usize::MAX));
                         let keys: Vec<_> = (first..=p).map(|p| part(key(p))).collect();
                         let values: Vec<_> = (first..=p).map(|p| part(val(p))).collect();

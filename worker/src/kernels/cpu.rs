@@ -93,9 +93,9 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// As [`dispatch`], for a kernel generic over `Dot`.
+/// As [`dispatch`], for a kernel generic over `Dot`; `$vnni` is the implementation for VNNI.
 macro_rules! dispatch_dot {
-    (unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $kernel:ident;) => {
+    (unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) => $kernel:ident, $vnni:ident;) => {
         unsafe fn $name(isa: $crate::kernels::cpu::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(
@@ -103,7 +103,7 @@ macro_rules! dispatch_dot {
             )]
             unsafe fn vnni($($arg: $ty),*) {
                 // SAFETY: the features are enabled here; the rest is the caller's promise.
-                unsafe { $kernel::<$crate::kernels::dot::VnniDot>($($arg),*) }
+                unsafe { $kernel::<$crate::kernels::dot::$vnni>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]

@@ -5,6 +5,8 @@
 //! integer instructions multiply: with eight, an answer would depend on the rounding of
 //! activations, with sixteen it agrees with float32 arithmetic to about five digits. Where the
 //! CPU multiplies bytes (VNNI), an activation is split into two signed bytes, `256 · high + low`.
+//! Activations that were rounded to eight bits ([`Precision::Eight`](super::activations::Precision))
+//! are all low byte, and [`VnniLowDot`] leaves the other product out.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -13,8 +15,6 @@ use super::lanes::{LANES, Lanes, Portable};
 
 /// Inputs that share one scale of the activations.
 pub(crate) const BLOCK: usize = 32;
-/// The largest activation after scaling: 127 · 256, so that the high byte fits.
-pub(super) const LARGEST: f32 = 32512.0;
 /// Inputs of one step: four of each of sixteen outputs fill 64 bytes of weights.
 pub(super) const STEP: usize = 4;
 
@@ -28,7 +28,7 @@ pub(super) unsafe trait Dot: Copy {
     type Lanes: Lanes;
     /// Weights of sixteen outputs and four inputs.
     type Weights: Copy;
-    /// Rows of activations (at most three) and tiles of sixteen outputs (at most two) of one pass:
+    /// Rows of activations (at most six) and tiles of sixteen outputs (at most two) of one pass:
     /// as many as the registers hold.
     const TILE: (usize, usize);
 
@@ -44,7 +44,8 @@ pub(super) unsafe trait Dot: Copy {
     /// The sums as floats.
     unsafe fn finish(self) -> Self::Lanes;
     /// Writes `x[i] · scale`, rounded, as the 64 bytes that [`Dot::accumulate`] reads; gives the
-    /// sums of both halves. All products must be within ±[`LARGEST`].
+    /// sums of both halves. All products must be within ±32512 (127 · 256), so that the high byte
+    /// fits.
     unsafe fn split(x: *const f32, scale: f32, to: *mut u8) -> [i32; 2];
     /// The largest magnitude of [`BLOCK`] floats; infinite or NaN when one of them is.
     unsafe fn magnitude(x: *const f32) -> f32 {
@@ -313,5 +314,57 @@ unsafe impl Dot for VnniDot {
                 _mm512_max_epu32(_mm512_and_si512(first, mask), _mm512_and_si512(second, mask));
             f32::from_bits(_mm512_reduce_max_epu32(largest))
         }
+    }
+}
+
+/// AVX-512 VNNI for activations of which only the low byte is not zero.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct VnniLowDot(__m512i);
+
+#[cfg(target_arch = "x86_64")]
+// SAFETY: as for `VnniDot`.
+unsafe impl Dot for VnniLowDot {
+    type Lanes = super::lanes::Avx512;
+    type Weights = __m512i;
+    const TILE: (usize, usize) = (6, 2);
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_setzero_si512()) }
+    }
+    #[inline(always)]
+    unsafe fn nibbles(from: *const u8) -> (__m512i, __m512i) {
+        // SAFETY: handed on.
+        unsafe { VnniDot::nibbles(from) }
+    }
+    #[inline(always)]
+    unsafe fn bytes(from: *const u8) -> __m512i {
+        // SAFETY: handed on.
+        unsafe { VnniDot::bytes(from) }
+    }
+    #[inline(always)]
+    unsafe fn accumulate(self, weights: __m512i, block: *const u8, step: usize) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let low = block.cast::<i32>().add(BLOCK / STEP + step).read_unaligned();
+            Self(_mm512_dpbusd_epi32(self.0, weights, _mm512_set1_epi32(low)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn finish(self) -> Self::Lanes {
+        // SAFETY: see the impl.
+        unsafe { super::lanes::Avx512(_mm512_cvtepi32_ps(self.0)) }
+    }
+    #[inline(always)]
+    unsafe fn split(x: *const f32, scale: f32, to: *mut u8) -> [i32; 2] {
+        // SAFETY: handed on.
+        unsafe { VnniDot::split(x, scale, to) }
+    }
+    #[inline(always)]
+    unsafe fn magnitude(x: *const f32) -> f32 {
+        // SAFETY: handed on.
+        unsafe { VnniDot::magnitude(x) }
     }
 }

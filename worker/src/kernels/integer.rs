@@ -1,17 +1,19 @@
 //! `y = x Wᵀ` for repacked weights: integer products within a block of 32 inputs, float32 sums
 //! over the blocks, in ascending order for every output whatever the number of rows.
 
-use super::activations::{Activations, BLOCK_BYTES, FACTORS};
+use std::ops::Range;
+
+use super::activations::{Activations, BLOCK_BYTES, FACTORS, Precision};
 use super::cpu::{Isa, dispatch_dot};
 use super::dot::{BLOCK, Dot, STEP};
 use super::lanes::{LANES, Lanes};
 use super::linear::Into;
 use super::packed::{Layout, Packed};
 
-/// Multiplies all rows of `x` by tiles `first..first + count` into `y`.
+/// Multiplies some rows of `x` by tiles `first..first + count` into `y`.
 ///
 /// # Safety
-/// `isa` is available, `x` was filled on it, the tiles exist, and `y` points to the first row's
+/// `isa` is available, `x` was filled on it, rows and tiles exist, and `y` points to the first row's
 /// element of the first tile in rows of `stride` floats, of which `outputs` from there on are this
 /// caller's alone.
 #[allow(clippy::too_many_arguments)]
@@ -20,6 +22,7 @@ pub(super) unsafe fn multiply(
     weights: &Packed,
     (first, count): (usize, usize),
     x: &Activations,
+    rows: Range<usize>,
     y: *mut f32,
     stride: usize,
     outputs: usize,
@@ -32,9 +35,9 @@ pub(super) unsafe fn multiply(
         layout: weights.layout,
         tiles: count,
         blocks: weights.blocks,
-        x: x.row_blocks(0).as_ptr(),
-        row_bytes: x.row_blocks(0).len(),
-        rows: x.rows(),
+        x: x.row_blocks(rows.start).as_ptr(),
+        row_bytes: x.row_blocks(rows.start).len(),
+        rows: rows.len(),
         y,
         stride,
         outputs,
@@ -42,11 +45,16 @@ pub(super) unsafe fn multiply(
     };
     // SAFETY: handed on.
     unsafe {
-        match (call.layout.nibbles, call.layout.groups) {
-            (true, 1) => nibbles(isa, &call),
-            (true, _) => grouped_nibbles(isa, &call),
-            (false, 1) => bytes(isa, &call),
-            (false, _) => grouped_bytes(isa, &call),
+        let low = x.precision() == Precision::Eight;
+        match (call.layout.nibbles, call.layout.groups, low) {
+            (true, 1, false) => nibbles(isa, &call),
+            (true, _, false) => grouped_nibbles(isa, &call),
+            (false, 1, false) => bytes(isa, &call),
+            (false, _, false) => grouped_bytes(isa, &call),
+            (true, 1, true) => low_nibbles(isa, &call),
+            (true, _, true) => low_grouped_nibbles(isa, &call),
+            (false, 1, true) => low_bytes(isa, &call),
+            (false, _, true) => low_grouped_bytes(isa, &call),
         }
     }
 }
@@ -111,6 +119,12 @@ unsafe fn all_rows<D: Dot, Q: Quants, const GROUPS: usize>(call: &Call) {
                 let left = call.rows - row;
                 let count = left.div_ceil(left.div_ceil(rows));
                 match (wide, count) {
+                    (true, 6) => pass::<D, Q, GROUPS, 6, 2>(call, row, tile),
+                    (true, 5) => pass::<D, Q, GROUPS, 5, 2>(call, row, tile),
+                    (true, 4) => pass::<D, Q, GROUPS, 4, 2>(call, row, tile),
+                    (false, 6) => pass::<D, Q, GROUPS, 6, 1>(call, row, tile),
+                    (false, 5) => pass::<D, Q, GROUPS, 5, 1>(call, row, tile),
+                    (false, 4) => pass::<D, Q, GROUPS, 4, 1>(call, row, tile),
                     (true, 3) => pass::<D, Q, GROUPS, 3, 2>(call, row, tile),
                     (true, 2) => pass::<D, Q, GROUPS, 2, 2>(call, row, tile),
                     (true, _) => pass::<D, Q, GROUPS, 1, 2>(call, row, tile),
@@ -227,18 +241,19 @@ impl Call {
 }
 
 macro_rules! kernels {
-    ($($name:ident, $kernel:ident: $quants:ty, $groups:literal;)*) => {$(
+    ($($name:ident, $low:ident, $kernel:ident: $quants:ty, $groups:literal;)*) => {$(
         #[inline(always)]
         unsafe fn $kernel<D: Dot>(call: &Call) {
             // SAFETY: handed on.
             unsafe { all_rows::<D, $quants, $groups>(call) }
         }
-        dispatch_dot! { unsafe fn $name(call: &Call) => $kernel; }
+        dispatch_dot! { unsafe fn $name(call: &Call) => $kernel, VnniDot; }
+        dispatch_dot! { unsafe fn $low(call: &Call) => $kernel, VnniLowDot; }
     )*};
 }
 kernels! {
-    nibbles, nibbles_kernel: Nibbles, 1;
-    grouped_nibbles, grouped_nibbles_kernel: Nibbles, 2;
-    bytes, bytes_kernel: Bytes, 1;
-    grouped_bytes, grouped_bytes_kernel: Bytes, 2;
+    nibbles, low_nibbles, nibbles_kernel: Nibbles, 1;
+    grouped_nibbles, low_grouped_nibbles, grouped_nibbles_kernel: Nibbles, 2;
+    bytes, low_bytes, bytes_kernel: Bytes, 1;
+    grouped_bytes, low_grouped_bytes, grouped_bytes_kernel: Bytes, 2;
 }

@@ -46,6 +46,8 @@ pub unsafe trait Lanes: Copy {
     unsafe fn store(self, to: *mut f32);
     /// Sixteen signed integers from memory, the value of each as a float.
     unsafe fn load_i16(from: *const i16) -> Self;
+    /// As [`Lanes::load_i16`], of a byte each.
+    unsafe fn load_i8(from: *const i8) -> Self;
     /// Sixteen finite half-precision floats from memory.
     unsafe fn load_halves(from: *const u8) -> Self;
     /// `self * b + c`.
@@ -149,6 +151,11 @@ unsafe impl Lanes for Portable {
         Self(unsafe { from.cast::<[i16; LANES]>().read_unaligned() }.map(f32::from))
     }
     #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: the caller gives sixteen readable integers.
+        Self(unsafe { from.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
     unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: the caller gives 32 readable bytes.
         Self(std::array::from_fn(|i| unsafe { half(from.add(2 * i)) }))
@@ -227,6 +234,17 @@ unsafe impl Lanes for Avx2 {
             Self(
                 _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(low)),
                 _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.cast());
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
             )
         }
     }
@@ -321,6 +339,11 @@ unsafe impl Lanes for Avx512 {
     unsafe fn load_i16(from: *const i16) -> Self {
         // SAFETY: see the impl.
         unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
     }
     #[inline(always)]
     unsafe fn load_halves(from: *const u8) -> Self {

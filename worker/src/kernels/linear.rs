@@ -1,6 +1,7 @@
 //! `y = x Wᵀ`: a weight matrix and its product with rows of activations.
 
 use super::activations::Activations;
+use super::arena::Arena;
 use super::cpu::Isa;
 use super::packed::Packed;
 use super::pool::{Disjoint, ThreadPool};
@@ -9,8 +10,17 @@ use crate::checkpoint::TensorBytes;
 use crate::kernels::dot::BLOCK;
 use crate::kernels::lanes::LANES;
 
-/// Outputs of one task.
-const PANEL: usize = 32;
+/// Rows of one task: their activations stay in the second-level cache from panel to panel.
+const ROWS: usize = 96;
+
+/// Outputs of one task: two tiles, or more where there are many.
+fn panel(outputs: usize) -> usize {
+    match outputs {
+        0..2048 => 2 * LANES,
+        2048..16384 => 4 * LANES,
+        _ => 8 * LANES,
+    }
+}
 
 /// A weight matrix, `outputs × inputs`.
 pub struct Linear {
@@ -41,15 +51,15 @@ pub struct Product<'a> {
 impl Linear {
     /// Takes a two-dimensional tensor; `None` when its type or shape is not supported.
     ///
-    /// Quantized weights are repacked on the pool's threads.
-    pub fn new(pool: &mut ThreadPool, weight: TensorBytes) -> Option<Self> {
+    /// Quantized weights are repacked into the arena, on the pool's threads.
+    pub fn new(pool: &mut ThreadPool, arena: &mut Arena, weight: TensorBytes) -> Option<Self> {
         let &[outputs, inputs] = &weight.dims[..] else {
             return None;
         };
         if !quant::supported(weight.dtype) || !inputs.is_multiple_of(BLOCK) {
             return None;
         }
-        let packed = Packed::new(pool, &weight, outputs, inputs);
+        let packed = Packed::new(pool, arena, &weight, outputs, inputs);
         Some(Self { weight, outputs, inputs, packed })
     }
 
@@ -109,33 +119,37 @@ pub fn multiply<const N: usize>(
     if x.rows() == 0 {
         return;
     }
-    let tasks_of = |weights: &Linear| weights.outputs.div_ceil(PANEL);
-    let tasks = products.iter().map(|product| tasks_of(product.weights)).sum();
+    let panel = panel(products.iter().map(|product| product.weights.outputs).sum());
+    let panels_of = |weights: &Linear| weights.outputs.div_ceil(panel);
+    let panels: usize = products.iter().map(|product| panels_of(product.weights)).sum();
     let products =
         products.map(|Product { weights, y, into }| (weights, Disjoint(y.as_mut_ptr()), into));
-    pool.run(tasks, |task| {
-        let mut panel = task;
+    // The rows of one task after the other's, so that a thread's next task has the same rows.
+    pool.run(panels * x.rows().div_ceil(ROWS), |task| {
+        let (rows, mut at) = (task / panels * ROWS, task % panels);
+        let rows = rows..x.rows().min(rows + ROWS);
         for (weights, y, into) in &products {
-            if panel >= tasks_of(weights) {
-                panel -= tasks_of(weights);
+            if at >= panels_of(weights) {
+                at -= panels_of(weights);
                 continue;
             }
-            let first = panel * PANEL;
-            let outputs = PANEL.min(weights.outputs - first);
-            // SAFETY: `isa` is available and was that of `x`; the panel is inside the matrix; tasks
-            // write disjoint columns of `y`, which outlives the region.
+            let first = at * panel;
+            let outputs = panel.min(weights.outputs - first);
+            let stride = weights.outputs;
+            // SAFETY: `isa` is available and was that of `x`; rows and panel are inside the
+            // matrices; tasks write disjoint parts of `y`, which outlives the region.
             unsafe {
-                let (y, stride) = (y.at(first), weights.outputs);
+                let y = y.at(rows.start * stride + first);
                 match &weights.packed {
                     Some(packed) => {
                         let tiles = (first / LANES, outputs.div_ceil(LANES));
-                        integer::multiply(isa, packed, tiles, x, y, stride, outputs, *into);
+                        integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
                     }
                     None => {
                         let (dtype, panel) = (weights.weight.dtype, weights.rows(first, outputs));
-                        let (rows, x) = (x.rows(), x.floats().as_ptr());
                         let inputs = weights.inputs;
-                        float::multiply(isa, dtype, panel, inputs, rows, x, y, stride, *into);
+                        let (count, x) = (rows.len(), x.floats()[rows.start * inputs..].as_ptr());
+                        float::multiply(isa, dtype, panel, inputs, count, x, y, stride, *into);
                     }
                 }
             }
@@ -154,6 +168,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernels::activations::Precision;
 
     fn tensor<B: GgmlType>(
         dtype: GgmlDType,
@@ -178,29 +193,35 @@ mod tests {
         (x >> 40) as f32 / (1u64 << 24) as f32 * 2.0 - 1.0
     }
 
-    /// What sixteen bits leave of activations: see `dot`.
-    fn rounded(x: &[f32]) -> Vec<f32> {
+    /// What is left of activations that are rounded to `largest` steps: see `dot`.
+    fn rounded(x: &[f32], largest: f32) -> Vec<f32> {
         let round = |block: &[f32]| {
             let magnitude = block.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-            let (scale, inverse) = (magnitude / 32512.0, 32512.0 / magnitude);
+            let (scale, inverse) = (magnitude / largest, largest / magnitude);
             block.iter().map(|x| (x * inverse).round_ties_even() * scale).collect::<Vec<_>>()
         };
         x.chunks(BLOCK).flat_map(round).collect()
     }
 
     fn check(tensor: TensorBytes, rows: usize, seed: u64) {
+        check_at(Precision::Sixteen, 32512.0, tensor.clone(), rows, seed);
+        check_at(Precision::Eight, 127.0, tensor, rows, seed);
+    }
+
+    fn check_at(precision: Precision, largest: f32, tensor: TensorBytes, rows: usize, seed: u64) {
         let quantized = !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16);
-        let linear = Linear::new(&mut ThreadPool::new(3).unwrap(), tensor).unwrap();
+        let linear =
+            Linear::new(&mut ThreadPool::new(3).unwrap(), &mut Arena::default(), tensor).unwrap();
         let (n, k) = (linear.outputs(), linear.inputs());
         let x: Vec<f32> = (0..rows * k).map(|i| noise(seed + 1, i)).collect();
-        let seen = if quantized { rounded(&x) } else { x.clone() };
+        let seen = if quantized { rounded(&x, largest) } else { x.clone() };
         let mut decoded = vec![0.0; n * k];
         for (row, out) in decoded.chunks_exact_mut(k).enumerate() {
             linear.row(row, out);
         }
         let mut pool = ThreadPool::new(2).unwrap();
         let mut product = |isa, x: &[f32], y: &mut [f32], into| {
-            let mut activations = Activations::default();
+            let mut activations = Activations::new(precision);
             let write = |row: usize, out: &mut [f32]| out.copy_from_slice(&x[row * k..][..k]);
             activations.fill(isa, &mut pool, x.len() / k, k, write);
             multiply(isa, &mut pool, &activations, [Product { weights: &linear, y, into }]);

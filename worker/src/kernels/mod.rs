@@ -4,6 +4,7 @@
 //! * [`cpu`]: which instruction set this machine has; the only place that dispatches.
 //! * [`dot`]: integer dot products, the one abstraction over their instructions.
 //! * [`quant`]: block formats of GGUF, decoded to floats.
+//! * [`arena`]: memory of the repacked weights.
 //! * [`packed`]: quantized weights, repacked for integer products.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
@@ -26,6 +27,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod activations;
+pub mod arena;
 pub mod attention;
 pub mod cpu;
 pub(crate) mod dot;

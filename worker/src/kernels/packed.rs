@@ -11,6 +11,7 @@ use candle_core::quantized::GgmlDType;
 use half::f16;
 use parking_lot::Mutex;
 
+use super::arena::{Arena, Line, Lines};
 use super::dot::{BLOCK, STEP};
 use super::lanes::LANES;
 use super::pool::ThreadPool;
@@ -68,49 +69,48 @@ impl Layout {
     }
 }
 
-/// A cache line, for its alignment.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// A repacked matrix.
 pub(super) struct Packed {
     pub(super) layout: Layout,
     /// Blocks of 32 inputs.
     pub(super) blocks: usize,
     /// Tiles of sixteen outputs; the last is padded with zero weights.
-    lines: Vec<Line>,
+    lines: Lines,
+    tile_bytes: usize,
 }
 
 impl Packed {
     /// Repacks a matrix of `outputs × inputs`; `None` when its type is not block-quantized.
     pub(super) fn new(
         pool: &mut ThreadPool,
+        arena: &mut Arena,
         weight: &TensorBytes,
         outputs: usize,
         inputs: usize,
     ) -> Option<Self> {
         let layout = Layout::of(weight.dtype)?;
-        let mut packed = Self { layout, blocks: inputs / BLOCK, lines: Vec::new() };
-        let lines = packed.tile_bytes() / 64;
-        packed.lines = vec![Line([0; 64]); outputs.div_ceil(LANES) * lines];
+        let blocks = inputs / BLOCK;
+        // All quants of a tile, then all its factors, padded to whole cache lines.
+        let block_bytes = layout.quant_bytes() + layout.factors_bytes();
+        let tile_bytes = (blocks * block_bytes).next_multiple_of(size_of::<Line>());
+        let tile_lines = tile_bytes / size_of::<Line>();
+        let mut lines = arena.lines(outputs.div_ceil(LANES) * tile_lines);
         let row_bytes = inputs / layout.piece.0 * layout.piece.1;
-        let tiles: Vec<_> = packed.lines.chunks_mut(lines).map(Mutex::new).collect();
+        let tiles: Vec<_> = lines.as_mut_slice().chunks_mut(tile_lines).map(Mutex::new).collect();
         pool.run(tiles.len(), |task| {
             let rows = weight.bytes()[task * LANES * row_bytes..].chunks_exact(row_bytes);
-            let mut lines = tiles[task].lock();
+            let mut tile = tiles[task].lock();
             for (lane, row) in rows.take(LANES).enumerate() {
-                put_row(&layout, weight.dtype, lane, row, inputs / BLOCK, &mut lines);
+                put_row(&layout, weight.dtype, lane, row, blocks, &mut tile);
             }
         });
         drop(tiles);
-        Some(packed)
+        Some(Self { layout, blocks, lines, tile_bytes })
     }
 
-    /// Bytes of a tile: all its quants, then all its factors, padded to whole cache lines.
+    /// Bytes of a tile.
     pub(super) fn tile_bytes(&self) -> usize {
-        let block = self.layout.quant_bytes() + self.layout.factors_bytes();
-        (self.blocks * block).next_multiple_of(64)
+        self.tile_bytes
     }
 
     /// Where a tile's factors begin.
@@ -120,7 +120,7 @@ impl Packed {
 
     /// A tile's first byte.
     pub(super) fn tile(&self, tile: usize) -> *const u8 {
-        self.lines[tile * self.tile_bytes() / 64..].as_ptr().cast()
+        self.lines.as_ptr().cast::<u8>().wrapping_add(tile * self.tile_bytes)
     }
 }
 

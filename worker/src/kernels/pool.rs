@@ -30,8 +30,8 @@ pub struct ThreadPool {
 struct Shared {
     /// The region in progress. Written by the caller while no worker is inside one.
     job: UnsafeCell<Option<Job>>,
-    tasks: AtomicUsize,
-    next: AtomicUsize,
+    /// Of each thread, the caller's last.
+    shares: Box<[Share]>,
     /// Workers that have not yet left the current region.
     inside: AtomicUsize,
     /// Counts regions; a change wakes the workers.
@@ -41,6 +41,15 @@ struct Shared {
     parked: AtomicUsize,
     lock: Mutex<()>,
     wake: Condvar,
+}
+
+/// The tasks that a thread takes first: neighbours, whose memory is read in one run. A thread that
+/// is done with its own takes from the others'. On a cache line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share {
+    next: AtomicUsize,
+    end: AtomicUsize,
 }
 
 // SAFETY: `job` is written only between regions (`inside` is zero, see `run`) and read only inside
@@ -54,8 +63,7 @@ impl ThreadPool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            tasks: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
             inside: AtomicUsize::new(0),
             region: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
@@ -69,7 +77,7 @@ impl ThreadPool {
                 let shared = shared.clone();
                 std::thread::Builder::new()
                     .name(format!("kernel-{i}"))
-                    .spawn(move || shared.work_until_stopped())
+                    .spawn(move || shared.work_until_stopped(i - 1))
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { shared, threads })
@@ -97,8 +105,11 @@ impl ThreadPool {
         };
         // SAFETY: `&mut self`, and no worker is inside a region, so nobody else looks at it.
         unsafe { *shared.job.get() = Some(erased) };
-        shared.tasks.store(tasks, Relaxed);
-        shared.next.store(0, Relaxed);
+        let threads = shared.shares.len();
+        for (i, share) in shared.shares.iter().enumerate() {
+            share.next.store(i * tasks / threads, Relaxed);
+            share.end.store((i + 1) * tasks / threads, Relaxed);
+        }
         shared.inside.store(self.threads.len(), Relaxed);
         // SeqCst pairs with `park`: either the worker sees the new region or we see it parked.
         shared.region.fetch_add(1, SeqCst);
@@ -106,7 +117,7 @@ impl ThreadPool {
             let _guard = shared.lock.lock();
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(job)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(threads - 1, job)));
         let mut spins = 0;
         while shared.inside.load(Acquire) > 0 {
             spins += 1;
@@ -158,18 +169,22 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
-    fn claim(&self, job: &(dyn Fn(usize) + Sync)) {
-        let tasks = self.tasks.load(Relaxed);
-        loop {
-            let task = self.next.fetch_add(1, Relaxed);
-            if task >= tasks {
-                return;
+    /// Runs the tasks of one's own share, then what the other threads have left.
+    fn claim(&self, own: usize, job: &(dyn Fn(usize) + Sync)) {
+        for i in 0..self.shares.len() {
+            let share = &self.shares[(own + i) % self.shares.len()];
+            let end = share.end.load(Relaxed);
+            loop {
+                let task = share.next.fetch_add(1, Relaxed);
+                if task >= end {
+                    break;
+                }
+                job(task);
             }
-            job(task);
         }
     }
 
-    fn work_until_stopped(&self) {
+    fn work_until_stopped(&self, own: usize) {
         let mut seen = 0;
         while self.wait_for_region(&mut seen) {
             // SAFETY: a region is on, so the caller of `run` has written the job, which lives
@@ -177,7 +192,7 @@ impl Shared {
             if let Some(job) = unsafe { *self.job.get() } {
                 // SAFETY: as above.
                 let job = unsafe { &*job };
-                if catch_unwind(AssertUnwindSafe(|| self.claim(job))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| self.claim(own, job))).is_err() {
                     self.panicked.store(true, Relaxed);
                 }
             }

@@ -11,7 +11,7 @@ use super::config::ModelConfig;
 use super::weights::{Projection, Weights};
 use super::{Model, ModelError, SequenceSlice};
 use crate::checkpoint::{self, Checkpoint, LoadError};
-use crate::kernels::activations::Activations;
+use crate::kernels::activations::{Activations, Precision};
 use crate::kernels::attention::{self, Queries};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{add_to, gated, rms_norm, rms_norm_in_place};
@@ -34,31 +34,36 @@ pub struct LoadedModel {
 }
 
 /// Loads a checkpoint to run on `threads` threads.
-pub fn load(path: &Path, threads: usize) -> Result<LoadedModel, LoadError> {
+pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<LoadedModel, LoadError> {
     let checkpoint = checkpoint::open(path)?;
+    // Workers of one digest must compute the same.
+    let rounding = match activations {
+        Precision::Sixteen => "",
+        Precision::Eight => "-a8",
+    };
     Ok(LoadedModel {
-        model: Box::new(Decoder::new(&*checkpoint, threads)?),
+        model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),
         eos_token_ids: checkpoint.eos_token_ids()?,
         tokenizer: checkpoint.tokenizer()?,
-        weights_digest: checkpoint.digest(),
+        weights_digest: checkpoint.digest() + rounding,
     })
 }
 
 /// The layout of a model's KV blocks.
-pub fn kv_layout(config: &ModelConfig, block_size: usize) -> KvLayout {
+pub fn kv_layout(config: &ModelConfig, block_size: usize, dtype: KvDtype) -> KvLayout {
     KvLayout {
         block_size: block_size as u32,
         layers: config.layers as u32,
         kv_heads: config.kv_heads as u32,
         head_dim: config.head_dim as u32,
-        dtype: KvDtype::I16.into(),
-        block_bytes: (config.layers * shape(config, block_size).layer_bytes()) as u64,
+        dtype: dtype.into(),
+        block_bytes: (config.layers * shape(config, block_size, dtype).layer_bytes()) as u64,
     }
 }
 
-fn shape(config: &ModelConfig, block_size: usize) -> Shape {
+fn shape(config: &ModelConfig, block_size: usize, dtype: KvDtype) -> Shape {
     let &ModelConfig { heads, kv_heads, head_dim, .. } = config;
-    Shape { heads, kv_heads, head_dim, block_size }
+    Shape { heads, kv_heads, head_dim, block_size, dtype }
 }
 
 struct Decoder {
@@ -96,7 +101,11 @@ struct Scratch {
 }
 
 impl Decoder {
-    fn new(checkpoint: &dyn Checkpoint, threads: usize) -> Result<Self, LoadError> {
+    fn new(
+        checkpoint: &dyn Checkpoint,
+        threads: usize,
+        activations: Precision,
+    ) -> Result<Self, LoadError> {
         let config = checkpoint.config()?;
         let mut threads = ThreadPool::new(threads)
             .map_err(|error| checkpoint.unsupported(format!("cannot start threads: {error}")))?;
@@ -110,7 +119,7 @@ impl Decoder {
             rope: rope(config.rope_theta),
             window_rope: config.window.map(|window| rope(window.rope_theta)),
             weights,
-            scratch: Scratch::default(),
+            scratch: Scratch { input: Activations::new(activations), ..Scratch::default() },
             interrupt: Arc::default(),
             config,
         })
@@ -151,7 +160,7 @@ impl Model for Decoder {
         let (hidden, head_dim, ffn, eps) =
             (config.hidden, config.head_dim, config.ffn, config.rms_eps);
         let (q_width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
-        let shape = shape(config, kv.layout().block_size as usize);
+        let shape = shape(config, kv.layout().block_size as usize, kv.layout().dtype());
         let Scratch {
             x,
             query,

@@ -10,6 +10,8 @@ mod weights;
 pub use config::{ModelConfig, Window};
 pub use decoder::{LoadedModel, kv_layout, load};
 
+pub use crate::kernels::activations::Precision;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 

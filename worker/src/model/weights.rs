@@ -2,6 +2,7 @@
 
 use super::config::ModelConfig;
 use crate::checkpoint::{Checkpoint, LoadError};
+use crate::kernels::arena::Arena;
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::quant;
@@ -49,7 +50,7 @@ impl Weights {
         config: &ModelConfig,
         threads: &mut ThreadPool,
     ) -> Result<Self, LoadError> {
-        let mut reader = Reader { checkpoint, threads };
+        let mut reader = Reader { checkpoint, threads, arena: Arena::default() };
         let &ModelConfig { hidden, ffn, head_dim, vocab, .. } = config;
         let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
         let layers = (0..config.layers)
@@ -99,6 +100,7 @@ impl Weights {
 struct Reader<'a> {
     checkpoint: &'a dyn Checkpoint,
     threads: &'a mut ThreadPool,
+    arena: Arena,
 }
 
 impl Reader<'_> {
@@ -110,11 +112,12 @@ impl Reader<'_> {
                 tensor.dims
             )));
         }
-        let linear = Linear::new(self.threads, tensor.clone()).ok_or_else(|| {
-            let dtype = tensor.dtype;
-            self.checkpoint
-                .unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
-        })?;
+        let linear =
+            Linear::new(self.threads, &mut self.arena, tensor.clone()).ok_or_else(|| {
+                let dtype = tensor.dtype;
+                self.checkpoint
+                    .unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements"))
+            })?;
         if linear.is_repacked() {
             tensor.forget();
         }

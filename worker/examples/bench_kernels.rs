@@ -1,0 +1,142 @@
+//! Times the matrix product and attention alone, on one thread.
+//!
+//! `cargo run --release -p baton-worker --example bench_kernels -- MODEL` prints, for every
+//! instruction set that the CPU has, the best rate of some runs: the machine's other work then
+//! counts little. A multiplication with its addition is one operation.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use baton_proto::v1::KvDtype;
+use baton_worker::checkpoint;
+use baton_worker::kernels::activations::{Activations, Precision};
+use baton_worker::kernels::arena::Arena;
+use baton_worker::kernels::attention::{self, Queries};
+use baton_worker::kernels::cpu::Isa;
+use baton_worker::kernels::linear::{Linear, multiply};
+use baton_worker::kernels::page::Shape;
+use baton_worker::kernels::pool::ThreadPool;
+use baton_worker::kv::pool::KvPool;
+use baton_worker::model::kv_layout;
+use clap::Parser;
+
+/// Prints thousand million multiply-adds a second.
+#[derive(Parser)]
+struct Arguments {
+    /// A GGUF file or a model's folder.
+    model: PathBuf,
+    /// Runs of each measure; the fastest counts.
+    #[arg(long, default_value_t = 30)]
+    runs: usize,
+    /// Only the widest instruction set.
+    #[arg(long)]
+    best: bool,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments = Arguments::parse();
+    let checkpoint = checkpoint::open(&arguments.model)?;
+    let config = checkpoint.config()?;
+    let mut pool = ThreadPool::new(1)?;
+    let mut arena = Arena::default();
+    let mut isas = Isa::available();
+    isas.truncate(if arguments.best { 1 } else { isas.len() });
+    for isa in isas {
+        for name in [
+            "blk.0.attn_q.weight",
+            "blk.0.ffn_up.weight",
+            "blk.0.ffn_down.weight",
+            "token_embd.weight",
+        ] {
+            let tensor = checkpoint.tensor(name)?;
+            let dtype = tensor.dtype;
+            let linear = Linear::new(&mut pool, &mut arena, tensor)
+                .ok_or("a tensor that is not supported")?;
+            for (precision, rows) in [Precision::Sixteen, Precision::Eight]
+                .into_iter()
+                .flat_map(|precision| [1, 2, 4, 8, 32, 512].map(|rows| (precision, rows)))
+            {
+                if rows == 512 && name == "token_embd.weight" {
+                    continue;
+                }
+                let mut x = Activations::new(precision);
+                x.fill(isa, &mut pool, rows, linear.inputs(), |row, out| noise(row as u64, out));
+                let mut y = vec![0.0; rows * linear.outputs()];
+                let work = rows * linear.outputs() * linear.inputs();
+                let rate = fastest(arguments.runs, work, || {
+                    multiply(isa, &mut pool, &x, [linear.set(&mut y)]);
+                });
+                println!("{isa:?} {precision:?} {name} {dtype:?} x {rows:<4} {rate:7.1}");
+            }
+        }
+        for dtype in [KvDtype::I16, KvDtype::I8] {
+            const BLOCK: usize = 16;
+            let shape = Shape {
+                dtype,
+                heads: config.heads,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                block_size: BLOCK,
+            };
+            let width = config.heads * config.head_dim;
+            for (sequences, start, count) in
+                [(1, 0, 512), (1, 1024, 512), (1, 1024, 1), (8, 1024, 1)]
+            {
+                let each = (start + count) / BLOCK + 1;
+                let kv = KvPool::new(kv_layout(&config, BLOCK, dtype), sequences * each)?;
+                let tables: Vec<Vec<u32>> = (0..sequences)
+                    .map(|i| ((i * each) as u32..((i + 1) * each) as u32).collect())
+                    .collect();
+                let queries: Vec<Queries<'_>> = tables
+                    .iter()
+                    .enumerate()
+                    .map(|(i, blocks)| Queries { row: i * count, count, start, blocks })
+                    .collect();
+                let mut q = vec![0.0; sequences * count * width];
+                noise(7, &mut q);
+                let (mut out, mut scratch) = (vec![0.0; q.len()], attention::Scratch::default());
+                let keys = count * start + count * (count + 1) / 2;
+                let rate = fastest(arguments.runs, 2 * sequences * keys * width, || {
+                    attention::attend(
+                        isa,
+                        &mut pool,
+                        &kv,
+                        &shape,
+                        0,
+                        None,
+                        &queries,
+                        &mut scratch,
+                        &q,
+                        &mut out,
+                    );
+                });
+                println!(
+                    "{isa:?} {dtype:?} attention {sequences} x {count} from {start} {rate:7.1}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn noise(seed: u64, out: &mut [f32]) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for x in out {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        *x = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+    }
+}
+
+/// The best rate of some runs, in thousand million units of work a second.
+fn fastest(runs: usize, work: usize, mut run: impl FnMut()) -> f64 {
+    run();
+    let times = (0..runs).map(|_| {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    });
+    work as f64 / times.fold(f64::INFINITY, f64::min) / 1e9
+}
