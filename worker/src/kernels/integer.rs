@@ -160,6 +160,13 @@ unsafe fn pass<D: Dot, Q: Quants, const GROUPS: usize, const M: usize, const N: 
                     let step = 2 * (group * pairs + pair);
                     for n in 0..N {
                         let weights = weights.add(n * call.tile_bytes + at * Q::BYTES);
+                        // One row is as fast as memory: the tiles after these, which the thread
+                        // takes next, are asked for now. More rows give the CPU time to foresee.
+                        if M == 1 {
+                            for line in 0..Q::BYTES / 64 {
+                                D::Lanes::prefetch(weights.wrapping_add(N * call.tile_bytes + 64 * line));
+                            }
+                        }
                         let (first, second) = Q::two_steps::<D>(weights);
                         for m in 0..M {
                             let x = x.add(m * call.row_bytes + block * BLOCK_BYTES);
