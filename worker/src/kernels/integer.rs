@@ -35,6 +35,7 @@ pub(super) unsafe fn multiply(
         layout: weights.layout,
         tiles: count,
         blocks: weights.blocks,
+        pairs: BLOCK / STEP / 2 / weights.layout.groups,
         x: x.row_blocks(rows.start).as_ptr(),
         row_bytes: x.row_blocks(rows.start).len(),
         rows: rows.len(),
@@ -67,6 +68,9 @@ struct Call {
     layout: Layout,
     tiles: usize,
     blocks: usize,
+    /// Pairs of steps of one scale. Not a constant: an unrolled loop would be one long stretch of
+    /// code, in which the compiler loads more than the registers hold.
+    pairs: usize,
     x: *const u8,
     row_bytes: usize,
     rows: usize,
@@ -151,7 +155,7 @@ unsafe fn pass<D: Dot, Q: Quants, const GROUPS: usize, const M: usize, const N: 
         let weights = call.weights.add(tile * call.tile_bytes);
         let x = call.x.add(row * call.row_bytes);
         let mut sums = [[D::Lanes::splat(0.0); N]; M];
-        let pairs = BLOCK / STEP / 2 / GROUPS;
+        let pairs = call.pairs;
         for block in 0..call.blocks {
             for group in 0..GROUPS {
                 let mut products = [[D::zero(); N]; M];
@@ -160,12 +164,11 @@ unsafe fn pass<D: Dot, Q: Quants, const GROUPS: usize, const M: usize, const N: 
                     let step = 2 * (group * pairs + pair);
                     for n in 0..N {
                         let weights = weights.add(n * call.tile_bytes + at * Q::BYTES);
-                        // One row is as fast as memory: the tiles after these, which the thread
-                        // takes next, are asked for now. More rows give the CPU time to foresee.
-                        if M == 1 {
-                            for line in 0..Q::BYTES / 64 {
-                                D::Lanes::prefetch(weights.wrapping_add(N * call.tile_bytes + 64 * line));
-                            }
+                        // Few rows are as fast as memory. The tiles after these, which the thread
+                        // takes next, are asked for now; behind the last ones it does no harm.
+                        for line in 0..Q::BYTES / 64 {
+                            let next = N * call.tile_bytes + 64 * line;
+                            D::Lanes::prefetch(weights.wrapping_add(next));
                         }
                         let (first, second) = Q::two_steps::<D>(weights);
                         for m in 0..M {
