@@ -92,7 +92,7 @@ impl Bench {
                 start,
                 tokens: &self.tokens[start..end],
                 blocks: &self.tables[sequence],
-                logits: end == length,
+                logits: usize::from(end == length),
             };
             self.model.forward(&[slice], &self.kv, &mut self.logits)?;
         }
@@ -108,7 +108,7 @@ impl Bench {
                 start: position,
                 tokens: &self.tokens[position..=position],
                 blocks,
-                logits: true,
+                logits: 1,
             })
             .collect();
         Ok(self.model.forward(&batch, &self.kv, &mut self.logits)?)
@@ -133,11 +133,9 @@ impl Bench {
         steps: usize,
     ) -> Result<f64, Box<dyn Error>> {
         if !(1..=self.tables.len()).contains(&streams) || context + steps > POSITIONS {
-            return Err(format!(
-                "at most {} streams and {POSITIONS} positions",
-                self.tables.len()
-            )
-            .into());
+            return Err(
+                format!("at most {} streams and {POSITIONS} positions", self.tables.len()).into()
+            );
         }
         for sequence in 0..streams {
             if self.filled[sequence] < context {
