@@ -69,6 +69,9 @@ pub struct Metrics {
     waiting: GaugeVec,
     kv_usage: GaugeVec,
     preemptions: CounterVec,
+    drafts: CounterVec,
+    draft_tokens: CounterVec,
+    accepted_tokens: CounterVec,
     handoff_bytes: CounterVec,
     handoff_failures: CounterVec,
     workers: GaugeVec,
@@ -208,6 +211,24 @@ impl Metrics {
                 &r,
                 "vllm:num_preemptions_total",
                 "Sequences put back for want of KV blocks.",
+                &LABELS,
+            )?,
+            drafts: counter(
+                &r,
+                "vllm:spec_decode_num_drafts_total",
+                "Steps of a sequence that were guessed ahead of.",
+                &LABELS,
+            )?,
+            draft_tokens: counter(
+                &r,
+                "vllm:spec_decode_num_draft_tokens_total",
+                "Tokens guessed ahead.",
+                &LABELS,
+            )?,
+            accepted_tokens: counter(
+                &r,
+                "vllm:spec_decode_num_accepted_tokens_total",
+                "Tokens guessed ahead that were right.",
                 &LABELS,
             )?,
             handoff_bytes: counter(
@@ -363,6 +384,11 @@ impl Metrics {
         let grown = |of: fn(&WorkerStatus) -> u64| of(now).saturating_sub(of(before));
         let labels = [model, ENGINE];
         self.preemptions.with_label_values(&labels).inc_by(grown(|status| status.preemptions));
+        self.drafts.with_label_values(&labels).inc_by(grown(|status| status.spec_decode_drafts));
+        let drafted = grown(|status| status.spec_decode_draft_tokens);
+        self.draft_tokens.with_label_values(&labels).inc_by(drafted);
+        let accepted = grown(|status| status.spec_decode_accepted_tokens);
+        self.accepted_tokens.with_label_values(&labels).inc_by(accepted);
         let failures = grown(|status| status.handoff_failures);
         self.handoff_failures.with_label_values(&labels).inc_by(failures);
         let bytes = [

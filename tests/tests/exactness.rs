@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::ids;
+use baton_tests::prometheus::Scrape;
 use baton_tests::reference::{self, Greedy};
 use baton_tests::{Api, Cluster, Role, grpc};
 use serde_json::json;
@@ -208,6 +209,29 @@ async fn batched_among_eight_others_equals_the_reference() {
     assert!(status.handoff_requests < cases.len() as u64, "short ones stay: {status:?}");
     cluster.finish().await;
     tally.check("batched among 8 others", start.elapsed());
+}
+
+/// Guessing ahead: what is guessed right is what would have been drawn.
+#[tokio::test]
+async fn with_speculation_equals_the_reference() {
+    let builder = Cluster::builder().prefill(1).decode(1).handoff_min_tokens(64);
+    let builder = builder.worker_arg("--speculative-tokens", "6");
+    // Short matches, so that much is guessed, and much of it wrong.
+    let cluster = builder.worker_arg("--speculative-ngram-min", "1").start().await;
+    let cases = reference::greedy();
+    let start = Instant::now();
+    let tally = run_all(&cluster.api, &cases, 3).await;
+    let status = cluster.only(Role::Decode).status().await;
+    let (drafted, accepted) = (status.spec_decode_draft_tokens, status.spec_decode_accepted_tokens);
+    assert!(accepted > 0 && drafted > accepted, "{status:?}");
+    println!("{accepted} of {drafted} guessed tokens were right");
+    let scrape = Scrape::parse(&cluster.api.get("/metrics").await.text).expect("metrics");
+    for (name, value) in [("draft_tokens", drafted), ("accepted_tokens", accepted)] {
+        let name = format!("vllm:spec_decode_num_{name}_total");
+        assert_eq!(scrape.sum(&name, &[]), Some(value as f64), "{name}");
+    }
+    cluster.finish().await;
+    tally.check("with speculation", start.elapsed());
 }
 
 /// Each case twice without salts: the second time, and wherever cases share a prefix, blocks come

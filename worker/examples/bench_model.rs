@@ -103,7 +103,7 @@ impl Bench {
                 start,
                 tokens: &self.tokens[start..end],
                 blocks: &self.tables[sequence],
-                logits: end == length,
+                logits: usize::from(end == length),
             };
             self.model.forward(&[slice], &self.kv, &mut self.logits)?;
         }
@@ -119,7 +119,7 @@ impl Bench {
                 start: position,
                 tokens: &self.tokens[position..=position],
                 blocks,
-                logits: true,
+                logits: 1,
             })
             .collect();
         Ok(self.model.forward(&batch, &self.kv, &mut self.logits)?)

@@ -87,7 +87,7 @@ fn measure(
                     start: at,
                     tokens: &window[at..=at],
                     blocks,
-                    logits: true,
+                    logits: 1,
                 })
                 .collect();
             model.forward(&batch, &kv, &mut logits)?;

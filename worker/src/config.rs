@@ -9,6 +9,7 @@ use baton_proto::v1;
 use clap::Parser;
 
 use crate::model::Precision;
+use crate::scheduler::Speculation;
 
 const EXAMPLE: &str = "Example:\n  baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379";
 
@@ -77,6 +78,19 @@ pub struct Settings {
     /// Requests that may wait; more are refused.
     #[arg(long, env = "BATON_MAX_WAITING", default_value_t = 256)]
     pub max_waiting: usize,
+
+    /// Tokens guessed ahead of each sequence in a step, from what it holds already; 0 is off.
+    /// Answers stay the same, those that repeat their prompt come faster.
+    #[arg(long, env = "BATON_SPECULATIVE_TOKENS", default_value_t = 0)]
+    pub speculative_tokens: usize,
+
+    /// Guess only after at least so many tokens that occurred before.
+    #[arg(long, env = "BATON_SPECULATIVE_NGRAM_MIN", default_value = "2", value_parser = parse_positive)]
+    pub speculative_ngram_min: usize,
+
+    /// Prefer places where so many tokens are alike.
+    #[arg(long, env = "BATON_SPECULATIVE_NGRAM_MAX", default_value = "4", value_parser = parse_positive)]
+    pub speculative_ngram_max: usize,
 
     /// Threads that compute; by default one for each core.
     #[arg(long, env = "BATON_THREADS", value_parser = parse_positive)]
@@ -158,6 +172,17 @@ impl Settings {
     pub fn model_name(&self) -> String {
         let from_file = || self.model.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         self.served_model_name.clone().or_else(from_file).unwrap_or_default()
+    }
+
+    /// How much is guessed ahead, or what is wrong with it.
+    pub fn speculation(&self) -> Result<Speculation, String> {
+        let (min, max) = (self.speculative_ngram_min, self.speculative_ngram_max);
+        if min > max {
+            return Err(format!(
+                "--speculative-ngram-min {min} is above --speculative-ngram-max {max}"
+            ));
+        }
+        Ok(Speculation { tokens: self.speculative_tokens, ngram_min: min, ngram_max: max })
     }
 }
 

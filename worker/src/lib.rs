@@ -10,6 +10,7 @@ pub mod engine;
 pub mod kernels;
 pub mod kv;
 pub mod model;
+mod recycle;
 pub mod sampler;
 pub mod scheduler;
 pub mod service;

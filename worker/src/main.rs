@@ -77,6 +77,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = settings.threads.unwrap_or(cores);
+    let speculation =
+        settings.speculation().map_err(|message| Failure::new(Exit::Config, message))?;
     let (path, activations) = (settings.model.clone(), settings.activation_bits.into());
     let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
         .await
@@ -105,6 +107,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         max_running: settings.max_running,
         max_waiting: settings.max_waiting,
         max_model_len: settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
+        speculation,
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
     let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })

@@ -155,8 +155,7 @@ impl Engine {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.vocab });
         }
         let done = request.output.len();
-        let new = (request.sampling.max_tokens as usize).saturating_sub(done).max(1);
-        let new = if request.purpose == Purpose::Prefill { 1 } else { new };
+        let new = most_new(&request.sampling, done, request.purpose);
         let len = request.prompt.len() + done;
         self.limits.check_fits(len, new)?;
         // Room for every event there can be: one for each token, and a few more.
@@ -178,6 +177,14 @@ impl Engine {
         if let Some(thread) = self.thread.lock().take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// The most tokens that a request with `done` output tokens may still draw.
+fn most_new(sampling: &SamplingParams, done: usize, purpose: Purpose) -> usize {
+    match purpose {
+        Purpose::Prefill => 1,
+        Purpose::Generate { .. } => (sampling.max_tokens as usize).saturating_sub(done).max(1),
     }
 }
 

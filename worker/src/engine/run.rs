@@ -11,10 +11,11 @@ use tokio::sync::mpsc;
 use tracing::{error, warn};
 
 use super::inbox::{Command, Inbox};
-use super::{Event, Finish, NewRequest, PullOrder, Purpose};
+use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new};
 use crate::kv::pool::KvPool;
 use crate::model::{Model, ModelError, SequenceSlice};
-use crate::sampler::Sampler;
+use crate::recycle::recycle;
+use crate::sampler::{Sampler, Scratch};
 use crate::scheduler::{Limits, NewSequence, Plan, Scheduler, SequenceId, Slice};
 
 /// The longest sleep: deadlines are looked at this often when nothing else happens.
@@ -43,6 +44,9 @@ pub(super) struct Running {
     prompt_tokens: u64,
     generation_tokens: u64,
     logits: Vec<f32>,
+    scratch: Scratch,
+    /// Empty between steps.
+    batch: Vec<SequenceSlice<'static>>,
 }
 
 impl Running {
@@ -67,6 +71,8 @@ impl Running {
             prompt_tokens: 0,
             generation_tokens: 0,
             logits: Vec::new(),
+            scratch: Scratch::default(),
+            batch: Vec::new(),
         }
     }
 
@@ -133,6 +139,7 @@ impl Running {
         arrived: Instant,
     ) {
         let NewRequest { prompt, output, sampling, salt, purpose, deadline } = request;
+        let new = most_new(&sampling, output.len(), purpose);
         let sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
         let mut tokens = prompt;
         tokens.extend(&output);
@@ -140,7 +147,8 @@ impl Running {
             Purpose::Generate { pull_from } => (pull_from, false),
             Purpose::Prefill => (None, true),
         };
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold });
+        let longest = tokens.len().saturating_add(new).min(self.limits.max_model_len);
+        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
         let active = Active { events, sampler, purpose, arrived, deadline, announced: 0 };
         self.requests.insert(id, active);
     }
@@ -207,22 +215,22 @@ impl Running {
     /// Computes a plan. True when it was interrupted: then nothing has changed.
     fn step(&mut self, plan: &Plan) -> bool {
         let scheduler = &self.scheduler;
-        let batch: Vec<SequenceSlice<'_>> = plan
-            .slices
-            .iter()
-            .filter_map(|slice| {
-                let sequence = scheduler.get(slice.id)?;
-                Some(SequenceSlice {
-                    start: slice.start,
-                    tokens: &sequence.tokens()[slice.start..slice.start + slice.len],
-                    blocks: sequence.blocks(),
-                    logits: slice.logits,
-                })
+        let mut drafts = &plan.drafts[..];
+        let mut batch: Vec<SequenceSlice<'_>> = recycle(std::mem::take(&mut self.batch));
+        batch.extend(plan.slices.iter().filter_map(|slice| {
+            let drafted = take_drafts(&mut drafts, slice);
+            let sequence = scheduler.get(slice.id)?;
+            let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
+            Some(SequenceSlice {
+                start: slice.start,
+                tokens: drafted.unwrap_or_else(own),
+                blocks: sequence.blocks(),
+                logits: slice.logits,
             })
-            .collect();
+        }));
         let (model, logits) = (&mut self.model, &mut self.logits);
         let pass = catch_unwind(AssertUnwindSafe(|| model.forward(&batch, &self.pool, logits)));
-        drop(batch);
+        self.batch = recycle(batch);
         let failure = match pass {
             Ok(Ok(())) => None,
             Ok(Err(ModelError::Interrupted)) => return true,
@@ -239,22 +247,27 @@ impl Running {
         self.scheduler.advance(plan);
         let vocab = self.model.config().vocab;
         let mut logits = std::mem::take(&mut self.logits);
-        let mut rows = logits.chunks_exact_mut(vocab);
+        let (mut rows, mut drafts) = (&mut logits[..], &plan.drafts[..]);
         for slice in &plan.slices {
-            let row = if slice.logits { rows.next() } else { None };
-            self.after(slice, row);
+            let own = rows.split_off_mut(..slice.logits * vocab).unwrap_or_default();
+            match take_drafts(&mut drafts, slice) {
+                None if slice.logits == 0 => self.announce_blocks(slice.id, false),
+                None => self.after(slice, own),
+                Some(tokens) => self.verify(slice.id, own.chunks_exact_mut(vocab), &tokens[1..]),
+            }
         }
         self.logits = logits;
         false
     }
 
-    /// Goes on with one sequence after its slice was computed.
-    fn after(&mut self, slice: &Slice, logits: Option<&mut [f32]>) {
+    /// Goes on with one sequence after the last of its tokens was computed.
+    fn after(&mut self, slice: &Slice, logits: &mut [f32]) {
         let Some(active) = self.requests.get_mut(&slice.id) else { return };
-        let Some(logits) = logits else { return self.announce_blocks(slice.id, false) };
-        let token = active.sampler.draw(logits);
+        let token = active.sampler.draw(logits, &mut self.scratch);
         match active.purpose {
-            Purpose::Generate { .. } => self.accept(slice.id, token),
+            Purpose::Generate { .. } => {
+                self.accept(slice.id, token);
+            }
             Purpose::Prefill => {
                 self.announce_blocks(slice.id, true);
                 self.send(slice.id, Event::Token(token));
@@ -265,10 +278,32 @@ impl Running {
         }
     }
 
-    /// Gives out a token and ends the sequence or continues it.
-    fn accept(&mut self, id: SequenceId, token: Token) {
+    /// Draws tokens for as long as they are those that were drafted, so that they are the same as
+    /// without drafts: each is drawn from the logits after all tokens before it.
+    fn verify<'a>(
+        &mut self,
+        id: SequenceId,
+        rows: impl Iterator<Item = &'a mut [f32]>,
+        drafts: &[u32],
+    ) {
+        let mut accepted = 0;
+        for (i, row) in rows.enumerate() {
+            let Some(active) = self.requests.get_mut(&id) else { break };
+            let token = active.sampler.draw(row, &mut self.scratch);
+            let right = drafts.get(i) == Some(&token.id);
+            accepted += usize::from(right);
+            if !self.accept(id, token) || !right {
+                break;
+            }
+            self.scheduler.keep_draft(id);
+        }
+        self.scheduler.draft_verified(id, drafts.len(), accepted);
+    }
+
+    /// Gives out a token and ends the sequence or continues it. True when it goes on.
+    fn accept(&mut self, id: SequenceId, token: Token) -> bool {
         let token_id = token.id;
-        let Some(active) = self.requests.get(&id) else { return };
+        let Some(active) = self.requests.get(&id) else { return false };
         let sampler = &active.sampler;
         let positions = self.scheduler.get(id).map_or(0, |sequence| sequence.tokens().len()) + 1;
         let finish = if sampler.ends_with(token_id) && sampler.drawn() > sampler.params().min_tokens
@@ -284,10 +319,12 @@ impl Running {
         };
         self.generation_tokens += 1;
         self.send(id, Event::Token(token));
+        let goes_on = finish.is_none();
         match finish {
             Some(finish) => self.end(id, finish),
             None => self.scheduler.push_token(id, token_id),
         }
+        goes_on
     }
 
     fn send(&self, id: SequenceId, event: Event) {
@@ -321,5 +358,13 @@ impl Running {
         status.generation_tokens = self.generation_tokens;
         status.prefix_cache_queries = stats.prefix_queries;
         status.prefix_cache_hits = stats.prefix_hits;
+        status.spec_decode_drafts = stats.drafts;
+        status.spec_decode_draft_tokens = stats.draft_tokens;
+        status.spec_decode_accepted_tokens = stats.accepted_tokens;
     }
+}
+
+/// The tokens of a slice some of which are drafted; `None` when they are the sequence's own.
+fn take_drafts<'a>(drafts: &mut &'a [u32], slice: &Slice) -> Option<&'a [u32]> {
+    if slice.drafted() > 0 { drafts.split_off(..slice.len) } else { None }
 }

@@ -64,7 +64,8 @@ impl BlockManager {
             blocks: vec![Block { refs: [0, 0], hash: None, prev: NONE, next: NONE }; blocks],
             head: NONE,
             tail: NONE,
-            by_hash: HashMap::new(),
+            // Room for removed entries too, so that it never grows in the middle of a step.
+            by_hash: HashMap::with_capacity(2 * blocks),
             usage: Usage::default(),
         };
         for id in 0..blocks as BlockId {

@@ -20,6 +20,7 @@ use crate::kernels::page::{self, Shape};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::Rope;
 use crate::kv::pool::KvPool;
+use crate::recycle::recycle;
 
 /// A model and what else its file tells.
 pub struct LoadedModel {
@@ -93,6 +94,8 @@ struct Scratch {
     branch: Vec<f32>,
     /// What the next product multiplies.
     input: Activations,
+    /// Empty between steps.
+    queries: Vec<Queries<'static>>,
     /// Of each row, its sequence in the batch and its position in the sequence.
     places: Vec<(u32, u32)>,
     /// Rows whose logits are wanted.
@@ -171,6 +174,7 @@ impl Model for Decoder {
             up,
             branch,
             input,
+            queries: spare,
             places,
             wanted,
             attention: buffers,
@@ -195,14 +199,12 @@ impl Model for Decoder {
             }
         }
         let mut row = 0;
-        let queries: Vec<Queries<'_>> = batch
-            .iter()
-            .map(|slice| {
-                let count = slice.tokens.len();
-                row += count;
-                Queries { row: row - count, count, start: slice.start, blocks: slice.blocks }
-            })
-            .collect();
+        let mut queries: Vec<Queries<'_>> = recycle(std::mem::take(spare));
+        queries.extend(batch.iter().map(|slice| {
+            let count = slice.tokens.len();
+            row += count;
+            Queries { row: row - count, count, start: slice.start, blocks: slice.blocks }
+        }));
         places.clear();
         for (i, q) in queries.iter().enumerate() {
             places.extend((q.start..q.start + q.count).map(|at| (i as u32, at as u32)));
@@ -291,8 +293,11 @@ impl Model for Decoder {
 
         // Only the rows whose logits are wanted go through the output projection.
         wanted.clear();
-        let last = batch.iter().zip(&queries).filter(|(slice, _)| slice.logits);
-        wanted.extend(last.map(|(_, q)| q.row + q.count - 1));
+        for (slice, q) in batch.iter().zip(&queries) {
+            let end = q.row + q.count;
+            wanted.extend(end - slice.logits..end);
+        }
+        *spare = recycle(queries);
         input.fill(isa, threads, wanted.len(), hidden, |row, out| {
             let x = &x[wanted[row] * hidden..][..hidden];
             rms_norm(isa, x, &weights.norm, eps, out);

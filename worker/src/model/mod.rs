@@ -23,12 +23,13 @@ use crate::kv::pool::KvPool;
 pub struct SequenceSlice<'a> {
     /// Position of `tokens[0]`; KV for all positions before it is in `blocks`.
     pub start: usize,
-    /// The tokens to compute: a prompt chunk, or one token of a decoding sequence.
+    /// The tokens to compute: a prompt chunk, or one token of a decoding sequence and those drafted
+    /// to follow it.
     pub tokens: &'a [u32],
     /// The sequence's KV blocks in order, covering at least `start + tokens.len()` positions.
     pub blocks: &'a [BlockId],
-    /// Whether the logits of the last token are wanted.
-    pub logits: bool,
+    /// Of how many of the last tokens the logits are wanted.
+    pub logits: usize,
 }
 
 /// A failed step. The engine fails the step's requests and goes on.
@@ -55,8 +56,8 @@ pub trait Model: Send {
 
     /// Computes all slices in one pass and writes their keys and values into `kv`.
     ///
-    /// `logits` is resized to `n × vocab`, row-major, where `n` is the number of slices with
-    /// `logits` set, in their order.
+    /// `logits` is resized to `n × vocab`, row-major, where `n` is the sum of the slices'
+    /// `logits`, in their order.
     ///
     /// The caller owns the blocks that the pass writes: position `p` of a slice lies in
     /// `blocks[p / block_size]`. No block written is shared; blocks that are only read may be.

@@ -12,6 +12,17 @@ use std::collections::HashMap;
 
 use baton_proto::v1::{SamplingParams, Token, TokenLogprob};
 
+/// Memory that draws work in; any sampler may use it. Grown to the vocabulary and kept.
+#[derive(Default)]
+pub struct Scratch {
+    /// Tokens and their weights.
+    candidates: Vec<(u32, f32)>,
+    /// Logits before any adjustment.
+    raw: Vec<f32>,
+    /// Tokens, to be put in order.
+    order: Vec<u32>,
+}
+
 /// How one sequence is sampled: its parameters and what the penalties must remember.
 pub struct Sampler {
     params: SamplingParams,
@@ -64,15 +75,24 @@ impl Sampler {
     }
 
     /// Draws the next token. `logits` is scratch afterwards.
-    pub fn draw(&mut self, logits: &mut [f32]) -> Token {
-        let raw = self.params.logprobs.map(|count| LogSoftmax::new(logits, count as usize));
+    pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Token {
+        let Scratch { candidates, raw, order } = scratch;
+        // Log-probabilities before any adjustment, as vLLM reports them by default.
+        let reported = self.params.logprobs.map(|count| {
+            raw.clear();
+            raw.extend_from_slice(logits);
+            (count as usize, log_sum(logits))
+        });
         self.adjust(logits);
-        let id = if self.params.temperature <= 0.0 { argmax(logits) } else { self.choose(logits) };
+        let greedy = self.params.temperature <= 0.0;
+        let id = if greedy { argmax(logits) } else { self.choose(logits, candidates) };
         self.record(id);
         let mut token = Token { id, ..Token::default() };
-        if let Some(raw) = raw {
-            token.logprob = Some(raw.of(id));
-            token.top = raw.top;
+        if let Some((count, log_sum)) = reported {
+            let logprob = |id: u32| raw[id as usize] - log_sum;
+            token.logprob = Some(logprob(id));
+            let top = most_likely(raw, count, order).iter();
+            token.top = top.map(|&id| TokenLogprob { id, logprob: logprob(id) }).collect();
         }
         token
     }
@@ -119,7 +139,7 @@ impl Sampler {
         }
     }
 
-    fn choose(&self, logits: &[f32]) -> u32 {
+    fn choose(&self, logits: &[f32], candidates: &mut Vec<(u32, f32)>) -> u32 {
         let scale = 1.0 / self.params.temperature;
         let largest = largest(logits);
         // Unnormalized probabilities: the most likely token has exactly one.
@@ -135,12 +155,12 @@ impl Sampler {
             let total: f64 = logits.iter().map(|&logit| f64::from(weight(logit))).sum();
             return pick(logits.iter().map(|&logit| weight(logit)).enumerate(), draw * total);
         }
-        let mut candidates: Vec<(u32, f32)> = logits
-            .iter()
-            .enumerate()
-            .map(|(token, &logit)| (token as u32, weight(logit)))
-            .filter(|&(_, weight)| weight > 0.0 && weight >= min_p)
-            .collect();
+        let weighed = logits.iter().enumerate();
+        let weighed = weighed.map(|(token, &logit)| (token as u32, weight(logit)));
+        candidates.clear();
+        // At once, or it would grow whenever a flatter distribution comes.
+        candidates.reserve(logits.len());
+        candidates.extend(weighed.filter(|&(_, weight)| weight > 0.0 && weight >= min_p));
         // Likeliest first; equal ones by id, so that the choice is the same everywhere.
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if top_k < candidates.len() {
@@ -151,7 +171,7 @@ impl Sampler {
             candidates.iter().map(|&(_, weight)| f64::from(weight)).sum()
         };
         if self.params.top_p < 1.0 {
-            let wanted = f64::from(self.params.top_p) * total(&candidates);
+            let wanted = f64::from(self.params.top_p) * total(candidates);
             let mut kept = 0.0;
             let mut count = 0;
             // Sort ever larger heads until they hold enough: a sharp distribution needs one.
@@ -172,7 +192,7 @@ impl Sampler {
             candidates.truncate(count.max(1));
         }
         candidates.sort_unstable_by_key(|&(token, _)| token);
-        let total = total(&candidates);
+        let total = total(candidates);
         pick(candidates.iter().map(|&(token, weight)| (token as usize, weight)), draw * total)
     }
 }
@@ -224,35 +244,24 @@ fn uniform(seed: u64, index: u32) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// Log-probabilities before any adjustment, as vLLM reports them by default.
-struct LogSoftmax {
-    logits: Vec<f32>,
-    log_sum: f32,
-    top: Vec<TokenLogprob>,
+/// The logarithm of the sum that a softmax divides by.
+fn log_sum(logits: &[f32]) -> f32 {
+    let largest = largest(logits);
+    let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
+    largest + sum.ln() as f32
 }
 
-impl LogSoftmax {
-    fn new(logits: &[f32], count: usize) -> Self {
-        let largest = largest(logits);
-        let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
-        let log_sum = largest + sum.ln() as f32;
-        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        let by_logit =
-            |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-        let count = count.min(order.len());
-        if count > 0 && count < order.len() {
-            order.select_nth_unstable_by(count - 1, by_logit);
-        }
-        order.truncate(count);
-        order.sort_unstable_by(by_logit);
-        let top = order
-            .into_iter()
-            .map(|id| TokenLogprob { id, logprob: logits[id as usize] - log_sum })
-            .collect();
-        Self { logits: logits.to_vec(), log_sum, top }
+/// The `count` tokens with the largest logits, largest first, equal ones by id.
+fn most_likely<'a>(logits: &[f32], count: usize, order: &'a mut Vec<u32>) -> &'a [u32] {
+    order.clear();
+    order.extend(0..logits.len() as u32);
+    let by_logit =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let count = count.min(order.len());
+    if count > 0 && count < order.len() {
+        order.select_nth_unstable_by(count - 1, by_logit);
     }
-
-    fn of(&self, token: u32) -> f32 {
-        self.logits[token as usize] - self.log_sum
-    }
+    order.truncate(count);
+    order.sort_unstable_by(by_logit);
+    order
 }

@@ -13,7 +13,7 @@ fn params() -> SamplingParams {
 }
 
 fn draw(params: SamplingParams, logits: &[f32]) -> u32 {
-    Sampler::new(params, &[], &[], &[]).draw(&mut logits.to_vec()).id
+    Sampler::new(params, &[], &[], &[]).draw(&mut logits.to_vec(), &mut Scratch::default()).id
 }
 
 /// The tokens that may be drawn and their probabilities, by sorting everything.
@@ -68,7 +68,7 @@ proptest! {
     #[test]
     fn log_probabilities_are_a_log_softmax(logits in prop::collection::vec(-20f32..20.0, 5..200), count in 0u32..5) {
         let mut sampler = Sampler::new(SamplingParams { logprobs: Some(count), ..params() }, &[], &[], &[]);
-        let token = sampler.draw(&mut logits.clone());
+        let token = sampler.draw(&mut logits.clone(), &mut Scratch::default());
         let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
         let expected = |id: u32| f64::from(logits[id as usize]) - sum.ln();
         prop_assert!((f64::from(token.logprob.unwrap()) - expected(token.id)).abs() < 1e-4);
@@ -98,7 +98,7 @@ fn draws_follow_the_distribution() {
             let mut sampler =
                 Sampler::new(SamplingParams { seed: i / 2, ..settings.clone() }, &[], &[], &[]);
             sampler.drawn = (i % 2) as u32;
-            counts[sampler.draw(&mut logits.to_vec()).id as usize] += 1;
+            counts[sampler.draw(&mut logits.to_vec(), &mut Scratch::default()).id as usize] += 1;
         }
         let expected = reference(&settings, &logits);
         let mut chi_square = 0.0;
@@ -117,9 +117,11 @@ fn a_draw_depends_on_seed_and_index_alone() {
     let logits = vec![0.0; 50_000];
     let settings = SamplingParams { seed: 7, ..params() };
     let mut whole = Sampler::new(settings.clone(), &[], &[], &[]);
-    let drawn: Vec<u32> = (0..10).map(|_| whole.draw(&mut logits.clone()).id).collect();
+    let drawn: Vec<u32> =
+        (0..10).map(|_| whole.draw(&mut logits.clone(), &mut Scratch::default()).id).collect();
     let mut resumed = Sampler::new(settings, &[], &[], &drawn[..4]);
-    let rest: Vec<u32> = (0..6).map(|_| resumed.draw(&mut logits.clone()).id).collect();
+    let rest: Vec<u32> =
+        (0..6).map(|_| resumed.draw(&mut logits.clone(), &mut Scratch::default()).id).collect();
     assert_eq!(rest, drawn[4..]);
     assert_ne!(drawn[0], drawn[1]);
 }
@@ -128,7 +130,9 @@ fn a_draw_depends_on_seed_and_index_alone() {
 fn penalties_bias_and_minimum_length() {
     let greedy = SamplingParams { temperature: 0.0, ..params() };
     let after = |params: SamplingParams, prompt: &[u32], output: &[u32], logits: &[f32]| {
-        Sampler::new(params, &[9], prompt, output).draw(&mut logits.to_vec()).id
+        Sampler::new(params, &[9], prompt, output)
+            .draw(&mut logits.to_vec(), &mut Scratch::default())
+            .id
     };
     // Repetition: prompt and output, positive logits divided, negative multiplied.
     let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };

@@ -18,8 +18,16 @@ pub struct Slice {
     pub start: usize,
     /// How many tokens.
     pub len: usize,
-    /// Whether they are its last, so that the next token can be sampled.
-    pub logits: bool,
+    /// After how many of them, the last ones, the next token can be sampled: none of a prompt's
+    /// chunk that does not end it, one otherwise, and one more for each drafted token.
+    pub logits: usize,
+}
+
+impl Slice {
+    /// How many of its tokens, the last ones, are guesses.
+    pub fn drafted(&self) -> usize {
+        self.logits.saturating_sub(1)
+    }
 }
 
 /// One step. Reused from step to step.
@@ -33,6 +41,8 @@ pub struct Plan {
     pub pulls: Vec<SequenceId>,
     /// Blocks handed out: their old content is void from here on.
     pub allocated: Vec<BlockId>,
+    /// All tokens of each slice that has drafted ones, one slice after the other.
+    pub drafts: Vec<u32>,
 }
 
 impl Plan {
@@ -46,6 +56,7 @@ impl Plan {
         self.admitted.clear();
         self.pulls.clear();
         self.allocated.clear();
+        self.drafts.clear();
     }
 }
 
@@ -58,21 +69,27 @@ pub struct Stats {
     pub prefix_queries: u64,
     /// Tokens found there.
     pub prefix_hits: u64,
+    /// Steps of a sequence that were guessed ahead of.
+    pub drafts: u64,
+    /// Tokens guessed.
+    pub draft_tokens: u64,
+    /// Those that were right.
+    pub accepted_tokens: u64,
 }
 
 /// Sequences, their blocks, and the order in which they are computed.
 pub struct Scheduler {
-    limits: Limits,
-    blocks: BlockManager,
-    sequences: HashMap<SequenceId, Sequence>,
+    pub(super) limits: Limits,
+    pub(super) blocks: BlockManager,
+    pub(super) sequences: HashMap<SequenceId, Sequence>,
     /// In order of arrival.
     waiting: VecDeque<SequenceId>,
     /// In order of arrival.
-    running: Vec<SequenceId>,
+    pub(super) running: Vec<SequenceId>,
     pulling: usize,
     /// Who computes, or pulls, a block that is not yet known by its address.
     in_flight: HashMap<BlockHash, SequenceId>,
-    stats: Stats,
+    pub(super) stats: Stats,
     /// Scratch for prefix matches.
     found: Vec<BlockId>,
 }
@@ -95,7 +112,7 @@ impl Scheduler {
 
     /// Puts a sequence that [`Limits::check_fits`] let pass at the end of the queue.
     pub fn add(&mut self, new: NewSequence) {
-        let (id, sequence) = Sequence::new(new);
+        let (id, sequence) = Sequence::new(new, &self.limits);
         debug_assert!(self.sequences.keys().all(|earlier| *earlier < id));
         self.sequences.insert(id, sequence);
         self.waiting.push_back(id);
@@ -129,6 +146,7 @@ impl Scheduler {
     /// Decides the next step.
     pub fn schedule(&mut self, plan: &mut Plan) {
         plan.clear();
+        self.drop_draft_blocks();
         let preemptions = self.stats.preemptions;
         let mut budget = self.limits.max_batch_tokens;
         self.plan_decodes(plan, &mut budget);
@@ -136,14 +154,16 @@ impl Scheduler {
         // Whoever just gave blocks up must not take them back at once.
         if self.stats.preemptions == preemptions {
             self.admit(plan, &mut budget);
+            self.plan_drafts(plan, budget);
         }
     }
 
-    /// Notes that a plan was computed.
+    /// Notes that a plan was computed. What was drafted counts when it has proved right, see
+    /// [`Self::keep_draft`].
     pub fn advance(&mut self, plan: &Plan) {
         for slice in &plan.slices {
             if let Some(sequence) = self.sequences.get_mut(&slice.id) {
-                sequence.computed = slice.start + slice.len;
+                sequence.computed = slice.start + slice.len - slice.drafted();
                 self.commit(slice.id);
             }
         }
@@ -232,7 +252,7 @@ impl Scheduler {
                 at += 1;
             } else if self.grow(id, plan) {
                 let start = self.sequences[&id].computed;
-                plan.slices.push(Slice { id, start, len: 1, logits: true });
+                plan.slices.push(Slice { id, start, len: 1, logits: 1 });
                 *budget -= 1;
                 at += 1;
             }
@@ -248,7 +268,8 @@ impl Scheduler {
             let todo = sequence.todo();
             let len = todo.min(*budget);
             if todo > 1 && len > 0 {
-                plan.slices.push(Slice { id, start: sequence.computed, len, logits: len == todo });
+                let logits = usize::from(len == todo);
+                plan.slices.push(Slice { id, start: sequence.computed, len, logits });
                 *budget -= len;
             }
         }
@@ -364,7 +385,8 @@ impl Scheduler {
             let todo = len - cached;
             let chunk = todo.min(*budget);
             *budget -= chunk;
-            plan.slices.push(Slice { id, start: cached, len: chunk, logits: chunk == todo });
+            let logits = usize::from(chunk == todo);
+            plan.slices.push(Slice { id, start: cached, len: chunk, logits });
             let at = self.running.partition_point(|other| *other < id);
             self.running.insert(at, id);
         }
@@ -372,7 +394,7 @@ impl Scheduler {
     }
 
     /// Makes the full blocks that have been computed known by their addresses.
-    fn commit(&mut self, id: SequenceId) {
+    pub(super) fn commit(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };

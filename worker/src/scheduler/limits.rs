@@ -1,5 +1,7 @@
 //! What this worker takes on, and what it refuses at the door.
 
+use super::speculation::Speculation;
+
 /// Fixed sizes of an engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -15,6 +17,8 @@ pub struct Limits {
     pub max_waiting: usize,
     /// Prompt and output of one sequence, in tokens.
     pub max_model_len: usize,
+    /// How much is guessed ahead.
+    pub speculation: Speculation,
 }
 
 /// How busy a scheduler is.

@@ -10,16 +10,20 @@
 //!   (preemption by recompute).
 //! * A waiting sequence whose next unknown block is being computed by another waits for it, so
 //!   that requests that share a prompt compute it once.
+//! * What is left of a step's budget is used to guess ahead, where that is on.
 //!
 //! The states: waiting → (pulling, while a peer computes the prompt →) running → (held, while a
 //! peer fetches the blocks →) gone.
 
 mod core;
+pub mod drafter;
 mod limits;
 mod sequence;
+mod speculation;
 #[cfg(test)]
 mod tests;
 
 pub use self::core::{Plan, Scheduler, Slice, Stats};
 pub use limits::{Limits, Load, Refusal};
 pub use sequence::{NewSequence, Sequence, SequenceId, State};
+pub use speculation::Speculation;

@@ -2,6 +2,8 @@
 
 use baton_proto::BlockHash;
 
+use super::limits::Limits;
+use super::speculation::Drafts;
 use crate::kv::BlockId;
 use crate::kv::blocks::Owner;
 
@@ -37,6 +39,8 @@ pub struct NewSequence {
     pub pull_from: Option<usize>,
     /// Keep the blocks when it has finished, for a peer.
     pub hold: bool,
+    /// Its length, prompt and output, at which it ends at the latest.
+    pub longest: usize,
 }
 
 /// A sequence under a scheduler's care.
@@ -50,6 +54,9 @@ pub struct Sequence {
     pub(super) state: State,
     pub(super) pull_from: Option<usize>,
     pub(super) hold: bool,
+    pub(super) longest: usize,
+    /// `None` when nothing is guessed ahead.
+    pub(super) drafts: Option<Drafts>,
     /// Tokens found in the prefix cache at the first admission.
     pub(super) cached: Option<usize>,
     /// The block of another sequence that this one waits for.
@@ -60,19 +67,25 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(new: NewSequence) -> (SequenceId, Self) {
+    pub(super) fn new(new: NewSequence, limits: &Limits) -> (SequenceId, Self) {
+        let mut tokens = new.tokens;
+        // At once: a step allocates nothing. Memory that is not written to is not resident.
+        tokens.reserve_exact(new.longest.saturating_sub(tokens.len()));
+        let blocks = new.longest.div_ceil(limits.block_size);
         let sequence = Self {
-            tokens: new.tokens,
+            tokens,
             computed: 0,
-            blocks: Vec::new(),
+            blocks: Vec::with_capacity(blocks),
             committed: 0,
             state: State::Waiting,
             pull_from: new.pull_from,
             hold: new.hold,
+            longest: new.longest,
+            drafts: Drafts::new(limits.speculation).filter(|_| !new.hold),
             cached: None,
             waits_for: None,
             root: BlockHash::root(&new.salt),
-            hashes: Vec::new(),
+            hashes: Vec::with_capacity(blocks),
         };
         (new.id, sequence)
     }

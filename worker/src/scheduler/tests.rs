@@ -34,6 +34,8 @@ struct Simulation {
     finished: HashSet<SequenceId>,
     next: SequenceId,
     plan: Plan,
+    /// Steps are given up after they have written.
+    interrupted: bool,
 }
 
 impl Simulation {
@@ -46,6 +48,7 @@ impl Simulation {
             finished: HashSet::new(),
             next: 0,
             plan: Plan::default(),
+            interrupted: false,
         }
     }
 
@@ -56,9 +59,10 @@ impl Simulation {
         }
         let max_new = max_new.min(self.limits.max_model_len - tokens.len());
         let (id, salt) = (self.next, String::new());
+        let longest = tokens.len() + max_new;
         self.next += 1;
         let pull_from = pull.filter(|_| !hold);
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold });
+        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
         let request = Request { max_new, generated: 0, written: 0, aborted: false };
         self.requests.insert(id, request);
     }
@@ -73,7 +77,8 @@ impl Simulation {
         (!ids.is_empty()).then(|| ids[at % ids.len()])
     }
 
-    fn write(&mut self, id: SequenceId, position: usize) {
+    /// Writes the KV of a position, `drafts` being those that follow the sequence's own tokens.
+    fn write(&mut self, id: SequenceId, position: usize, drafts: &[u32]) {
         let seq = self.scheduler.get(id).unwrap();
         let block = seq.blocks()[position / self.limits.block_size];
         for other in self.requests.keys().filter(|other| **other != id) {
@@ -81,7 +86,8 @@ impl Simulation {
             assert!(!shared, "{id} writes block {block} that {other} holds too");
         }
         let slot = block as usize * self.limits.block_size + position % self.limits.block_size;
-        self.memory[slot] = Some(fingerprint(&seq.tokens()[..=position]));
+        let text = [seq.tokens(), drafts].concat();
+        self.memory[slot] = Some(fingerprint(&text[..=position]));
     }
 
     /// All KV before `end` is that of this very sequence.
@@ -116,32 +122,59 @@ impl Simulation {
             let start = *block as usize * self.limits.block_size;
             self.memory[start..start + self.limits.block_size].fill(None);
         }
+        let mut drafts = &plan.drafts[..];
+        let mut drafted = BTreeMap::new();
+        for slice in plan.slices.iter().filter(|slice| slice.drafted() > 0) {
+            let tokens = drafts.split_off(..slice.len).unwrap();
+            let seq = self.scheduler.get(slice.id).unwrap();
+            assert_eq!((slice.logits, seq.tokens().last()), (slice.len, tokens.first()));
+            let Request { max_new, generated, .. } = self.requests[&slice.id];
+            assert!(slice.len <= max_new - generated, "more than may come");
+            drafted.insert(slice.id, &tokens[1..]);
+        }
+        assert!(drafts.is_empty());
         for slice in &plan.slices {
             self.check_read(slice.id, slice.start);
+            let drafts = drafted.get(&slice.id).copied().unwrap_or_default();
             for position in slice.start..slice.start + slice.len {
-                self.write(slice.id, position);
+                self.write(slice.id, position, drafts);
             }
+        }
+        if self.interrupted {
+            self.plan = plan;
+            return;
         }
         self.scheduler.advance(&plan);
         for slice in &plan.slices {
             let seq = self.scheduler.get(slice.id).unwrap();
-            assert_eq!(slice.logits, seq.computed() == seq.tokens().len());
-            if slice.logits {
-                self.sample(slice.id);
+            assert_eq!(slice.logits > 0, seq.computed() == seq.tokens().len());
+            let drafts = drafted.get(&slice.id).copied().unwrap_or_default();
+            let mut accepted = 0;
+            for row in 0..slice.logits {
+                let token = self.sample(slice.id);
+                if drafts.get(row) != Some(&token) || self.finished.contains(&slice.id) {
+                    break;
+                }
+                accepted += 1;
+                self.scheduler.keep_draft(slice.id);
+            }
+            if slice.drafted() > 0 {
+                self.scheduler.draft_verified(slice.id, drafts.len(), accepted);
             }
         }
         self.plan = plan;
     }
 
-    fn sample(&mut self, id: SequenceId) {
-        let token = fingerprint(self.scheduler.get(id).unwrap().tokens()) % 2;
-        self.scheduler.push_token(id, token as u32);
+    fn sample(&mut self, id: SequenceId) -> u32 {
+        let token = (fingerprint(self.scheduler.get(id).unwrap().tokens()) % 2) as u32;
+        self.scheduler.push_token(id, token);
         let request = self.requests.get_mut(&id).unwrap();
         request.generated += 1;
         if request.generated == request.max_new {
             self.scheduler.finish(id);
             self.finished.insert(id);
         }
+        token
     }
 
     /// The peer of a pulled sequence delivers some more blocks, or ends.
@@ -153,7 +186,8 @@ impl Simulation {
         let more = blocks.min(total - have - written);
         for block in have + written..have + written + more {
             let end = ((block + 1) * self.limits.block_size).min(len);
-            (block * self.limits.block_size..end).for_each(|position| self.write(id, position));
+            (block * self.limits.block_size..end)
+                .for_each(|position| self.write(id, position, &[]));
         }
         let request = self.requests.get_mut(&id).unwrap();
         request.written += more;
@@ -215,6 +249,7 @@ impl Simulation {
 enum Op {
     Arrive { prompt: Vec<u32>, max_new: usize, pull: Option<usize>, hold: bool },
     Step,
+    Interrupt,
     Abort(usize),
     Pull(usize, usize, bool),
     Release(usize),
@@ -232,6 +267,7 @@ fn op() -> impl Strategy<Value = Op> {
             Op::Arrive { prompt, max_new, pull, hold }
         }),
         6 => Just(Op::Step),
+        1 => Just(Op::Interrupt),
         1 => any::<usize>().prop_map(Op::Abort),
         2 => (any::<usize>(), 0usize..4, any::<bool>())
             .prop_map(|(at, blocks, ends)| Op::Pull(at, blocks, ends)),
@@ -248,11 +284,13 @@ proptest! {
         blocks in 4usize..24,
         max_batch_tokens in 1usize..20,
         max_running in 1usize..6,
+        speculative in 0usize..6,
         ops in prop::collection::vec(op(), 0..120),
     ) {
         let max_model_len = (block_size * blocks + 1).min(60);
         let mut simulation = Simulation::new(Limits {
             block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len,
+            speculation: Speculation { tokens: speculative, ngram_min: 1, ngram_max: 3 },
         });
         for op in ops {
             match op {
@@ -260,6 +298,11 @@ proptest! {
                     simulation.arrive(prompt, max_new, pull, hold);
                 }
                 Op::Step => simulation.step(),
+                Op::Interrupt => {
+                    simulation.interrupted = true;
+                    simulation.step();
+                    simulation.interrupted = false;
+                }
                 Op::Abort(at) => {
                     let alive = |state| state != State::Pulling { aborted: true };
                     if let Some(id) = simulation.nth(at, alive) {
@@ -290,10 +333,11 @@ const ROOMY: Limits = Limits {
     max_running: 8,
     max_waiting: 4,
     max_model_len: 200,
+    speculation: Speculation::OFF,
 };
 
 fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
-    NewSequence { id, tokens, salt: String::new(), pull_from: None, hold: false }
+    NewSequence { id, tokens, salt: String::new(), pull_from: None, hold: false, longest: 200 }
 }
 
 fn slices(plan: &Plan) -> Vec<(SequenceId, usize, usize)> {
@@ -313,7 +357,7 @@ fn requests_with_one_prompt_compute_it_once() {
         scheduler.schedule(&mut plan);
         seen.push(slices(&plan));
         scheduler.advance(&plan);
-        for slice in plan.slices.iter().filter(|slice| slice.logits) {
+        for slice in plan.slices.iter().filter(|slice| slice.logits > 0) {
             scheduler.push_token(slice.id, 1);
         }
     }
@@ -353,12 +397,60 @@ fn the_last_to_arrive_gives_way_when_blocks_run_out() {
     while scheduler.stats().preemptions == 0 {
         scheduler.schedule(&mut plan);
         scheduler.advance(&plan);
-        for slice in plan.slices.iter().filter(|slice| slice.logits) {
+        for slice in plan.slices.iter().filter(|slice| slice.logits > 0) {
             scheduler.push_token(slice.id, 5);
         }
     }
     assert_eq!(scheduler.get(0).map(Sequence::state), Some(State::Running));
     assert_eq!(scheduler.get(1).map(Sequence::state), Some(State::Waiting));
+}
+
+/// Starts sequences whose text repeats, and computes their prompts.
+fn repeating(limits: Limits, lengths: &[usize]) -> Scheduler {
+    let speculation = Speculation { tokens: 8, ..Speculation::OFF };
+    let mut scheduler = Scheduler::new(Limits { speculation, ..limits });
+    let mut plan = Plan::default();
+    for (id, &len) in (0..).zip(lengths) {
+        scheduler.add(new(id, vec![id as u32; len]));
+        scheduler.schedule(&mut plan);
+        scheduler.advance(&plan);
+        plan.slices.iter().for_each(|slice| scheduler.push_token(slice.id, slice.id as u32));
+    }
+    scheduler
+}
+
+#[test]
+fn drafts_share_what_a_step_has_left() {
+    let mut scheduler = repeating(Limits { max_batch_tokens: 12, ..ROOMY }, &[6, 6, 6]);
+    let mut plan = Plan::default();
+    scheduler.schedule(&mut plan);
+    let lengths: Vec<usize> = plan.slices.iter().map(|slice| slice.len).collect();
+    assert_eq!(lengths, [4, 4, 4]);
+    assert_eq!(plan.drafts, [[0; 4], [1; 4], [2; 4]].concat());
+    // A prompt comes first; what it leaves is guessed with.
+    scheduler.add(new(3, (50..57).collect()));
+    scheduler.schedule(&mut plan);
+    let lengths: Vec<usize> = plan.slices.iter().map(|slice| slice.len).collect();
+    assert_eq!(lengths, [2, 2, 1, 7]);
+}
+
+#[test]
+fn blocks_of_drafts_go_to_whoever_needs_them() {
+    // Five blocks of four: each sequence has two, and one is left.
+    let limits = Limits { blocks: 5, max_model_len: 20, ..ROOMY };
+    let mut scheduler = repeating(limits, &[5, 7]);
+    let mut plan = Plan::default();
+    scheduler.schedule(&mut plan);
+    assert_eq!(slices(&plan), [(0, 6, 6), (1, 7, 1)], "to the ends of their blocks");
+    assert_eq!(scheduler.get(0).map(|first| first.blocks().len()), Some(3), "for a draft");
+    // Nothing of it is right, and the second sequence grows into a third block.
+    scheduler.advance(&plan);
+    scheduler.draft_verified(0, 5, 0);
+    (0..2).for_each(|id| scheduler.push_token(id, 9));
+    scheduler.schedule(&mut plan);
+    assert_eq!(slices(&plan), [(0, 7, 1), (1, 8, 1)]);
+    assert_eq!(scheduler.get(0).map(|first| first.blocks().len()), Some(2));
+    assert_eq!(scheduler.stats().preemptions, 0);
 }
 
 #[test]
