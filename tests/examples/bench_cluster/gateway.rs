@@ -6,16 +6,12 @@
 
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::GenerateRequest;
-use baton_tests::bench::direct::request;
+use baton_tests::bench::null::NullCluster;
 use baton_tests::bench::procfs::{cpu_time, pin};
 use baton_tests::bench::report::{Row, Target};
 use baton_tests::bench::wire::{Wire, post};
-use baton_tests::binaries::program;
 use baton_tests::load::stats::median;
-use baton_tests::process::{Process, Spec};
-use baton_tests::prometheus::Scrape;
-use baton_tests::{Cluster, MODEL_NAME, eventually, grpc};
+use baton_tests::{Cluster, MODEL_NAME, grpc};
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -27,16 +23,15 @@ const PROMPT: &str = "The capital of France is";
 const TOKENS: usize = 5;
 
 pub(crate) async fn measure(settings: &Settings, progress: &ProgressBar) -> Vec<Row> {
-    let mut cluster =
-        Cluster::builder().gateway_arg("--http-threads", "1").unified(1).start().await;
-    let mut null = null_worker(&cluster);
-    let worker = null.ready().await;
-    cluster.kill_worker(0);
-    only_null_is_left(&cluster).await;
+    let builder = Cluster::builder().gateway_arg("--http-threads", "1");
+    let NullCluster { cluster, worker: mut null, address: worker } =
+        NullCluster::start(builder).await;
     let gateway = cluster.gateway().pid();
     pin(gateway, &[settings.gateway_core]);
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let others: Vec<usize> = (0..cores).filter(|core| *core != settings.gateway_core).collect();
+    let all: Vec<usize> = (0..cores).collect();
+    let others: Vec<usize> =
+        all.iter().copied().filter(|core| *core != settings.gateway_core).collect();
     if !others.is_empty() {
         pin(null.pid(), &others);
         pin(std::process::id(), &others);
@@ -44,13 +39,12 @@ pub(crate) async fn measure(settings: &Settings, progress: &ProgressBar) -> Vec<
     let host = cluster.api.base().trim_start_matches("http://").to_owned();
     let body = json!({"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 1, "temperature": 0});
     let http = post(&host, "/v1/completions", &body.to_string());
-    let direct = request(vec![1000; TOKENS], 1);
 
     let mut added = Vec::new();
     let (mut through, mut straight) = (Vec::new(), Vec::new());
     let mut rates = Vec::new();
     for round in 0..=settings.rounds {
-        let (a, b) = (by_gateway(&host, &http).await, by_grpc(&worker, &direct).await);
+        let (a, b) = (by_gateway(&host, &http).await, by_grpc(&worker).await);
         let span = if round == 0 { Duration::from_secs(1) } else { round_span(settings) };
         let rate =
             under_load(&host, &http, settings.connections, span, [gateway, null.pid()]).await;
@@ -64,6 +58,7 @@ pub(crate) async fn measure(settings: &Settings, progress: &ProgressBar) -> Vec<
         }
     }
     null.stop().await;
+    pin(std::process::id(), &all);
     let of = |value: fn(&Rate) -> f64| -> Vec<f64> { rates.iter().map(value).collect() };
     let (per_core, reached) = (of(|rate| rate.per_core), of(|rate| rate.reached));
     let busy = of(|rate| rate.gateway);
@@ -98,24 +93,6 @@ fn round_span(settings: &Settings) -> Duration {
     Duration::from_secs((settings.seconds / 2).max(1))
 }
 
-fn null_worker(cluster: &Cluster) -> Process {
-    let like = &cluster.workers[0].address;
-    let args = ["--etcd", cluster.etcd.url(), "--like", like];
-    let spec = Spec::new("null-worker", program("baton-null-worker"), args);
-    Process::start(&spec, cluster.dir())
-}
-
-/// Waits until the gateway knows one worker only.
-async fn only_null_is_left(cluster: &Cluster) {
-    eventually("the null worker alone is left", Duration::from_secs(20), async || {
-        let scrape = Scrape::parse(&cluster.api.get("/metrics").await.text)?;
-        let up = scrape.sum("baton_workers", &[("state", "up")]);
-        let all = scrape.sum("baton_workers", &[]);
-        if (up, all) == (Some(1.0), Some(1.0)) { Ok(()) } else { Err(format!("{up:?} of {all:?}")) }
-    })
-    .await;
-}
-
 /// The median of requests one after the other through the gateway, in milliseconds.
 async fn by_gateway(host: &str, request: &[u8]) -> f64 {
     let mut wire = Wire::connect(host).await.expect("connect to the gateway");
@@ -130,14 +107,12 @@ async fn by_gateway(host: &str, request: &[u8]) -> f64 {
 }
 
 /// The same, asked of the worker itself.
-async fn by_grpc(worker: &str, request: &GenerateRequest) -> f64 {
+async fn by_grpc(worker: &str) -> f64 {
     let mut client = grpc::worker(worker).await;
     let mut samples = Vec::with_capacity(ALONE);
     for _ in 0..ALONE {
         let start = Instant::now();
-        let reply = client.generate(request.clone()).await;
-        let mut events = reply.expect("accepted").into_inner();
-        while events.message().await.expect("an event").is_some() {}
+        NullCluster::ask(&mut client, TOKENS).await;
         samples.push(start.elapsed().as_secs_f64() * 1e3);
     }
     median(&samples)

@@ -9,12 +9,10 @@ use indicatif::ProgressBar;
 use crate::Settings;
 
 const PROMPT: usize = 1024;
-/// The difference is a few hundredths, and each run varies by as much.
-const LEAST_ROUNDS: usize = 9;
 
 pub(crate) async fn measure(settings: &Settings, progress: &ProgressBar) -> Vec<Row> {
     let threads = settings.threads.to_string();
-    let rounds = settings.rounds.max(LEAST_ROUNDS);
+    let rounds = settings.rounds;
     progress.set_length(2 * rounds as u64);
     let mut rows = Vec::new();
     for (transport, most) in [("shm", 3.0), ("grpc", 8.0)] {

@@ -11,6 +11,7 @@ use baton_tests::{Cluster, MODEL_NAME};
 use indicatif::ProgressBar;
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::Settings;
 
@@ -68,8 +69,10 @@ struct Seen {
 async fn under_load(cluster: &Cluster, span: Duration) -> Seen {
     let client = reqwest::Client::builder().no_proxy().build().expect("an HTTP client");
     let (sender, mut gaps) = mpsc::unbounded_channel();
+    // Dropping the set ends the streams.
+    let mut streams = JoinSet::new();
     for index in 0..STREAMS {
-        tokio::spawn(stream(cluster.api.clone(), index, sender.clone()));
+        streams.spawn(stream(cluster.api.clone(), index, sender.clone()));
     }
     // All streams run before the first prompt comes.
     for _ in 0..4 * STREAMS {

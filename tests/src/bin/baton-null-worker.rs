@@ -18,15 +18,13 @@ use baton_proto::v1::{
     WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
+use baton_tests::bench::null::TOKEN;
 use clap::Parser;
 use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use tokio_stream::wrappers::IntervalStream;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
-
-/// The token that every answer is made of: a word in the default model's vocabulary.
-const TOKEN: u32 = 1000;
 
 /// A worker that computes nothing, for measuring what stands before it.
 #[derive(Debug, Parser)]
@@ -121,16 +119,13 @@ impl Worker for NullWorker {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let count = request.into_inner().sampling.unwrap_or_default().max_tokens.max(1) as usize;
-        let token = Token { id: TOKEN, ..Token::default() };
+        let token = Tokens { tokens: vec![Token { id: TOKEN, ..Token::default() }] };
         let finished = Finished { reason: FinishReason::Length.into(), stop_token_id: None };
-        let events = [
-            Event::Started(Started::default()),
-            Event::Tokens(Tokens { tokens: vec![token; count] }),
-            Event::Finished(finished),
-        ];
-        let events: Vec<_> =
-            events.into_iter().map(|event| Ok(GenerateEvent { event: Some(event) })).collect();
-        Ok(Response::new(stream::iter(events)))
+        let mut events = vec![Event::Started(Started::default())];
+        events.resize(1 + count, Event::Tokens(token));
+        events.push(Event::Finished(finished));
+        let events = events.into_iter().map(|event| Ok(GenerateEvent { event: Some(event) }));
+        Ok(Response::new(stream::iter(events.collect::<Vec<_>>())))
     }
 
     async fn prefill(
