@@ -19,5 +19,9 @@ pub fn endpoint(address: &str) -> Result<Endpoint, Error> {
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true)
+        // Who drops a stream resets it, and may find frames of it on their way. h2 takes them for
+        // the peer's errors, and by default closes the connection, with all its streams, after a
+        // thousand: a defence against strangers, but these are peers.
+        .http2_max_local_error_reset_streams(None)
         .tcp_nodelay(true))
 }

@@ -9,12 +9,11 @@
 //! cargo build --release --bins && cargo run --release -p baton-tests --example bench_handoff
 //! ```
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use baton_proto::v1::generate_event::Event;
-use baton_proto::v1::{GenerateRequest, PrefillPeer, SamplingParams};
-use baton_tests::{Cluster, Role, grpc};
-use tokio::sync::mpsc;
+use baton_tests::bench::direct::{background, first_token, prompt};
+use baton_tests::load::stats::median;
+use baton_tests::{Cluster, Role};
 
 const LENGTHS: [usize; 8] = [16, 32, 64, 128, 256, 512, 1024, 2048];
 const ROUNDS: usize = 9;
@@ -35,18 +34,18 @@ async fn main() {
     for others in [0, OTHERS] {
         let mut gaps = Vec::new();
         for i in 0..others {
-            gaps.push(background(&decode, i).await);
+            gaps.push(background(&decode, 64 + i).await);
         }
         for length in LENGTHS {
             let (mut here, mut handed) = (Samples::default(), Samples::default());
             for _ in 0..ROUNDS {
-                for (samples, peer) in [(&mut here, None), (&mut handed, Some(&prefill))] {
+                for (samples, peer) in [(&mut here, None), (&mut handed, Some(prefill.as_str()))] {
                     gaps.iter_mut().for_each(|gaps| while gaps.try_recv().is_ok() {});
-                    samples.ttft.push(first_token(&decode, peer, length).await);
+                    samples.ttft.push(millis(first_token(&decode, peer, prompt(length)).await));
                     let seen = gaps.iter_mut().flat_map(|gaps| {
                         std::iter::from_fn(|| gaps.try_recv().ok()).collect::<Vec<_>>()
                     });
-                    samples.gap.push(seen.max().unwrap_or_default());
+                    samples.gap.push(millis(seen.max().unwrap_or_default()));
                 }
             }
             let ratio = median(&handed.ttft) / median(&here.ttft);
@@ -63,74 +62,10 @@ async fn main() {
 
 #[derive(Default)]
 struct Samples {
-    ttft: Vec<Duration>,
-    gap: Vec<Duration>,
+    ttft: Vec<f64>,
+    gap: Vec<f64>,
 }
 
-fn median(samples: &[Duration]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_unstable();
-    sorted[sorted.len() / 2].as_secs_f64() * 1e3
-}
-
-/// A prompt that shares no block with any other.
-fn request(length: usize, max_tokens: u32) -> GenerateRequest {
-    GenerateRequest {
-        request_id: "bench".into(),
-        prompt_token_ids: (0..length).map(|_| rand::random_range(1000..40_000)).collect(),
-        sampling: Some(SamplingParams {
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            max_tokens,
-            ignore_eos: true,
-            ..SamplingParams::default()
-        }),
-        handoff_min_tokens: 1,
-        timeout_ms: 600_000,
-        ..GenerateRequest::default()
-    }
-}
-
-async fn first_token(decode: &str, peer: Option<&String>, length: usize) -> Duration {
-    let mut client = grpc::worker(decode).await;
-    let mut request = request(length, 1);
-    let address = peer.cloned();
-    request.prefill = address.map(|address| PrefillPeer { instance_id: "peer".into(), address });
-    let start = Instant::now();
-    let mut events = client.generate(request).await.expect("accepted").into_inner();
-    let mut took = None;
-    while let Some(event) = events.message().await.expect("an event") {
-        match event.event {
-            Some(Event::Started(started)) => {
-                assert_eq!(started.handed_off_tokens > 0, peer.is_some(), "{started:?}");
-            }
-            Some(Event::Tokens(_)) => took = took.or(Some(start.elapsed())),
-            _ => {}
-        }
-    }
-    took.expect("a token")
-}
-
-/// A long stream; yields the time between its tokens.
-async fn background(decode: &str, index: usize) -> mpsc::UnboundedReceiver<Duration> {
-    let (sender, mut gaps) = mpsc::unbounded_channel();
-    let decode = decode.to_owned();
-    tokio::spawn(async move {
-        loop {
-            let mut client = grpc::worker(&decode).await;
-            let reply = client.generate(request(64 + index, 4000)).await;
-            let mut events = reply.expect("accepted").into_inner();
-            let mut last = Instant::now();
-            while let Ok(Some(event)) = events.message().await {
-                if matches!(event.event, Some(Event::Tokens(_)))
-                    && sender.send(last.elapsed()).is_err()
-                {
-                    return;
-                }
-                last = Instant::now();
-            }
-        }
-    });
-    gaps.recv().await;
-    gaps
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }

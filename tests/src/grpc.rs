@@ -3,16 +3,19 @@
 use std::time::Duration;
 
 use baton_proto::v1::coordinator_client::CoordinatorClient;
-use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::worker_client;
 use baton_proto::v1::{ClusterView, GetClusterRequest, WatchStatusRequest, WorkerStatus};
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
+
+/// A client of a worker.
+pub type WorkerClient = worker_client::WorkerClient<Channel>;
 
 /// How long a connection or a unary call may take.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
 
 /// A client of the worker at `address`.
-pub async fn worker(address: &str) -> WorkerClient<Channel> {
+pub async fn worker(address: &str) -> WorkerClient {
     WorkerClient::new(connect(address).await)
 }
 

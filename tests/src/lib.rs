@@ -12,23 +12,28 @@
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
+//! * [`bench`]: what the benchmarks of whole clusters share.
+//! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
 //!
 //! Harness functions panic when what they do fails: a test has nothing better to do either.
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod binaries;
 pub mod cluster;
 pub mod etcd;
 pub mod grpc;
 pub mod http;
 pub mod leftovers;
+pub mod load;
 pub mod poll;
 pub mod ports;
 pub mod process;
 pub mod prometheus;
 pub mod reference;
 
+pub use binaries::MODEL_NAME;
 pub use cluster::{Cluster, Role, Worker};
 pub use http::{Api, Reply, Sse};
 pub use poll::eventually;

@@ -25,7 +25,11 @@ impl Envelope {
     pub fn new(prefix: &str, own: Option<&str>, model: &str) -> Self {
         let id = match own.filter(|id| !id.is_empty() && id.len() <= MAX_ID) {
             Some(id) => format!("{prefix}-{id}"),
-            None => format!("{prefix}-{}", uuid::Uuid::new_v4().simple()),
+            None => {
+                // From the thread's own generator: the system's would be asked at each request.
+                let random = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
+                format!("{prefix}-{}", random.simple())
+            }
         };
         Self { id, created: unix_seconds(), model: model.to_owned() }
     }

@@ -65,16 +65,18 @@ impl Body {
 
     /// Refuses fields that ask for what is not built, unless their value asks for nothing.
     pub fn refuse_unsupported(&mut self) -> Result<(), ApiError> {
-        for (field, harmless) in UNSUPPORTED {
-            self.unknown.remove(*field);
-            if let Some(value) = self.get(field)
-                && !harmless(value)
-            {
-                return Err(ApiError::not_supported(field));
-            }
+        // A body has few fields that no type takes, and mostly none.
+        let refused = self.unknown.iter().find(|field| {
+            let unsupported = UNSUPPORTED.iter().find(|(name, _)| name == field);
+            let value = self.get(field);
+            unsupported.zip(value).is_some_and(|((_, harmless), value)| !harmless(value))
+        });
+        if let Some(field) = refused {
+            return Err(ApiError::not_supported(field));
         }
-        IGNORED.iter().for_each(|field| {
-            self.unknown.remove(*field);
+        self.unknown.retain(|field| {
+            let known = UNSUPPORTED.iter().any(|(name, _)| name == field);
+            !known && !IGNORED.contains(&field.as_str())
         });
         Ok(())
     }

@@ -15,7 +15,7 @@ use baton_proto::v1::{
     FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, SamplingParams, Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 use tonic::{Code, Status, Streaming};
 use tracing::{debug, warn};
 
@@ -29,6 +29,8 @@ const MAX_FAILURES: usize = 3;
 const MAX_FAILURES_IN_ALL: usize = 16;
 /// How long a worker may take to say that it has a request.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a worker may take to end its stream after the last message.
+const CLOSE_WITHIN: Duration = Duration::from_millis(20);
 /// How long a new sequence waits for a worker.
 const START_WITHIN: Duration = Duration::from_secs(1);
 /// How long a sequence that has begun waits for a worker to go on with.
@@ -104,6 +106,13 @@ struct Attempt {
     /// The prefill worker that was offered, until the prompt is computed.
     prefill: Option<Ticket>,
     events: Streaming<GenerateEvent>,
+}
+
+impl Attempt {
+    /// Reads what follows the last message: a stream that is dropped before its end costs a reset.
+    async fn close(&mut self) {
+        let _ = timeout(CLOSE_WITHIN, self.events.message()).await;
+    }
 }
 
 /// How an attempt failed.
@@ -184,6 +193,7 @@ impl Generation {
                         return Ok(Some(Update::Token(token)));
                     }
                     Some(Event::Finished(finished)) => {
+                        self.attempt.close().await;
                         let (reason, stop) = (finished.reason(), finished.stop_token_id);
                         return Ok(Some(Update::Finished(reason, stop)));
                     }

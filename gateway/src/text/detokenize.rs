@@ -40,6 +40,9 @@ impl Detokenizer {
 
     /// The rest, when no token follows.
     pub fn finish(&mut self, model: &TextModel) -> String {
+        if self.settled == self.ids.len() {
+            return String::new();
+        }
         let before = self.decode(model, self.settled);
         let after = self.decode(model, self.ids.len());
         self.context = self.ids.len();
@@ -48,6 +51,9 @@ impl Detokenizer {
     }
 
     fn decode(&self, model: &TextModel, end: usize) -> String {
-        model.decode(&self.ids[self.context..end], self.skip_special_tokens)
+        match &self.ids[self.context..end] {
+            [] => String::new(),
+            ids => model.decode(ids, self.skip_special_tokens),
+        }
     }
 }

@@ -10,6 +10,7 @@ use baton_membership::InstanceRecord;
 use baton_proto::v1::{DescribeRequest, FetchTokenizerRequest, WatchStatusRequest};
 use baton_proto::{TokenizerBundle, endpoint};
 use parking_lot::Mutex;
+use thread_local::ThreadLocal;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tonic::Status;
@@ -39,13 +40,12 @@ pub(super) fn start(
 ) -> Option<(Arc<Worker>, AbortHandle)> {
     // Sequences and status on connections of their own, and a small window for each sequence: a
     // client that does not read must not silence the worker for others.
-    let (channel, control) = match endpoint(&record.address) {
+    let (sequences, control) = match endpoint(&record.address) {
         Ok(endpoint) => (
             endpoint
                 .clone()
                 .initial_stream_window_size(STREAM_WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .connect_lazy(),
+                .initial_connection_window_size(CONNECTION_WINDOW),
             endpoint.connect_lazy(),
         ),
         Err(error) => {
@@ -55,7 +55,8 @@ pub(super) fn start(
     };
     let worker = Arc::new(Worker {
         record,
-        channel,
+        sequences,
+        channels: ThreadLocal::new(),
         control,
         served: ArcSwapOption::empty(),
         status: ArcSwapOption::empty(),

@@ -19,9 +19,10 @@ use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{ModelCard, WorkerDescription, WorkerStatus};
 use baton_proto::{BlockHash, MAX_MESSAGE_BYTES};
 use parking_lot::{Mutex, RwLock};
+use thread_local::ThreadLocal;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 use tracing::info;
 
 use crate::routing::prefix_index::PrefixIndex;
@@ -35,8 +36,11 @@ const FULL_FOR: Duration = Duration::from_millis(250);
 pub struct Worker {
     /// Its record in etcd.
     pub record: InstanceRecord,
-    /// For sequences.
-    channel: Channel,
+    /// How to connect for sequences.
+    sequences: Endpoint,
+    /// The connections for sequences: each thread that serves has its own, driven by that thread,
+    /// so that a request is served without waking another one.
+    channels: ThreadLocal<Channel>,
     /// For everything else.
     control: Channel,
     /// What it serves; known once it has answered.
@@ -68,9 +72,9 @@ pub struct Served {
 }
 
 impl Worker {
-    /// A client for sequences.
+    /// A client for sequences, for the calling thread, which must belong to a runtime.
     pub fn client(&self) -> WorkerClient<Channel> {
-        client(&self.channel)
+        client(self.channels.get_or(|| self.sequences.connect_lazy()))
     }
 
     /// A client for everything else.
@@ -322,11 +326,10 @@ impl Registry {
 impl Served {
     /// Whether an answer may go on there: the same name, weights and tokenizer.
     fn equals(&self, other: &Self) -> bool {
-        let of = |served: &Self| {
-            let ModelCard { name, weights_digest, tokenizer_digest, .. } = served.card.clone();
-            (name, weights_digest, tokenizer_digest)
-        };
-        of(self) == of(other)
+        let (one, two) = (&self.card, &other.card);
+        one.name == two.name
+            && one.weights_digest == two.weights_digest
+            && one.tokenizer_digest == two.tokenizer_digest
     }
 
     /// Tokens in a KV block.

@@ -1,0 +1,147 @@
+//! A worker without an engine: it answers every request at once with the same token.
+//!
+//! Registered as a real one and with a real model's tokenizer, it leaves nothing of a request's
+//! time but the gateway's share and the wire's. `bench_cluster` measures the gateway against it.
+
+#![forbid(unsafe_code)]
+
+use std::time::Duration;
+
+use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::{EtcdSettings, InstanceRole, Registration};
+use baton_proto::v1::generate_event::Event;
+use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::worker_server::{Worker, WorkerServer};
+use baton_proto::v1::{
+    DescribeRequest, FetchTokenizerRequest, FinishReason, Finished, GenerateEvent, GenerateRequest,
+    ModelChunk, PrefillEvent, PrefillRequest, Started, Token, Tokens, WatchStatusRequest,
+    WorkerDescription, WorkerStatus,
+};
+use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
+use baton_tests::bench::null::TOKEN;
+use clap::Parser;
+use futures::StreamExt as _;
+use futures::stream::{self, BoxStream};
+use tokio_stream::wrappers::IntervalStream;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+/// A worker that computes nothing, for measuring what stands before it.
+#[derive(Debug, Parser)]
+struct Settings {
+    /// URL of the cluster's etcd.
+    #[arg(long)]
+    etcd: String,
+    /// A real worker to take the description and the tokenizer from; not needed afterwards.
+    #[arg(long)]
+    like: String,
+}
+
+/// What a real worker said of itself.
+#[derive(Debug)]
+struct NullWorker {
+    description: WorkerDescription,
+    tokenizer: Vec<ModelChunk>,
+}
+
+/// One thread: it shares a core with the load generator.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> std::process::ExitCode {
+    daemon::exit(run(Settings::parse()).await)
+}
+
+async fn run(settings: Settings) -> Result<(), Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, error);
+    let mut stop = StopSignals::take()?;
+    let mut worker = copy(&settings.like).await.map_err(|error| failed(&error))?;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.map_err(|e| failed(&e))?;
+    let address = listener.local_addr().map_err(|error| failed(&error))?;
+    let model = worker.description.model.clone().unwrap_or_default().name;
+    let url = format!("http://{address}");
+    let record = daemon::new_record(InstanceRole::Unified, url.clone(), model);
+    worker.description.instance_id.clone_from(&record.id);
+    let server = tonic::transport::Server::builder()
+        .initial_stream_window_size(4 * 1024 * 1024)
+        .initial_connection_window_size(16 * 1024 * 1024)
+        .add_service(WorkerServer::new(worker))
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+    let serving = tokio::spawn(server);
+    let etcd = EtcdSettings {
+        endpoints: vec![settings.etcd],
+        cluster: "default".into(),
+        lease_ttl: Duration::from_secs(5),
+        start_timeout: Duration::from_secs(10),
+    };
+    let registration = Registration::start(&etcd, record).await?;
+    println!("ready unified {url}");
+    stop.next().await;
+    registration.withdraw().await;
+    serving.abort();
+    Ok(())
+}
+
+async fn copy(address: &str) -> Result<NullWorker, Box<dyn std::error::Error>> {
+    let mut real = WorkerClient::new(endpoint(address)?.connect().await?)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let description = real.describe(DescribeRequest {}).await?.into_inner();
+    let mut chunks = real.fetch_tokenizer(FetchTokenizerRequest {}).await?.into_inner();
+    let mut tokenizer = Vec::new();
+    while let Some(chunk) = chunks.message().await? {
+        tokenizer.push(chunk);
+    }
+    Ok(NullWorker { description, tokenizer })
+}
+
+#[tonic::async_trait]
+impl Worker for NullWorker {
+    type FetchTokenizerStream = BoxStream<'static, Result<ModelChunk, Status>>;
+    type GenerateStream = stream::Iter<std::vec::IntoIter<Result<GenerateEvent, Status>>>;
+    type PrefillStream = BoxStream<'static, Result<PrefillEvent, Status>>;
+    type WatchStatusStream = BoxStream<'static, Result<WorkerStatus, Status>>;
+
+    async fn describe(
+        &self,
+        _request: Request<DescribeRequest>,
+    ) -> Result<Response<WorkerDescription>, Status> {
+        Ok(Response::new(self.description.clone()))
+    }
+
+    async fn fetch_tokenizer(
+        &self,
+        _request: Request<FetchTokenizerRequest>,
+    ) -> Result<Response<Self::FetchTokenizerStream>, Status> {
+        let chunks: Vec<_> = self.tokenizer.iter().cloned().map(Ok).collect();
+        Ok(Response::new(stream::iter(chunks).boxed()))
+    }
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let count = request.into_inner().sampling.unwrap_or_default().max_tokens.max(1) as usize;
+        let token = Tokens { tokens: vec![Token { id: TOKEN, ..Token::default() }] };
+        let finished = Finished { reason: FinishReason::Length.into(), stop_token_id: None };
+        let mut events = vec![Event::Started(Started::default())];
+        events.resize(1 + count, Event::Tokens(token));
+        events.push(Event::Finished(finished));
+        let events = events.into_iter().map(|event| Ok(GenerateEvent { event: Some(event) }));
+        Ok(Response::new(stream::iter(events.collect::<Vec<_>>())))
+    }
+
+    async fn prefill(
+        &self,
+        _request: Request<PrefillRequest>,
+    ) -> Result<Response<Self::PrefillStream>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn watch_status(
+        &self,
+        request: Request<WatchStatusRequest>,
+    ) -> Result<Response<Self::WatchStatusStream>, Status> {
+        let every = Duration::from_millis(request.into_inner().interval_ms.max(10).into());
+        let status = WorkerStatus { kv_blocks_total: 4096, ..WorkerStatus::default() };
+        let ticks = IntervalStream::new(tokio::time::interval(every));
+        Ok(Response::new(ticks.map(move |_| Ok(status)).boxed()))
+    }
+}
