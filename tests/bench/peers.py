@@ -22,7 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-OURS = "baton"
+# By default Baton rounds activations and KV to sixteen bits, which gives float32's answers. With
+# eight, like its peers, it does half the multiplications.
+OURS = {
+    "baton": [],
+    "baton-8bit": ["--activation-bits", "8", "--kv-cache-dtype", "int8"],
+}
 # llama.cpp is built from source: the wheel on PyPI has no code for this CPU's wide vectors.
 PACKAGES = {
     "llama-cpp": (["llama-cpp-python==0.3.36"], {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}),
@@ -165,33 +170,62 @@ def results(engines: list[Engine]) -> list[dict[str, Any]]:
         name, tokens = title(ask), work(ask)
         medians = {e.name: statistics.median(e.samples[name]) for e in engines if name in e.samples}
         rate = {e: (tokens / s if tokens else s) for e, s in medians.items()}
-        peers = {e: s for e, s in medians.items() if e != OURS}
+        peers = {e: s for e, s in medians.items() if e not in OURS}
         best = min(peers, key=peers.__getitem__) if peers else None
+        llama = min((s for e, s in peers.items() if e.startswith("llama-cpp")), default=None)
+        against = lambda seconds: {  # noqa: E731
+            ours: seconds / medians[ours] for ours in OURS if seconds and ours in medians
+        }
         rows.append({
             "measure": name, "unit": "tokens/s" if tokens else "s", "medians": rate, "best": best,
-            "ratio": medians[best] / medians[OURS] if best and OURS in medians else None,
+            "to the best": against(medians[best] if best else None), "to llama.cpp": against(llama),
         })
+    return rows
+
+
+def shares(engines: list[Engine], weights: int, bandwidth: float) -> list[dict[str, Any]]:
+    """What part of the memory's speed decoding for one stream reaches, by the bytes it must read."""
+    rows = []
+    for ask in MEASURES:
+        if ask["measure"] != "decode" or ask["streams"] != 1:
+            continue
+        for engine in engines:
+            samples = engine.samples.get(title(ask))
+            if engine.name in OURS and samples:
+                context = ask["context"] + ask["steps"] / 2
+                needs = weights + context * engine.about["kv_bytes_per_token"]
+                rate = ask["steps"] / statistics.median(samples)
+                rows.append({"measure": title(ask), "engine": engine.name,
+                             "share": rate * needs / bandwidth})
     return rows
 
 
 def markdown(report: dict[str, Any]) -> str:
     names = [engine["name"] for engine in report["engines"]]
+    ours = [name for name in names if name in OURS]
     lines = [
         "# Baton's engine and its peers on one CPU", "",
         f"Made by `tests/bench/peers.py`: {report['model']}, {report['threads']} threads, medians of "
-        f"{report['rounds']} rounds in turns. Tokens a second; `load` in seconds. The ratio is ours "
-        "to the best peer's: above one, Baton is faster.", "",
-        "| measure | " + " | ".join(names) + " | best peer | ratio |",
-        "| --- |" + " --- |" * (len(names) + 2),
+        f"{report['rounds']} rounds in turns. Tokens a second; `load` in seconds. The ratios are ours "
+        "to the best peer's, and to llama.cpp's with or without flash attention, whichever is faster: "
+        "above one, Baton is faster.", "",
+        "| measure | " + " | ".join(names) + " | best peer | "
+        + " | ".join(f"{name} / {to}" for to in ("best", "llama.cpp") for name in ours) + " |",
+        "| --- |" + " --- |" * (len(names) + 1 + 2 * len(ours)),
     ]
     for row in report["results"]:
         digits = 0 if row["unit"] == "tokens/s" else 2
         cells = [f"{row['medians'][n]:,.{digits}f}" if n in row["medians"] else "–" for n in names]
-        ratio = f"**{row['ratio']:.2f}**" if row["ratio"] else "–"
-        lines.append(f"| {row['measure']} | {' | '.join(cells)} | {row['best'] or '–'} | {ratio} |")
+        cells.append(row["best"] or "–")
+        cells += [f"**{row[to][n]:.2f}**" if n in row[to] else "–"
+                  for to in ("to the best", "to llama.cpp") for n in ours]
+        lines.append(f"| {row['measure']} | {' | '.join(cells)} |")
     memory = report["bandwidth"]
     lines += ["", "Memory read on the same threads: " + ", ".join(
-        f"{rate / 1e9:.1f} GB/s over {size} MB" for size, rate in memory.items()) + ".", ""]
+        f"{rate / 1e9:.1f} GB/s over {size} MB" for size, rate in memory.items())
+        + ". Of the faster of these, weights and KV read for each token take:", ""]
+    lines += [f"* {row['engine']}, {row['measure']}: {row['share']:.0%}" for row in report["shares"]]
+    lines += [""]
     lines += [f"* {key}: {value if isinstance(value, (str, int)) else ', '.join(value)}"
               for key, value in report["machine"].items()]
     lines += ["", "| engine | version | notes |", "| --- | --- | --- |"]
@@ -212,7 +246,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 report = json.load(open(sys.argv[1]))
-rows = [row for row in report["results"] if row["ratio"] and row["unit"] == "tokens/s"]
+rows = [row for row in report["results"] if row["best"] and row["unit"] == "tokens/s"]
 names = [engine["name"] for engine in report["engines"]]
 figure, axes = plt.subplots(figsize=(10, 5.5))
 height = 0.8 / len(names)
@@ -250,7 +284,8 @@ def main() -> None:
     options.venv.mkdir(parents=True, exist_ok=True)
     threads = str(options.threads)
     bench = str(built / "examples" / "bench_model")
-    engines = [Engine(OURS, [bench, str(model), "--threads", threads, "--json"])]
+    engines = [Engine(name, [bench, str(model), "--threads", threads, "--json", *flags])
+               for name, flags in OURS.items()]
     absent: dict[str, str] = {}
     for name in options.peers:
         try:
@@ -276,12 +311,13 @@ def main() -> None:
     finally:
         for engine in engines:
             engine.end()
-    weights = model.stat().st_size // 1_000_000
+    weights = model.stat().st_size
     memory = {size: bandwidth(built / "examples" / "bench_memory", options.cpus, options.threads, size)
-              for size in (weights, 1024)}
+              for size in (weights // 1_000_000, 1024)}
     report = {
         "model": model.name, "threads": options.threads, "rounds": options.rounds,
         "machine": machine(options.cpus), "bandwidth": memory, "results": results(engines),
+        "shares": shares(engines, weights, max(memory.values())),
         "absent": absent,
         "engines": [{key: getattr(engine, key) for key in ("name", "about", "samples", "errors")}
                     for engine in engines],

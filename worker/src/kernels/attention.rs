@@ -131,16 +131,18 @@ pub fn attend(
             let (tile, head) = tile_of(task);
             let call = call(tile, head);
             SCRATCH.with_borrow_mut(|scratch| {
-                let floats = call.queries * (SEGMENT + 2 * row);
+                let floats = call.queries * (SEGMENT + 2 * row) + packed_queries(shape);
                 scratch.resize(scratch.len().max(floats), 0.0);
                 let (scores, rows) = scratch.split_at_mut(call.queries * SEGMENT);
+                let (packed, rows) = rows.split_at_mut(packed_queries(shape));
                 let (whole, part) = rows.split_at_mut(call.queries * row);
                 // SAFETY: `isa` is available; the blocks hold every position read; the scratch
                 // holds scores and two rows for each query; tasks write disjoint parts of `out`.
                 unsafe {
                     begin(&call, whole);
                     for segment in tile.segments.0..tile.segments.1 {
-                        weigh(isa, &call, segment, scores.as_mut_ptr(), part.as_mut_ptr());
+                        let packed = packed.as_mut_ptr();
+                        weigh(isa, &call, segment, packed, scores.as_mut_ptr(), part.as_mut_ptr());
                         fold(isa, &call, segment, whole.as_mut_ptr(), part.as_ptr());
                     }
                     finish(isa, &call, whole.as_ptr());
@@ -165,10 +167,13 @@ pub fn attend(
         let tile = &tiles[tiles.partition_point(|tile| tile.before <= at) - 1];
         let (call, segment) = (call(tile, head), tile.segments.0 + at - tile.before);
         SCRATCH.with_borrow_mut(|scores| {
-            scores.resize(scores.len().max(call.queries * SEGMENT), 0.0);
+            let floats = call.queries * SEGMENT + packed_queries(shape);
+            scores.resize(scores.len().max(floats), 0.0);
+            let (packed, scores) = scores.split_at_mut(packed_queries(shape));
             // SAFETY: as above; each task has a partial of its own.
             unsafe {
-                weigh(isa, &call, segment, scores.as_mut_ptr(), partial(tile, head, segment));
+                let (packed, scores) = (packed.as_mut_ptr(), scores.as_mut_ptr());
+                weigh(isa, &call, segment, packed, scores, partial(tile, head, segment));
             }
         });
     });
@@ -199,6 +204,14 @@ thread_local! {
 /// the sum of the weights, padded to whole vectors.
 fn partial_row(shape: &Shape) -> usize {
     shape.head_dim + LANES
+}
+
+/// The most queries that are scored together.
+const TALLEST: usize = 12;
+
+/// Floats of the queries that are scored together.
+fn packed_queries(shape: &Shape) -> usize {
+    TALLEST * shape.head_dim
 }
 
 struct Call<'a> {
@@ -279,20 +292,21 @@ fn begin(call: &Call<'_>, whole: &mut [f32]) {
 unsafe fn weigh_kernel<V: Lanes>(
     call: &Call<'_>,
     segment: usize,
+    packed: *mut f32,
     scores: *mut f32,
     partial: *mut f32,
 ) {
     // SAFETY: handed on, with the type of the pages' elements.
     unsafe {
         match call.shape.dtype {
-            KvDtype::I8 => weigh_elements::<V, i8>(call, segment, scores, partial),
-            _ => weigh_elements::<V, i16>(call, segment, scores, partial),
+            KvDtype::I8 => weigh_elements::<V, i8>(call, segment, packed, scores, partial),
+            _ => weigh_elements::<V, i16>(call, segment, packed, scores, partial),
         }
     }
 }
 dispatch! {
     unsafe fn weigh(
-        call: &Call<'_>, segment: usize, scores: *mut f32, partial: *mut f32,
+        call: &Call<'_>, segment: usize, packed: *mut f32, scores: *mut f32, partial: *mut f32,
     ) => weigh_kernel;
 }
 
@@ -300,6 +314,7 @@ dispatch! {
 unsafe fn weigh_elements<V: Lanes, E: Element>(
     call: &Call<'_>,
     segment: usize,
+    packed: *mut f32,
     scores: *mut f32,
     partial: *mut f32,
 ) {
@@ -314,12 +329,14 @@ unsafe fn weigh_elements<V: Lanes, E: Element>(
         let mut query = first;
         while query < end {
             query += match (V::WIDE, end - query) {
-                (true, 12..) => score::<V, E, 12, 2>(call, segment, query, scores),
-                (true, 6..) => score::<V, E, 6, 2>(call, segment, query, scores),
-                (true, 3..) => score::<V, E, 3, 4>(call, segment, query, scores),
-                (true, _) => score::<V, E, 1, 4>(call, segment, query, scores),
-                (false, 3..) => score::<V, E, 3, 1>(call, segment, query, scores),
-                (false, _) => score::<V, E, 1, 2>(call, segment, query, scores),
+                (true, TALLEST..) => {
+                    score::<V, E, TALLEST, 2>(call, segment, query, packed, scores)
+                }
+                (true, 6..) => score::<V, E, 6, 2>(call, segment, query, packed, scores),
+                (true, 3..) => score::<V, E, 3, 4>(call, segment, query, packed, scores),
+                (true, _) => score::<V, E, 1, 4>(call, segment, query, packed, scores),
+                (false, 3..) => score::<V, E, 3, 1>(call, segment, query, packed, scores),
+                (false, _) => score::<V, E, 1, 2>(call, segment, query, packed, scores),
             };
         }
         for query in first..end {
@@ -346,19 +363,31 @@ unsafe fn score<V: Lanes, E: Element, const N: usize, const C: usize>(
     call: &Call<'_>,
     segment: usize,
     query: usize,
+    packed: *mut f32,
     scores: *mut f32,
 ) -> usize {
     let columns = call.seen(query + N - 1, segment).end.div_ceil(LANES);
     // SAFETY: keys up to the last query's position are in the blocks; a query has `SEGMENT`
-    // scores.
+    // scores; there is room for `TALLEST` queries, and N is not above it.
     unsafe {
+        let first = call.q.add(call.offset(query));
+        // One dimension of all queries after the other: N pointers would not fit the registers.
+        let q = if N == 1 { first } else { packed.cast_const() };
+        if N > 1 {
+            for n in 0..N {
+                let from = call.q.add(call.offset(query + n));
+                for d in 0..call.shape.head_dim {
+                    *packed.add(d * N + n) = *from.add(d);
+                }
+            }
+        }
         let mut column = call.seen(query, segment).start / LANES;
         while column + C <= columns {
-            score_columns::<V, E, N, C>(call, segment, query, column, scores);
+            score_columns::<V, E, N, C>(call, segment, query, column, q, scores);
             column += C;
         }
         while column < columns {
-            score_columns::<V, E, N, 1>(call, segment, query, column, scores);
+            score_columns::<V, E, N, 1>(call, segment, query, column, q, scores);
             column += 1;
         }
     }
@@ -371,15 +400,12 @@ unsafe fn score_columns<V: Lanes, E: Element, const N: usize, const C: usize>(
     segment: usize,
     query: usize,
     column: usize,
+    q: *const f32,
     scores: *mut f32,
 ) {
     // SAFETY: as in `score`.
     unsafe {
         let factor = V::splat(1.0 / (call.shape.head_dim as f32).sqrt());
-        let mut q = [std::ptr::null::<f32>(); N];
-        for n in 0..N {
-            q[n] = call.q.add(call.offset(query + n));
-        }
         let mut keys = [(std::ptr::null::<E>(), std::ptr::null::<f32>()); C];
         for c in 0..C {
             keys[c] = call.keys(segment * SEGMENT + (column + c) * LANES);
@@ -400,7 +426,7 @@ unsafe fn score_columns<V: Lanes, E: Element, const N: usize, const C: usize>(
                 key[c] = E::load::<V>(keys[c].0.add(d * call.shape.block_size));
             }
             for n in 0..N {
-                let q = V::splat(*q[n].add(d));
+                let q = V::splat(*q.add(d * N + n));
                 for c in 0..C {
                     sums[n][c] = q.mul_add(key[c], sums[n][c]);
                 }
@@ -460,72 +486,81 @@ unsafe fn weighted_sum<V: Lanes, E: Element, const N: usize, const WIDTH: usize>
     scores: *const f32,
     partial: *mut f32,
 ) -> usize {
+    let (mut dim, head_dim) = (0, call.shape.head_dim);
+    // SAFETY: handed on; the vectors of the head are walked once.
+    unsafe {
+        while dim + WIDTH * LANES <= head_dim {
+            sum_columns::<V, E, N, WIDTH>(call, segment, query, dim, scores, partial);
+            dim += WIDTH * LANES;
+        }
+        while dim < head_dim {
+            sum_columns::<V, E, N, 1>(call, segment, query, dim, scores, partial);
+            dim += LANES;
+        }
+    }
+    N
+}
+
+#[inline(always)]
+unsafe fn sum_columns<V: Lanes, E: Element, const N: usize, const WIDTH: usize>(
+    call: &Call<'_>,
+    segment: usize,
+    query: usize,
+    dim: usize,
+    scores: *const f32,
+    partial: *mut f32,
+) {
     let (head_dim, row) = (call.shape.head_dim, partial_row(call.shape));
     // SAFETY: no key past a query's own is read, so every value read has been written.
     unsafe {
         let weights = scores.add(query * SEGMENT);
-        for dim in (0..head_dim).step_by(WIDTH * LANES) {
-            let width = WIDTH.min((head_dim - dim) / LANES);
-            let mut sums = [[V::splat(0.0); WIDTH]; N];
-            // Keys in ascending order for each query: those that only the earlier queries see,
-            // those that all N see, those that only the later ones see.
-            let shared = call.seen(query + N - 1, segment).start..call.seen(query, segment).end;
-            let shared = if shared.is_empty() { SEGMENT..SEGMENT } else { shared };
-            for n in 0..N {
-                let seen = call.seen(query + n, segment);
-                let own = seen.start..seen.end.min(shared.start);
-                add_alone::<V, E, WIDTH>(
-                    call,
-                    segment,
-                    own,
-                    dim,
-                    weights.add(n * SEGMENT),
-                    &mut sums[n],
-                );
-            }
-            let mut key = shared.start;
-            while key < shared.end {
-                // Within sixteen keys the values follow each other.
-                let value = call.values::<E>(segment * SEGMENT + key).0.add(dim);
-                // The keys of the next segment are read next.
-                let ahead = ((segment + 1) * SEGMENT + key).min(call.position / LANES * LANES);
-                let ahead = call.keys::<E>(ahead / LANES * LANES).0;
-                let run = (LANES - key % LANES).min(shared.end - key);
-                for i in 0..run {
-                    for w in 0..WIDTH / 2 {
-                        V::prefetch(ahead.add((dim + i * head_dim) + 2 * w * LANES));
-                    }
-                    let value = value.add(i * head_dim);
+        let mut sums = [[V::splat(0.0); WIDTH]; N];
+        // Keys in ascending order for each query: those that only the earlier queries see, those
+        // that all N see, those that only the later ones see.
+        let shared = call.seen(query + N - 1, segment).start..call.seen(query, segment).end;
+        let shared = if shared.is_empty() { SEGMENT..SEGMENT } else { shared };
+        for n in 0..N {
+            let seen = call.seen(query + n, segment);
+            let own = seen.start..seen.end.min(shared.start);
+            let weights = weights.add(n * SEGMENT);
+            add_alone::<V, E, WIDTH>(call, segment, own, dim, weights, &mut sums[n]);
+        }
+        let mut key = shared.start;
+        while key < shared.end {
+            // Within sixteen keys the values follow each other.
+            let value = call.values::<E>(segment * SEGMENT + key).0.add(dim);
+            // The keys of the next segment are read next.
+            let ahead = ((segment + 1) * SEGMENT + key).min(call.position / LANES * LANES);
+            let ahead = call.keys::<E>(ahead / LANES * LANES).0;
+            let run = (LANES - key % LANES).min(shared.end - key);
+            for i in 0..run {
+                for w in 0..WIDTH / 2 {
+                    V::prefetch(ahead.add((dim + i * head_dim) + 2 * w * LANES));
+                }
+                let value = value.add(i * head_dim);
+                let mut values = [V::splat(0.0); WIDTH];
+                for w in 0..WIDTH {
+                    values[w] = E::load::<V>(value.add(w * LANES));
+                }
+                for n in 0..N {
+                    let weight = V::splat(*weights.add(n * SEGMENT + key + i));
                     for w in 0..WIDTH {
-                        if w < width {
-                            let value = E::load::<V>(value.add(w * LANES));
-                            for n in 0..N {
-                                let weight = V::splat(*weights.add(n * SEGMENT + key + i));
-                                sums[n][w] = weight.mul_add(value, sums[n][w]);
-                            }
-                        }
+                        sums[n][w] = weight.mul_add(values[w], sums[n][w]);
                     }
                 }
-                key += run;
             }
-            for n in 0..N {
-                let seen = call.seen(query + n, segment);
-                let own = shared.end.max(seen.start)..seen.end;
-                add_alone::<V, E, WIDTH>(
-                    call,
-                    segment,
-                    own,
-                    dim,
-                    weights.add(n * SEGMENT),
-                    &mut sums[n],
-                );
-                for w in 0..width {
-                    sums[n][w].store(partial.add((query + n) * row + dim + w * LANES));
-                }
+            key += run;
+        }
+        for n in 0..N {
+            let seen = call.seen(query + n, segment);
+            let own = shared.end.max(seen.start)..seen.end;
+            let weights = weights.add(n * SEGMENT);
+            add_alone::<V, E, WIDTH>(call, segment, own, dim, weights, &mut sums[n]);
+            for w in 0..WIDTH {
+                sums[n][w].store(partial.add((query + n) * row + dim + w * LANES));
             }
         }
     }
-    N
 }
 
 /// Adds values by weight for one query.
@@ -538,17 +573,13 @@ unsafe fn add_alone<V: Lanes, E: Element, const WIDTH: usize>(
     weights: *const f32,
     sums: &mut [V; WIDTH],
 ) {
-    let width = WIDTH.min((call.shape.head_dim - dim) / LANES);
     for key in keys {
         // SAFETY: the query sees these keys, so their values have been written.
         unsafe {
             let value = call.values::<E>(segment * SEGMENT + key).0.add(dim);
             let weight = V::splat(*weights.add(key));
             for w in 0..WIDTH {
-                if w < width {
-                    let value = E::load::<V>(value.add(w * LANES));
-                    sums[w] = weight.mul_add(value, sums[w]);
-                }
+                sums[w] = weight.mul_add(E::load::<V>(value.add(w * LANES)), sums[w]);
             }
         }
     }
