@@ -225,11 +225,19 @@ async fn with_speculation_equals_the_reference() {
     let (drafted, accepted) = (status.spec_decode_draft_tokens, status.spec_decode_accepted_tokens);
     assert!(accepted > 0 && drafted > accepted, "{status:?}");
     println!("{accepted} of {drafted} guessed tokens were right");
-    let scrape = Scrape::parse(&cluster.api.get("/metrics").await.text).expect("metrics");
-    for (name, value) in [("draft_tokens", drafted), ("accepted_tokens", accepted)] {
-        let name = format!("vllm:spec_decode_num_{name}_total");
-        assert_eq!(scrape.sum(&name, &[]), Some(value as f64), "{name}");
-    }
+    // The gateway hears of it four times a second.
+    baton_tests::eventually("the gateway counts the same", Duration::from_secs(2), async || {
+        let scrape = Scrape::parse(&cluster.api.get("/metrics").await.text).expect("metrics");
+        for (name, value) in [("draft_tokens", drafted), ("accepted_tokens", accepted)] {
+            let name = format!("vllm:spec_decode_num_{name}_total");
+            let seen = scrape.sum(&name, &[]);
+            if seen != Some(value as f64) {
+                return Err(format!("{name} is {seen:?}, at the worker {value}"));
+            }
+        }
+        Ok(())
+    })
+    .await;
     cluster.finish().await;
     tally.check("with speculation", start.elapsed());
 }

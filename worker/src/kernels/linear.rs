@@ -209,7 +209,7 @@ mod tests {
     }
 
     fn check_at(precision: Precision, largest: f32, tensor: TensorBytes, rows: usize, seed: u64) {
-        let quantized = !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16);
+        let quantized = !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         let linear =
             Linear::new(&mut ThreadPool::new(3).unwrap(), &mut Arena::default(), tensor).unwrap();
         let (n, k) = (linear.outputs(), linear.inputs());
@@ -272,6 +272,7 @@ mod tests {
             check(tensor::<BlockQ8_0>(GgmlDType::Q8_0, outputs, inputs, seed), rows, seed);
             check(tensor::<f32>(GgmlDType::F32, outputs, inputs, seed), rows, seed);
             check(tensor::<half::f16>(GgmlDType::F16, outputs, inputs, seed), rows, seed);
+            check(tensor::<half::bf16>(GgmlDType::BF16, outputs, inputs, seed), rows, seed);
         }
 
         #[test]

@@ -17,7 +17,7 @@ use super::sequence::{Sequence, SequenceId, State};
 use crate::kv::blocks::Owner;
 
 /// Rows of a step, drafts among them, beyond which no draft is added.
-const ROWS: usize = 8;
+const ROWS: usize = 16;
 
 /// The most steps without a draft between two that failed.
 const LONGEST_WAIT: u32 = 32;
