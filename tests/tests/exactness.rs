@@ -270,3 +270,29 @@ async fn with_prefix_cache_hits_equals_the_reference() {
     cluster.finish().await;
     tally.check("with prefix-cache hits", start.elapsed());
 }
+
+/// Coarser settings give other answers than float32, but the same ones however they are computed:
+/// alone on one worker, and in a batch behind a hand-off.
+#[tokio::test]
+async fn eight_bits_are_the_same_apart_and_together() {
+    let builder = || {
+        let builder = Cluster::builder().worker_arg("--activation-bits", "8");
+        builder.worker_arg("--kv-cache-dtype", "int8")
+    };
+    let together = builder().unified(1).start().await;
+    let apart = builder().prefill(1).decode(1).handoff_min_tokens(64).start().await;
+    let cases: Vec<Greedy> = reference::greedy().into_iter().step_by(3).collect();
+    let at_once = cases.iter().map(|case| generate(&apart.api, case, Some(&case.name)));
+    let at_once = futures::future::join_all(at_once).await;
+    let mut as_float = 0;
+    for (case, apart) in cases.iter().zip(at_once) {
+        let alone = generate(&together.api, case, Some(&case.name)).await;
+        assert_eq!(alone, apart, "{}", case.name);
+        as_float += usize::from(alone == case.output);
+    }
+    println!("{as_float} of {} answers are float32's", cases.len());
+    let handed_off = apart.only(Role::Prefill).status().await.prompt_tokens;
+    assert!(handed_off > 0, "nothing was handed off");
+    together.finish().await;
+    apart.finish().await;
+}
