@@ -1,6 +1,7 @@
 //! The tokenizer as it crosses from worker to gateway.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// What a gateway needs to turn text into tokens and back.
 ///
@@ -16,4 +17,8 @@ pub struct TokenizerBundle {
     pub bos_token: Option<String>,
     /// Text of the end-of-sequence token, given to the template as `eos_token`.
     pub eos_token: Option<String>,
+    /// `tokenizer_config.json` as it came; empty for a format that has none.
+    pub tokenizer_config: Map<String, Value>,
+    /// `generation_config.json`, likewise.
+    pub generation_config: Map<String, Value>,
 }

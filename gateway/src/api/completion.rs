@@ -3,7 +3,8 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::sampling::{MAX_LOGPROBS, MAX_SEQUENCES};
+use super::sampling::{MAX_SEQUENCES, Wish};
+use super::structured::StructuredFields;
 use super::token_ids;
 use crate::error::ApiError;
 
@@ -30,18 +31,11 @@ pub enum Prompt {
 }
 
 impl CompletionFields {
-    /// How many alternatives to return with each token; `None` for no logprobs at all.
-    pub fn logprobs(&self) -> Result<Option<u32>, ApiError> {
-        let Some(top) = self.logprobs else { return Ok(None) };
-        if !(0..=MAX_LOGPROBS).contains(&top) {
-            let message = format!("`logprobs` must be from 0 to {MAX_LOGPROBS}, not {top}.");
-            return Err(ApiError::bad_value("logprobs", message));
-        }
-        if self.echo == Some(true) {
-            let message = "`echo` with `logprobs` is not supported by this server; leave one out.";
-            return Err(ApiError::bad_value("echo", message));
-        }
-        Ok(Some(top as u32))
+    /// What these fields ask of the answer.
+    pub fn wish(&self, structured: &StructuredFields) -> Result<Wish, ApiError> {
+        let echo = self.echo.unwrap_or(false);
+        let constraint = structured.constraint()?;
+        Ok(Wish { logprobs: self.logprobs, echo, prompt_alone: echo, constraint })
     }
 
     /// Whether the tokenizer adds its special tokens to a text.

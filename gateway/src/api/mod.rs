@@ -7,8 +7,10 @@
 pub mod chat;
 pub mod completion;
 pub mod envelope;
+pub mod gbnf;
 pub mod logprobs;
 pub mod sampling;
+pub mod structured;
 pub mod tokenize;
 pub mod usage;
 
@@ -92,41 +94,24 @@ type Harmless = fn(&Value) -> bool;
 
 /// Fields of the API that are not built, and when they may be there all the same.
 const UNSUPPORTED: &[(&str, Harmless)] = &[
-    ("allowed_token_ids", never),
     ("audio", never),
-    ("bad_words", empty),
-    ("chat_template", never),
-    ("documents", empty),
     ("function_call", |value| value == "none"),
     ("functions", empty),
-    ("guided_choice", never),
-    ("guided_grammar", never),
-    ("guided_json", never),
-    ("guided_regex", never),
     ("logits_processors", empty),
     ("modalities", |value| *value == serde_json::json!(["text"])),
-    ("priority", |value| *value == 0),
     ("prompt_embeds", never),
-    ("prompt_logprobs", never),
-    ("response_format", |value| value["type"] == "text"),
-    ("structured_outputs", never),
     ("suffix", |value| value == ""),
     ("thinking_token_budget", never),
-    ("tool_choice", |value| value == "none"),
-    ("tools", never),
-    ("truncate_prompt_tokens", never),
     ("use_beam_search", |value| *value == false),
 ];
 
 /// Fields of the API that change nothing here.
 const IGNORED: &[&str] = &[
     "best_of",
-    "include_reasoning",
+    "guided_decoding_backend",
     "length_penalty",
     "metadata",
-    "parallel_tool_calls",
     "prediction",
-    "reasoning_effort",
     "safety_identifier",
     "service_tier",
     "spaces_between_special_tokens",
@@ -239,11 +224,11 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_unless_it_asks_for_nothing() {
-        body(json!({"bad_words": [], "response_format": {"type": "text"}, "tools": null}))
+        body(json!({"functions": [], "modalities": ["text"], "prompt_embeds": null}))
             .refuse_unsupported()
             .unwrap();
-        let error = body(json!({"tools": [{}]})).refuse_unsupported().unwrap_err();
-        assert_eq!(error.body()["error"]["param"], "tools");
+        let error = body(json!({"suffix": "x"})).refuse_unsupported().unwrap_err();
+        assert_eq!(error.body()["error"]["param"], "suffix");
     }
 
     #[test]

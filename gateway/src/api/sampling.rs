@@ -4,24 +4,26 @@ use std::collections::HashMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
-use baton_proto::v1::SamplingParams;
+use baton_proto::v1::{Constraint, SamplingParams, TokenSequence};
 use rand::RngExt as _;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{strings, token_ids};
 use crate::error::ApiError;
+use crate::generate::answer::TextSettings;
+use crate::text::defaults::Defaults;
 
 /// The most sequences that one request may ask for.
 pub const MAX_SEQUENCES: usize = 128;
-/// The most alternatives that `logprobs` may ask for.
-pub const MAX_LOGPROBS: i64 = 20;
 /// The most stop strings, and stop tokens.
 const MAX_STOPS: usize = 256;
 /// The longest stop string, and cache salt.
 const MAX_STOP_BYTES: usize = 1024;
 /// The most tokens that `logit_bias` may name.
 const MAX_BIASED: usize = 4096;
+/// The most entries of `bad_words`.
+const MAX_BAD_WORDS: usize = 256;
 /// Below this a temperature makes logits overflow; vLLM raises it too.
 const MIN_TEMPERATURE: f64 = 0.01;
 
@@ -46,6 +48,12 @@ pub struct SamplingFields {
     pub skip_special_tokens: Option<bool>,
     /// Keep the stop string in the text.
     pub include_stop_str_in_output: Option<bool>,
+    /// Passed back in the reply as it came.
+    pub kv_transfer_params: Option<Map<String, Value>>,
+    truncate_prompt_tokens: Option<i64>,
+    truncation_side: Option<TruncationSide>,
+    priority: Option<i64>,
+    prompt_logprobs: Option<i64>,
     n: Option<i64>,
     temperature: Option<f64>,
     top_p: Option<f64>,
@@ -62,6 +70,19 @@ pub struct SamplingFields {
     stop_token_ids: Option<Vec<Value>>,
     ignore_eos: Option<bool>,
     logit_bias: Option<Map<String, Value>>,
+    allowed_token_ids: Option<Vec<Value>>,
+    bad_words: Option<Value>,
+}
+
+/// The end at which `truncate_prompt_tokens` cuts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TruncationSide {
+    /// The prompt's beginning goes.
+    #[default]
+    Left,
+    /// The prompt's end goes.
+    Right,
 }
 
 /// `stream_options`.
@@ -73,6 +94,31 @@ pub struct StreamOptions {
     pub continuous_usage_stats: Option<bool>,
 }
 
+/// What fields are checked against.
+pub struct Bounds<'a> {
+    /// Tokens of the model.
+    pub vocab_size: u32,
+    /// The most alternatives that `logprobs` may ask for; without it any number.
+    pub max_logprobs: Option<u32>,
+    /// What holds for fields that are absent.
+    pub defaults: &'a Defaults,
+    /// Tokenizes a text without special tokens.
+    pub encode: &'a dyn Fn(&str) -> Result<Vec<u32>, String>,
+}
+
+/// What the routes ask for in their own fields.
+#[derive(Clone, Debug, Default)]
+pub struct Wish {
+    /// Alternatives to return with each token of the answer; `None` for no logprobs at all.
+    pub logprobs: Option<i64>,
+    /// Whether the prompt is part of the answer, with its logprobs.
+    pub echo: bool,
+    /// Whether `max_tokens` may be 0: the prompt alone is wanted.
+    pub prompt_alone: bool,
+    /// What the answer must be like.
+    pub constraint: Option<Constraint>,
+}
+
 /// The fields, checked, with defaults filled in.
 #[derive(Clone, Debug)]
 pub struct Sampling {
@@ -82,8 +128,12 @@ pub struct Sampling {
     pub max_tokens: Option<u32>,
     /// Sequences for each prompt.
     pub n: usize,
-    /// Strings that end the text.
-    pub stop: Vec<String>,
+    /// What ends the text, and what is left out of it.
+    pub text: TextSettings,
+    /// Requests share cached prefixes only when their salts are equal.
+    pub salt: String,
+    /// Lower is sooner.
+    pub priority: i32,
 }
 
 impl SamplingFields {
@@ -99,8 +149,9 @@ impl SamplingFields {
         (include, include && options.continuous_usage_stats.unwrap_or(false))
     }
 
-    /// Checks all values. `logprobs` is how many alternatives the route asks for.
-    pub fn check(&self, vocab_size: u32, logprobs: Option<u32>) -> Result<Sampling, ApiError> {
+    /// Checks all values.
+    pub fn check(&self, bounds: &Bounds<'_>, wish: Wish) -> Result<Sampling, ApiError> {
+        let (vocab_size, defaults) = (bounds.vocab_size, bounds.defaults);
         if self.stream_options.is_some() && !self.streams() {
             let message = "`stream_options` is only for streams: set `stream` to true.";
             return Err(ApiError::malformed(message).param("stream_options"));
@@ -109,18 +160,18 @@ impl SamplingFields {
             let message = "`cache_salt` must not be empty; leave it out to share the cache.";
             return Err(ApiError::malformed(message).param("cache_salt"));
         }
-        let temperature = in_range("temperature", self.temperature, 1.0, 0.0..=2.0)?;
+        let temperature = in_range("temperature", self.temperature, defaults.temperature, 0.0..=2.0)?;
         let greedy = temperature == 0.0;
         let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
-        let top_p = in_range("top_p", self.top_p, 1.0, 0.0..=1.0)?;
+        let top_p = in_range("top_p", self.top_p, defaults.top_p, 0.0..=1.0)?;
         if top_p == 0.0 {
             return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
         }
-        let top_k = in_range("top_k", self.top_k, 0, -1..=i64::from(u32::MAX))?.max(0);
+        let top_k = in_range("top_k", self.top_k, defaults.top_k, -1..=i64::from(u32::MAX))?.max(0);
         let repetition_penalty = in_range(
             "repetition_penalty",
             self.repetition_penalty,
-            1.0,
+            defaults.repetition_penalty,
             0.0..=f64::from(f32::MAX),
         )?;
         if repetition_penalty == 0.0 {
@@ -136,9 +187,9 @@ impl SamplingFields {
             Some(limit) => ("max_completion_tokens", Some(limit)),
             None => ("max_tokens", self.max_tokens),
         };
-        let limits = 1..=i64::from(u32::MAX);
+        let limits = i64::from(!wish.prompt_alone)..=i64::from(u32::MAX);
         let max_tokens = limit.map(|limit| in_range(limit_field, Some(limit), 0, limits));
-        let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32);
+        let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32).or(defaults.max_tokens);
         let min_tokens =
             in_range("min_tokens", self.min_tokens, 0, 0..=i64::from(u32::MAX))? as u32;
         if max_tokens.is_some_and(|max| min_tokens > max) {
@@ -158,11 +209,19 @@ impl SamplingFields {
         at_most("cache_salt", salt, MAX_STOP_BYTES, "bytes")?;
         let biased = self.logit_bias.as_ref().map_or(0, Map::len);
         at_most("logit_bias", biased, MAX_BIASED, "tokens")?;
+        let priority =
+            in_range("priority", self.priority, 0, i64::from(i32::MIN)..=i64::from(i32::MAX))?;
+        let logprobs = bounds.count("logprobs", wish.logprobs)?;
+        let allowed = self.allowed_token_ids.as_deref();
+        if allowed.is_some_and(<[Value]>::is_empty) {
+            let message = "`allowed_token_ids` must not be empty; leave it out to allow all.";
+            return Err(ApiError::bad_value("allowed_token_ids", message));
+        }
         let params = SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
             top_k: top_k as u32,
-            min_p: in_range("min_p", self.min_p, 0.0, 0.0..=1.0)? as f32,
+            min_p: in_range("min_p", self.min_p, defaults.min_p, 0.0..=1.0)? as f32,
             seed: self.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
             max_tokens: 0,
             min_tokens,
@@ -173,8 +232,97 @@ impl SamplingFields {
             frequency_penalty: penalty("frequency_penalty", self.frequency_penalty)?,
             logit_bias: self.logit_bias(vocab_size)?,
             logprobs,
+            allowed_token_ids: token_ids(
+                "allowed_token_ids",
+                allowed.unwrap_or_default(),
+                vocab_size,
+            )?,
+            bad_words: self.bad_words(bounds)?,
+            prompt_logprobs: self.prompt_logprobs(bounds, &wish, logprobs)?,
+            constraint: wish.constraint,
         };
-        Ok(Sampling { params, max_tokens, n, stop })
+        let text = TextSettings {
+            stop,
+            include_stop: self.include_stop_str_in_output.unwrap_or(false),
+            skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
+        };
+        let salt = self.cache_salt.clone().unwrap_or_default();
+        Ok(Sampling { params, max_tokens, n, text, salt, priority: priority as i32 })
+    }
+
+    /// Cuts a prompt as `truncate_prompt_tokens` says.
+    pub fn truncate(
+        &self,
+        prompt: &mut Vec<u32>,
+        max_model_len: u32,
+        max_tokens: Option<u32>,
+    ) -> Result<(), ApiError> {
+        let field = "truncate_prompt_tokens";
+        let keep = match self.truncate_prompt_tokens {
+            None => return Ok(()),
+            // What leaves room for the answer.
+            Some(-1) => max_model_len.saturating_sub(max_tokens.unwrap_or(1).max(1)) as usize,
+            Some(n) => in_range(field, Some(n), 0, -1..=i64::from(max_model_len))? as usize,
+        };
+        let surplus = prompt.len().saturating_sub(keep);
+        match self.truncation_side.unwrap_or_default() {
+            TruncationSide::Left => drop(prompt.drain(..surplus)),
+            TruncationSide::Right => prompt.truncate(keep),
+        }
+        Ok(())
+    }
+
+    /// Whether the reply has log-probabilities of the prompt in a place of their own.
+    pub fn wants_prompt_logprobs(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
+    /// Whether a prompt of any length may come, because it is cut.
+    pub fn truncates(&self) -> bool {
+        self.truncate_prompt_tokens.is_some()
+    }
+
+    fn prompt_logprobs(
+        &self,
+        bounds: &Bounds<'_>,
+        wish: &Wish,
+        logprobs: Option<u32>,
+    ) -> Result<Option<u32>, ApiError> {
+        let asked = bounds.count("prompt_logprobs", self.prompt_logprobs)?;
+        if asked.is_some_and(|count| count > 0) && self.streams() {
+            let message = "`prompt_logprobs` is not for streams: set `stream` to false.";
+            return Err(ApiError::malformed(message).param("prompt_logprobs"));
+        }
+        Ok(asked.or_else(|| logprobs.filter(|_| wish.echo)))
+    }
+
+    /// A word's tokens at the beginning of a text and after a space, as vLLM takes them: the
+    /// second only where the space belongs to the word's first token.
+    fn bad_words(&self, bounds: &Bounds<'_>) -> Result<Vec<TokenSequence>, ApiError> {
+        let words = strings("bad_words", self.bad_words.as_ref())?;
+        at_most("bad_words", words.len(), MAX_BAD_WORDS, "words")?;
+        let longest = words.iter().map(String::len).max().unwrap_or(0);
+        at_most("bad_words", longest, MAX_STOP_BYTES, "bytes in a word")?;
+        let mut sequences = Vec::with_capacity(2 * words.len());
+        for word in words {
+            let word = word.trim_start();
+            let encode = |text: &str| {
+                (bounds.encode)(text)
+                    .map_err(|error| ApiError::internal(format!("The tokenizer failed: {error}.")))
+            };
+            let plain = encode(word)?;
+            if plain.is_empty() {
+                let message = "`bad_words` must not hold an empty word.";
+                return Err(ApiError::bad_value("bad_words", message));
+            }
+            let spaced = encode(&format!(" {word}"))?;
+            let differs = spaced.len() == plain.len() && spaced[0] != plain[0];
+            sequences.push(TokenSequence { token_ids: plain });
+            if differs {
+                sequences.push(TokenSequence { token_ids: spaced });
+            }
+        }
+        Ok(sequences)
     }
 
     fn logit_bias(&self, vocab_size: u32) -> Result<HashMap<u32, f32>, ApiError> {
@@ -192,6 +340,21 @@ impl SamplingFields {
                 Ok((id, bias.clamp(-100.0, 100.0) as f32))
             })
             .collect()
+    }
+}
+
+impl Bounds<'_> {
+    /// A number of alternatives; -1 is the whole vocabulary.
+    fn count(&self, field: &str, asked: Option<i64>) -> Result<Option<u32>, ApiError> {
+        let Some(asked) = asked else { return Ok(None) };
+        let count = if asked == -1 { i64::from(self.vocab_size) } else { asked };
+        let most = self.max_logprobs.unwrap_or(self.vocab_size).min(self.vocab_size);
+        if (0..=i64::from(most)).contains(&count) {
+            return Ok(Some(count as u32));
+        }
+        let message =
+            format!("`{field}` must be from 0 to {most}, not {asked}: see --max-logprobs.");
+        Err(ApiError::bad_value(field, message))
     }
 }
 
@@ -237,21 +400,34 @@ mod tests {
 
     use super::*;
 
+    const BOUNDS: Bounds<'_> = Bounds {
+        vocab_size: 100,
+        max_logprobs: Some(20),
+        defaults: &Defaults::OPENAI,
+        // A letter is a token, and the space before a word belongs to its first letter.
+        encode: &|text| {
+            let word = text.trim_start();
+            let shift = if word == text { 0 } else { 32 };
+            Ok(word.bytes().enumerate().map(|(i, b)| u32::from(b) - 60 + if i == 0 { shift } else { 0 }).collect())
+        },
+    };
+
     fn check(fields: Value) -> Result<Sampling, ApiError> {
         let fields: SamplingFields = serde_json::from_value(fields).unwrap();
-        fields.check(100, None)
+        fields.check(&BOUNDS, Wish::default())
     }
 
     #[test]
     fn defaults_are_those_of_the_contract() {
-        let Sampling { params, max_tokens, n, stop } = check(json!({"seed": 0})).unwrap();
+        let Sampling { params, max_tokens, n, text, .. } = check(json!({"seed": 0})).unwrap();
         let expected = SamplingParams {
             temperature: 1.0,
             top_p: 1.0,
             repetition_penalty: 1.0,
             ..SamplingParams::default()
         };
-        assert_eq!((params, max_tokens, n, stop), (expected, None, 1, vec![]));
+        assert_eq!((params, max_tokens, n), (expected, None, 1));
+        assert!(text.skip_special_tokens && !text.include_stop && text.stop.is_empty());
     }
 
     #[test]

@@ -25,13 +25,22 @@ impl Usage {
     }
 }
 
-/// How many tokens may be generated: what was asked for, else `default`, else the rest of the
-/// context. Only a wish that was spoken is refused when it does not fit.
+/// What a route makes of `max_tokens`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Budget {
+    /// Tokens when the request does not say; the rest of the context without it.
+    pub default: Option<u32>,
+    /// Give what is left in place of refusing a wish that does not fit.
+    pub clip: bool,
+}
+
+/// How many tokens may be generated: what was asked for, else the route's default, else the rest
+/// of the context. Only a wish that was spoken is refused when it does not fit.
 pub fn room(
     prompt_tokens: usize,
     max_model_len: u32,
     asked: Option<u32>,
-    default: Option<u32>,
+    budget: Budget,
 ) -> Result<u32, ApiError> {
     let left = (max_model_len as usize).saturating_sub(prompt_tokens) as u32;
     if left == 0 {
@@ -42,15 +51,14 @@ pub fn room(
         return Err(ApiError::bad_value("input_tokens", message));
     }
     match asked {
-        Some(asked) if asked > left => {
+        Some(asked) if asked > left && !budget.clip => {
             let message = format!(
                 "`max_tokens` is {asked} and the prompt has {prompt_tokens} tokens, but this \
                  model takes {max_model_len} in all; ask for at most {left}."
             );
             Err(ApiError::bad_value("max_tokens", message))
         }
-        Some(asked) => Ok(asked),
-        None => Ok(default.map_or(left, |default| default.min(left))),
+        _ => Ok(asked.or(budget.default).map_or(left, |wanted| wanted.min(left))),
     }
 }
 
@@ -60,10 +68,12 @@ mod tests {
 
     #[test]
     fn prompt_and_answer_share_the_context() {
-        assert_eq!(room(200, 256, Some(56), None).unwrap(), 56);
-        assert!(room(200, 256, Some(57), None).is_err());
-        assert_eq!(room(255, 256, None, None).unwrap(), 1);
-        assert_eq!(room(250, 256, None, Some(16)).unwrap(), 6);
-        assert!(room(256, 256, None, None).is_err());
+        let rest = Budget::default();
+        assert_eq!(room(200, 256, Some(56), rest).unwrap(), 56);
+        assert!(room(200, 256, Some(57), rest).is_err());
+        assert_eq!(room(200, 256, Some(57), Budget { clip: true, ..rest }).unwrap(), 56);
+        assert_eq!(room(255, 256, None, rest).unwrap(), 1);
+        assert_eq!(room(250, 256, None, Budget { default: Some(16), ..rest }).unwrap(), 6);
+        assert!(room(256, 256, None, rest).is_err());
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_proto::v1::{FinishReason, Token};
+use baton_proto::v1::{FinishReason, PromptTokenLogprob, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
@@ -33,6 +33,19 @@ pub struct Delta {
     pub tokens: Vec<Token>,
     /// Whether this is the end, and why.
     pub end: Option<End>,
+    /// Log-probabilities of the prompt, from its second token on; before the first token, when
+    /// they were asked for.
+    pub prompt: Vec<PromptTokenLogprob>,
+}
+
+impl Delta {
+    /// Adds what follows.
+    pub fn append(&mut self, next: Self) {
+        self.text.push_str(&next.text);
+        self.tokens.extend(next.tokens);
+        self.end = next.end.or(self.end.take());
+        self.prompt.extend(next.prompt);
+    }
 }
 
 /// Why an answer ended.
@@ -112,6 +125,9 @@ impl Answer {
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
                 }
+                Some(Update::PromptLogprobs(prompt)) => {
+                    return Ok(Some(Delta { prompt, ..Delta::default() }));
+                }
                 Some(Update::Token(token)) => return Ok(Some(self.token(token))),
                 Some(Update::Finished(reason, stop)) => {
                     let reason = match reason {
@@ -140,14 +156,14 @@ impl Answer {
         let tokens = vec![token];
         if !may_stop {
             // What comes before `min_tokens` cannot stop anything.
-            return Delta { text, tokens, end: None };
+            return Delta { text, tokens, ..Delta::default() };
         }
         match self.watch.push(&text) {
-            Watched::Text(text) => Delta { text, tokens, end: None },
+            Watched::Text(text) => Delta { text, tokens, ..Delta::default() },
             Watched::Stopped(text, stop) => {
                 self.finish("stop");
                 let end = End { reason: "stop", stop: stop.into() };
-                Delta { text, tokens, end: Some(end) }
+                Delta { text, tokens, end: Some(end), ..Delta::default() }
             }
         }
     }
@@ -159,7 +175,7 @@ impl Answer {
             Watched::Stopped(text, stop) => (text, End { reason: "stop", stop: stop.into() }),
         };
         self.finish(end.reason);
-        Delta { text, tokens: Vec::new(), end: Some(end) }
+        Delta { text, end: Some(end), ..Delta::default() }
     }
 
     fn note_time(&mut self) {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
-    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, SamplingParams, Started, Token,
+    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob, SamplingParams, Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::{timeout, timeout_at};
@@ -53,6 +53,8 @@ pub struct Job {
     pub sampling: SamplingParams,
     /// Requests share cached blocks only when their salts are equal.
     pub salt: String,
+    /// Lower is sooner.
+    pub priority: i32,
     /// When to give up.
     pub deadline: Instant,
     /// Uncached prompt tokens from which a prefill worker is used.
@@ -77,6 +79,8 @@ impl Job {
 pub enum Update {
     /// The prompt has been computed.
     Started(Started),
+    /// Log-probabilities of some prompt tokens, in order.
+    PromptLogprobs(Vec<PromptTokenLogprob>),
     /// A token was drawn.
     Token(Token),
     /// The end; for a stop token, which.
@@ -94,6 +98,8 @@ pub struct Generation {
     ready: std::vec::IntoIter<Token>,
     /// Whether `Started` has been yielded, by this attempt or an earlier one.
     started: bool,
+    /// Log-probabilities of the prompt that have been yielded.
+    prompt_logprobs: usize,
     /// Instances that failed this sequence.
     avoid: Vec<String>,
     failures: usize,
@@ -106,6 +112,8 @@ struct Attempt {
     /// The prefill worker that was offered, until the prompt is computed.
     prefill: Option<Ticket>,
     events: Streaming<GenerateEvent>,
+    /// Log-probabilities of the prompt that it has sent.
+    prompt_logprobs: usize,
 }
 
 impl Attempt {
@@ -143,6 +151,7 @@ impl Generation {
                         output: Vec::new(),
                         ready: Vec::new().into_iter(),
                         started: false,
+                        prompt_logprobs: 0,
                         avoid,
                         failures,
                         failures_in_all: failures,
@@ -182,6 +191,18 @@ impl Generation {
                         self.attempt.prefill = None;
                         if !std::mem::replace(&mut self.started, true) {
                             return Ok(Some(Update::Started(started)));
+                        }
+                        continue;
+                    }
+                    Some(Event::PromptLogprobs(prompt)) => {
+                        // After a failure another worker begins again.
+                        let known = self.prompt_logprobs - self.attempt.prompt_logprobs;
+                        self.attempt.prompt_logprobs += prompt.tokens.len();
+                        self.prompt_logprobs =
+                            self.prompt_logprobs.max(self.attempt.prompt_logprobs);
+                        let new: Vec<_> = prompt.tokens.into_iter().skip(known).collect();
+                        if !new.is_empty() {
+                            return Ok(Some(Update::PromptLogprobs(new)));
                         }
                         continue;
                     }
@@ -296,11 +317,16 @@ async fn open(
         } else {
             None
         };
+        let mut sampling = job.sampling.clone();
+        if !output.is_empty() {
+            // They came before the first token.
+            sampling.prompt_logprobs = None;
+        }
         let request = GenerateRequest {
             request_id: job.request_id.clone(),
             prompt_token_ids: job.prompt.to_vec(),
             output_token_ids: output.to_vec(),
-            sampling: Some(job.sampling.clone()),
+            sampling: Some(sampling),
             prefill: peer.as_ref().map(|peer| PrefillPeer {
                 instance_id: peer.worker.record.id.clone(),
                 address: peer.worker.record.address.clone(),
@@ -309,12 +335,13 @@ async fn open(
             timeout_ms: job.deadline.saturating_duration_since(Instant::now()).as_millis().max(1)
                 as u64,
             cache_salt: job.salt.clone(),
+            priority: job.priority,
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
         let mut client = ticket.worker.client();
         let status = match timeout_at(until.into(), client.generate(request)).await {
             Ok(Ok(reply)) => {
-                return Ok(Attempt { ticket, prefill: peer, events: reply.into_inner() });
+                return Ok(Attempt { ticket, prefill: peer, events: reply.into_inner(), prompt_logprobs: 0 });
             }
             Ok(Err(status)) => status,
             Err(_) if Instant::now() >= job.deadline => {

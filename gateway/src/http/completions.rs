@@ -4,15 +4,19 @@ use std::sync::Arc;
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::{Map, Value, json};
+use baton_proto::v1::PromptTokenLogprob;
+use serde_json::{Value, json};
 
 use super::Shared;
-use super::generation::{Intake, Order, Shape, check_length};
+use super::frames::{Frames, Shape};
+use super::generation::{Intake, Order, check, check_length};
 use super::tokenize::{encode, model};
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
 use crate::api::envelope::Envelope;
-use crate::api::logprobs::Naming;
-use crate::api::usage::Usage;
+use crate::api::logprobs::{Columns, Naming};
+use crate::api::sampling::SamplingFields;
+use crate::api::structured::StructuredFields;
+use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
@@ -23,39 +27,52 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, fields, client, own_id } = intake;
+    let Intake { arrived, place, mut body, client, own_id } = intake;
+    let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;
+    let structured: StructuredFields = body.read()?;
     body.refuse_unsupported()?;
     let served = model(&shared, fields.model.as_deref())?;
-    let logprobs = completion.logprobs()?;
-    let sampling = fields.check(served.card.vocab_size, logprobs)?;
+    let wish = completion.wish(&structured)?;
+    let logprobs = wish.logprobs.is_some();
+    let mut sampling = check(&shared, &served, &fields, wish)?;
     let mut prompts: Vec<Arc<[u32]>> = Vec::new();
     for prompt in completion.prompts(served.card.vocab_size)? {
-        let tokens = match prompt {
+        let mut tokens = match prompt {
             Prompt::Tokens(tokens) => tokens,
             Prompt::Text(text) => {
-                check_length(&served, &text)?;
+                if !fields.truncates() {
+                    check_length(&served, &text)?;
+                }
                 encode(&served.text, text, completion.add_special_tokens()).await?
             }
         };
+        fields.truncate(&mut tokens, served.card.max_model_len, sampling.max_tokens)?;
         if tokens.is_empty() {
             let message = "`prompt` is empty, and this model puts nothing before it.";
             return Err(ApiError::bad_value("prompt", message));
         }
         prompts.push(tokens.into());
     }
-    let echo = completion.echo.unwrap_or(false);
+    // The engine draws one token with every prompt; it is left out of the answer.
+    let prompt_alone = sampling.max_tokens == Some(0);
+    sampling.max_tokens = sampling.max_tokens.map(|tokens| tokens.max(1));
+    let answers = prompts.len() * sampling.n;
     let shape = Completion {
         envelope: Envelope::new("cmpl", own_id.as_deref(), &served.card.name),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
-        logprobs: logprobs.is_some(),
+        logprobs,
+        prompt_logprobs: fields.wants_prompt_logprobs(),
         token_ids: fields.return_token_ids.unwrap_or(false),
-        echo,
+        echo: completion.echo.unwrap_or(false),
+        prompt_alone,
         prompts: prompts.clone(),
         n: sampling.n,
-        begun: vec![false; prompts.len() * sampling.n],
-        offsets: vec![0; prompts.len() * sampling.n],
+        begun: vec![false; answers],
+        pending: vec![Vec::new(); answers],
+        offsets: vec![0; answers],
         usage: fields.usage_in_stream(),
+        kv_transfer_params: fields.kv_transfer_params.clone().map(Value::Object),
         served: served.clone(),
     };
     let order = Order {
@@ -63,46 +80,66 @@ pub(super) async fn create(
         served,
         sampling,
         prompts,
-        default_max_tokens: Some(DEFAULT_MAX_TOKENS),
+        budget: Budget { default: Some(DEFAULT_MAX_TOKENS), clip: false },
         arrived,
         id: shape.envelope.id.clone(),
         place,
-        fields,
     };
-    order.respond(shape, &body, client).await
+    order.respond(shape, fields.streams(), &body, client).await
 }
 
-/// How a completion's answer is framed.
+/// How a completion's answer is worded.
 struct Completion {
     envelope: Envelope,
     naming: Naming,
     logprobs: bool,
+    prompt_logprobs: bool,
     token_ids: bool,
     echo: bool,
+    prompt_alone: bool,
     prompts: Vec<Arc<[u32]>>,
     n: usize,
-    /// Choices whose first event has been sent.
+    /// Answers of which something has been sent.
     begun: Vec<bool>,
-    /// Characters of each choice's text so far, for logprobs.
+    /// Log-probabilities of the prompt that wait for the first token's event.
+    pending: Vec<Vec<PromptTokenLogprob>>,
+    /// Characters of each answer's text so far, for logprobs.
     offsets: Vec<usize>,
     usage: (bool, bool),
+    kv_transfer_params: Option<Value>,
     served: Arc<Served>,
 }
 
 impl Completion {
     /// A choice of a whole reply or of an event: completions keep nulls in both.
     fn choice(&mut self, index: usize, delta: Delta) -> Value {
-        let Delta { mut text, tokens, end } = delta;
+        let Delta { mut text, mut tokens, end, prompt: _ } = delta;
+        if self.prompt_alone {
+            text.clear();
+            tokens.clear();
+        }
         let first = !std::mem::replace(&mut self.begun[index], true);
         let prompt = &self.prompts[index / self.n];
-        if first && self.echo {
-            text.insert_str(0, &self.served.text.decode(prompt, false));
+        let known = std::mem::take(&mut self.pending[index]);
+        let (naming, model) = (self.naming, &self.served.text);
+        let offset = &mut self.offsets[index];
+        let echoed = first && self.echo;
+        if echoed {
+            text.insert_str(0, &model.decode(prompt, false));
         }
-        let logprobs = (self.logprobs && !tokens.is_empty())
-            .then(|| self.naming.completion(&self.served.text, &tokens, &mut self.offsets[index]));
+        let logprobs = (self.logprobs && (echoed || !tokens.is_empty())).then(|| {
+            let mut columns = match echoed {
+                true => naming.completion_prompt(model, prompt[0], &known, offset),
+                false => Columns::default(),
+            };
+            columns.append(naming.completion(model, &tokens, offset));
+            columns.json()
+        });
         let ids: Option<Vec<u32>> =
             self.token_ids.then(|| tokens.iter().map(|token| token.id).collect());
         let prompt_ids = (self.token_ids && first).then(|| prompt.to_vec());
+        let prompt_logprobs =
+            (self.prompt_logprobs && first).then(|| naming.prompt(model, &known));
         json!({
             "index": index,
             "text": text,
@@ -110,40 +147,54 @@ impl Completion {
             "finish_reason": end.as_ref().map(|end| end.reason),
             "stop_reason": end.map(|end| end.stop),
             "token_ids": ids,
-            "prompt_logprobs": null,
+            "prompt_logprobs": prompt_logprobs,
             "prompt_token_ids": prompt_ids,
         })
+    }
+
+    fn usage(&self, usage: Usage) -> Value {
+        match self.prompt_alone {
+            true => Usage { completion_tokens: 0, ..usage }.json(),
+            false => usage.json(),
+        }
     }
 }
 
 impl Shape for Completion {
-    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Map<String, Value> {
-        let each = wholes.into_iter().enumerate();
-        let choices = each.map(|(index, whole)| self.choice(index, whole)).collect();
+    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Value {
+        let mut choices = Vec::with_capacity(wholes.len());
+        for (index, mut whole) in wholes.into_iter().enumerate() {
+            self.pending[index] = std::mem::take(&mut whole.prompt);
+            choices.push(self.choice(index, whole));
+        }
         let mut reply = self.envelope.frame("text_completion", choices);
         reply.insert("service_tier".into(), Value::Null);
         reply.insert("system_fingerprint".into(), Value::Null);
-        reply.insert("usage".into(), usage.json());
-        reply.insert("kv_transfer_params".into(), Value::Null);
-        reply
+        reply.insert("usage".into(), self.usage(usage));
+        reply.insert("kv_transfer_params".into(), json!(self.kv_transfer_params));
+        reply.into()
     }
 
-    fn opening(&mut self, _index: usize) -> Option<Map<String, Value>> {
-        None
-    }
+    fn opening(&mut self, _prompts: &[usize], _frames: &mut Frames) {}
 
-    fn delta(&mut self, index: usize, delta: Delta) -> Map<String, Value> {
+    fn delta(&mut self, index: usize, mut delta: Delta, usage: Usage, frames: &mut Frames) {
+        self.pending[index].append(&mut delta.prompt);
+        if delta.text.is_empty() && delta.tokens.is_empty() && delta.end.is_none() {
+            return;
+        }
         let choice = self.choice(index, delta);
         let mut event = self.envelope.frame("text_completion", vec![choice]);
-        event.insert("usage".into(), Value::Null);
-        event
+        let usage = self.usage.1.then(|| self.usage(usage));
+        event.insert("usage".into(), json!(usage));
+        frames.data(&event.into());
     }
 
-    fn usage(&self) -> Map<String, Value> {
-        self.envelope.frame("text_completion", Vec::new())
-    }
-
-    fn usage_wanted(&self) -> (bool, bool) {
-        self.usage
+    fn close(&mut self, usage: Usage, frames: &mut Frames) {
+        if self.usage.0 {
+            let mut event = self.envelope.frame("text_completion", Vec::new());
+            event.insert("usage".into(), self.usage(usage));
+            frames.data(&event.into());
+        }
+        frames.done();
     }
 }

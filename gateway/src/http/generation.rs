@@ -10,19 +10,20 @@ use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
 use baton_proto::block_hashes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::connection::{Connection, closed};
 use super::load::Place;
+use super::frames::{Frames, Shape};
 use super::{Shared, body, connection};
 use crate::api::Body;
-use crate::api::sampling::{MAX_SEQUENCES, Sampling, SamplingFields};
-use crate::api::usage::{Usage, room};
+use crate::api::sampling::{Bounds, MAX_SEQUENCES, Sampling, SamplingFields, Wish};
+use crate::api::usage::{Budget, Usage, room};
 use crate::error::ApiError;
 use crate::generate::Job;
-use crate::generate::answer::{Answer, Delta, TextSettings};
+use crate::generate::answer::{Answer, Delta};
 use crate::workers::Served;
 
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
@@ -38,7 +39,6 @@ pub(super) struct Intake {
     pub(super) arrived: Instant,
     pub(super) place: Place,
     pub(super) body: Body,
-    pub(super) fields: SamplingFields,
     pub(super) client: Option<Connection>,
     /// The id that the client gave the request.
     pub(super) own_id: Option<String>,
@@ -56,11 +56,11 @@ impl Intake {
             return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
         }
         let place = shared.load.enter()?;
-        let mut body = body::read(request, payload, shared.limits.max_body_bytes).await?;
-        let fields: SamplingFields = body.read()?;
+        let body = body::read(request, payload, shared.limits.max_body_bytes).await?;
         let header = request.headers().get("x-request-id").and_then(|id| id.to_str().ok());
-        let own_id = header.map(str::to_owned).or_else(|| fields.request_id.clone());
-        Ok(Self { arrived, place, body, fields, client: connection(request), own_id })
+        let own = || body.get("request_id").and_then(Value::as_str);
+        let own_id = header.or_else(own).map(str::to_owned);
+        Ok(Self { arrived, place, body, client: connection(request), own_id })
     }
 }
 
@@ -68,11 +68,9 @@ impl Intake {
 pub(super) struct Order {
     pub(super) shared: Arc<Shared>,
     pub(super) served: Arc<Served>,
-    pub(super) fields: SamplingFields,
     pub(super) sampling: Sampling,
     pub(super) prompts: Vec<Arc<[u32]>>,
-    /// Tokens when the request does not say; the rest of the context without it.
-    pub(super) default_max_tokens: Option<u32>,
+    pub(super) budget: Budget,
     pub(super) arrived: Instant,
     /// The reply's id, under which workers log the sequences.
     pub(super) id: String,
@@ -80,7 +78,7 @@ pub(super) struct Order {
 }
 
 /// The answers to an order.
-struct Answers {
+pub(super) struct Answers {
     /// By index: prompt by prompt, `n` for each.
     answers: Vec<Answer>,
     prompts: Vec<Arc<[u32]>>,
@@ -95,10 +93,10 @@ impl Order {
     pub(super) async fn respond<S: Shape + 'static>(
         self,
         mut shape: S,
+        streams: bool,
         body: &Body,
         client: Option<Connection>,
     ) -> Result<HttpResponse, ApiError> {
-        let streams = self.fields.streams();
         let answers = self.start(client.as_ref()).await?;
         let mut response = HttpResponse::Ok();
         body::warn_of_unknown(body, &mut response);
@@ -111,8 +109,8 @@ impl Order {
 
     /// Sends all sequences on their way. An error here is an ordinary reply with its own status,
     /// also when a stream was asked for.
-    async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
-        let Self { shared, served, fields, sampling, prompts, default_max_tokens, .. } = self;
+    pub(super) async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
+        let Self { shared, served, sampling, prompts, budget, .. } = self;
         let sequences = prompts.len() * sampling.n;
         if sequences > MAX_SEQUENCES {
             let message = format!(
@@ -122,17 +120,12 @@ impl Order {
             return Err(ApiError::bad_value("n", message));
         }
         let deadline = self.arrived + shared.limits.request_timeout;
-        let text = TextSettings {
-            stop: sampling.stop.clone(),
-            include_stop: fields.include_stop_str_in_output.unwrap_or(false),
-            skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
-        };
-        let salt = fields.cache_salt.unwrap_or_default();
         let mut jobs = Vec::with_capacity(sequences);
         for prompt in &prompts {
             let limit = served.card.max_model_len;
-            let max_tokens = room(prompt.len(), limit, sampling.max_tokens, default_max_tokens)?;
-            let hashes: Arc<[_]> = block_hashes(&salt, prompt, served.block_size()).into();
+            let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
+            let hashes: Arc<[_]> =
+                block_hashes(&sampling.salt, prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
                     served: served.clone(),
@@ -140,7 +133,8 @@ impl Order {
                     prompt: prompt.clone(),
                     hashes: hashes.clone(),
                     sampling: sampling.params_for(index, max_tokens),
-                    salt: salt.clone(),
+                    salt: sampling.salt.clone(),
+                    priority: sampling.priority,
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
                 });
@@ -148,7 +142,7 @@ impl Order {
         }
         let starts = jobs.into_iter().map(|job| {
             let (registry, metrics) = (shared.registry.clone(), shared.metrics.clone());
-            Answer::start(registry, metrics, job, text.clone(), self.arrived)
+            Answer::start(registry, metrics, job, sampling.text.clone(), self.arrived)
         });
         let all = futures::future::try_join_all(starts);
         let answers = unless_gone(client, all).await??;
@@ -158,14 +152,15 @@ impl Order {
 
 impl Answers {
     /// Waits for all answers to end.
-    async fn whole(self, client: Option<&Connection>) -> Result<(Vec<Delta>, Usage), ApiError> {
+    pub(super) async fn whole(
+        self,
+        client: Option<&Connection>,
+    ) -> Result<(Vec<Delta>, Usage), ApiError> {
         let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
         let each = self.answers.into_iter().map(|mut answer| async move {
             let mut whole = Delta::default();
-            while let Some(Delta { text, tokens, end }) = answer.next().await? {
-                whole.text.push_str(&text);
-                whole.tokens.extend(tokens);
-                whole.end = end.or(whole.end);
+            while let Some(delta) = answer.next().await? {
+                whole.append(delta);
             }
             Ok::<_, ApiError>((whole, answer.tokens()))
         });
@@ -180,7 +175,7 @@ impl Answers {
     ///
     /// A task of its own reads the answers, so that a client that stops reading holds nothing
     /// beyond its deadline: the server polls a response only when there is room to write.
-    fn stream<S: Shape + 'static>(
+    pub(super) fn stream<S: Shape + 'static>(
         self,
         shape: S,
         client: Option<Connection>,
@@ -200,17 +195,11 @@ impl Answers {
     }
 
     /// Sends all frames, to the last one.
-    async fn pump<S: Shape>(self, shape: S, sender: &mpsc::Sender<Bytes>) {
-        let mut run = Run {
-            shape,
-            prompts: self.prompts.iter().map(|prompt| prompt.len()).collect(),
-            n: self.n,
-            tokens: vec![0; self.answers.len()],
-        };
-        let mut frame = String::new();
-        for index in 0..self.answers.len() {
-            run.opening(index, &mut frame);
-        }
+    async fn pump<S: Shape>(self, mut shape: S, sender: &mpsc::Sender<Bytes>) {
+        let prompts: Vec<usize> = self.prompts.iter().map(|prompt| prompt.len()).collect();
+        let mut tokens = vec![0; self.answers.len()];
+        let mut frames = Frames::default();
+        shape.opening(&prompts, &mut frames);
         let next = |index: usize, mut answer: Answer| async move {
             let delta = answer.next().await;
             (index, answer, delta)
@@ -223,9 +212,8 @@ impl Answers {
             .collect();
         let mut over = false;
         loop {
-            // An empty chunk would end the response.
-            if !frame.is_empty()
-                && sender.send(Bytes::from(std::mem::take(&mut frame))).await.is_err()
+            if let Some(bytes) = frames.take()
+                && sender.send(bytes).await.is_err()
             {
                 return;
             }
@@ -233,21 +221,28 @@ impl Answers {
                 return;
             }
             match tokio::time::timeout(SILENCE, waiting.next()).await {
-                Err(_) => frame.push_str(": still working\n\n"),
+                Err(_) => frames.comment("still working"),
                 Ok(Some((index, answer, Ok(delta)))) => {
                     if let Some(delta) = delta {
-                        run.tokens[index] = answer.tokens();
-                        run.delta(index, delta, &mut frame);
+                        tokens[index] = answer.tokens();
+                        let usage = Usage {
+                            prompt_tokens: prompts[index / self.n],
+                            completion_tokens: tokens[index],
+                        };
+                        shape.delta(index, delta, usage, &mut frames);
                         waiting.push(next(index, answer));
                     }
                 }
                 Ok(Some((_, _, Err(error)))) => {
-                    push_frame(&error.body(), &mut frame);
-                    frame.push_str("data: [DONE]\n\n");
+                    shape.failed(&error, &mut frames);
                     over = true;
                 }
                 Ok(None) => {
-                    run.close(&mut frame);
+                    let usage = Usage {
+                        prompt_tokens: prompts.iter().sum(),
+                        completion_tokens: tokens.iter().sum(),
+                    };
+                    shape.close(usage, &mut frames);
                     over = true;
                 }
             }
@@ -255,75 +250,8 @@ impl Answers {
     }
 }
 
-/// How a route frames its answers.
-pub(super) trait Shape {
-    /// The reply with all answers, each a whole one.
-    fn whole(&mut self, wholes: Vec<Delta>, usage: Usage) -> Map<String, Value>;
-    /// The first event of a choice, if it has one of its own.
-    fn opening(&mut self, index: usize) -> Option<Map<String, Value>>;
-    /// The event of a delta.
-    fn delta(&mut self, index: usize, delta: Delta) -> Map<String, Value>;
-    /// The event with the usage, before the end.
-    fn usage(&self) -> Map<String, Value>;
-    /// Whether to send usage at the end, and in all events.
-    fn usage_wanted(&self) -> (bool, bool);
-}
-
-/// A stream in progress.
-struct Run<S> {
-    shape: S,
-    /// Lengths of the prompts.
-    prompts: Vec<usize>,
-    n: usize,
-    /// Tokens of each answer so far.
-    tokens: Vec<usize>,
-}
-
-impl<S: Shape> Run<S> {
-    fn opening(&mut self, index: usize, out: &mut String) {
-        if let Some(event) = self.shape.opening(index) {
-            self.push(index, event, out);
-        }
-    }
-
-    fn delta(&mut self, index: usize, delta: Delta, out: &mut String) {
-        let event = self.shape.delta(index, delta);
-        self.push(index, event, out);
-    }
-
-    fn push(&self, index: usize, mut event: Map<String, Value>, out: &mut String) {
-        if self.shape.usage_wanted().1 {
-            let usage = Usage {
-                prompt_tokens: self.prompts[index / self.n],
-                completion_tokens: self.tokens[index],
-            };
-            event.insert("usage".into(), usage.json());
-        }
-        push_frame(&Value::Object(event), out);
-    }
-
-    fn close(&self, out: &mut String) {
-        if self.shape.usage_wanted().0 {
-            let usage = Usage {
-                prompt_tokens: self.prompts.iter().sum(),
-                completion_tokens: self.tokens.iter().sum(),
-            };
-            let mut event = self.shape.usage();
-            event.insert("usage".into(), usage.json());
-            push_frame(&Value::Object(event), out);
-        }
-        out.push_str("data: [DONE]\n\n");
-    }
-}
-
-fn push_frame(event: &Value, out: &mut String) {
-    out.push_str("data: ");
-    out.push_str(&event.to_string());
-    out.push_str("\n\n");
-}
-
 /// A reply that streams.
-fn streaming(
+pub(super) fn streaming(
     mut response: HttpResponseBuilder,
     events: impl Stream<Item = Result<Bytes, actix_web::Error>> + 'static,
 ) -> HttpResponse {
@@ -344,6 +272,22 @@ async fn unless_gone<T>(
         done = work => Ok(done),
         () = closed(client) => Err(ApiError::client_gone()),
     }
+}
+
+/// Checks a request's sampling fields against the model and this gateway's settings.
+pub(super) fn check(
+    shared: &Shared,
+    served: &Served,
+    fields: &SamplingFields,
+    wish: Wish,
+) -> Result<Sampling, ApiError> {
+    let bounds = Bounds {
+        vocab_size: served.card.vocab_size,
+        max_logprobs: shared.limits.max_logprobs,
+        defaults: &served.text.defaults,
+        encode: &|text| served.text.encode(text, false),
+    };
+    fields.check(&bounds, wish)
 }
 
 /// Refuses a text that cannot fit, before it is tokenized.

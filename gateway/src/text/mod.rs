@@ -1,5 +1,6 @@
 //! Text in, tokens out, and back: tokenizer, chat template, incremental detokenizing.
 
+pub mod defaults;
 pub mod detokenize;
 pub mod stop;
 pub mod template;
@@ -7,8 +8,10 @@ pub mod template;
 use std::str::FromStr as _;
 
 use baton_proto::TokenizerBundle;
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
+use defaults::Defaults;
 use template::ChatTemplate;
 
 /// What a model needs to read and write text. Made once from a worker's bundle.
@@ -19,6 +22,10 @@ pub struct TextModel {
     pub template: Option<ChatTemplate>,
     /// Bytes of the longest token: a prompt with more bytes than this times the context cannot fit.
     pub longest_token: usize,
+    /// What holds for sampling fields that a request leaves out.
+    pub defaults: Defaults,
+    /// `tokenizer_config.json`, if the model has one.
+    pub tokenizer_config: Map<String, Value>,
 }
 
 impl TextModel {
@@ -36,7 +43,13 @@ impl TextModel {
             })
             .transpose()
             .map_err(|error| format!("the worker's chat template does not compile: {error}"))?;
-        Ok(Self { tokenizer, template, longest_token })
+        Ok(Self {
+            tokenizer,
+            template,
+            longest_token,
+            defaults: Defaults::of(&bundle.generation_config),
+            tokenizer_config: bundle.tokenizer_config.clone(),
+        })
     }
 
     /// Tokenizes a text.

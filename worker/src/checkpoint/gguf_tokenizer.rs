@@ -36,6 +36,8 @@ pub(super) fn bundle(gguf: &Gguf) -> Result<TokenizerBundle, LoadError> {
         chat_template: gguf.optional_str("tokenizer.chat_template")?.map(str::to_owned),
         bos_token: token_text(gguf, "tokenizer.ggml.bos_token_id")?,
         eos_token: token_text(gguf, "tokenizer.ggml.eos_token_id")?,
+        tokenizer_config: serde_json::Map::new(),
+        generation_config: serde_json::Map::new(),
     })
 }
 

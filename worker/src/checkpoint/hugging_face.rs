@@ -11,7 +11,7 @@ use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Checkpoint, LoadError, TensorBytes};
 use crate::kernels::elementwise::Activation;
@@ -252,6 +252,8 @@ impl Checkpoint for Folder {
             chat_template,
             bos_token: token("bos_token"),
             eos_token: token("eos_token"),
+            generation_config: object(self.json("generation_config.json")?),
+            tokenizer_config: object(Some(settings)),
         })
     }
 
@@ -268,6 +270,13 @@ impl Checkpoint for Folder {
 
     fn digest(&self) -> String {
         self.digest.clone()
+    }
+}
+
+fn object(json: Option<Value>) -> Map<String, Value> {
+    match json {
+        Some(Value::Object(fields)) => fields,
+        _ => Map::new(),
     }
 }
 
