@@ -173,6 +173,7 @@ impl SamplingFields {
             frequency_penalty: penalty("frequency_penalty", self.frequency_penalty)?,
             logit_bias: self.logit_bias(vocab_size)?,
             logprobs,
+            ..SamplingParams::default()
         };
         Ok(Sampling { params, max_tokens, n, stop })
     }

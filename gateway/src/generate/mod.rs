@@ -309,6 +309,7 @@ async fn open(
             timeout_ms: job.deadline.saturating_duration_since(Instant::now()).as_millis().max(1)
                 as u64,
             cache_salt: job.salt.clone(),
+            ..GenerateRequest::default()
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
         let mut client = ticket.worker.client();
