@@ -164,6 +164,7 @@ impl Driver {
             weights_digest: shared.model.weights_digest.clone(),
             transports: Vec::new(),
             timeout_ms: 0,
+            priority: self.request.priority,
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
         if let Ok(transport) =
