@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use baton_membership::daemon::ClusterArgs;
 use clap::Parser;
 
+use crate::output::{ReasoningSyntax, ToolSyntax};
+
 const EXAMPLE: &str = "Example:\n  baton-gateway --listen 0.0.0.0:8000 --etcd http://10.0.0.5:2379 --api-key-file keys.txt";
 
 /// Baton's HTTP gateway: speaks the OpenAI and vLLM API and forwards to the cluster's workers.
@@ -39,6 +41,28 @@ pub struct Settings {
     /// used. docs/architecture.md says how the default was measured.
     #[arg(long, env = "BATON_HANDOFF_MIN_TOKENS", default_value_t = 64)]
     pub handoff_min_tokens: u32,
+
+    /// The most alternatives that `logprobs` may ask for; -1 is any number.
+    #[arg(long, env = "BATON_MAX_LOGPROBS", default_value_t = 20, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1_000_000))]
+    pub max_logprobs: i64,
+
+    /// How models write tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic. By default
+    /// each model's chat template tells.
+    #[arg(long, env = "BATON_TOOL_CALL_PARSER")]
+    pub tool_call_parser: Option<ToolSyntax>,
+
+    /// How models write their reasoning: deepseek_r1, qwen3. By default each model's chat template
+    /// tells.
+    #[arg(long, env = "BATON_REASONING_PARSER")]
+    pub reasoning_parser: Option<ReasoningSyntax>,
+
+    /// Take a `chat_template` that a request brings.
+    #[arg(long, env = "BATON_TRUST_REQUEST_CHAT_TEMPLATE")]
+    pub trust_request_chat_template: bool,
+
+    /// Tell in `usage` how many prompt tokens were found in a prefix cache.
+    #[arg(long, env = "BATON_ENABLE_PROMPT_TOKENS_DETAILS")]
+    pub enable_prompt_tokens_details: bool,
 
     /// Seconds a request may take in all.
     #[arg(long, env = "BATON_REQUEST_TIMEOUT", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]

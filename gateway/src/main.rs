@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use baton_gateway::auth::Keys;
 use baton_gateway::config::Settings;
-use baton_gateway::http::{self, Limits, Load, Shared};
+use baton_gateway::http::{self, Limits, Load, Parsers, Shared};
 use baton_gateway::metrics::Metrics;
 use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
@@ -52,6 +52,13 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             max_body_bytes: settings.max_body_bytes,
             request_timeout: Duration::from_secs(settings.request_timeout),
             handoff_min_tokens: settings.handoff_min_tokens,
+            max_logprobs: u32::try_from(settings.max_logprobs).ok(),
+            trust_request_chat_template: settings.trust_request_chat_template,
+            prompt_tokens_details: settings.enable_prompt_tokens_details,
+        },
+        parsers: Parsers {
+            tools: settings.tool_call_parser.clone(),
+            reasoning: settings.reasoning_parser,
         },
         draining: AtomicBool::new(false),
     });

@@ -3,10 +3,9 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::sampling::MAX_LOGPROBS;
 use crate::error::ApiError;
 use crate::text::TextModel;
-use crate::text::template::Options;
+use crate::text::template::{ChatTemplate, Options};
 
 /// The fields of a conversation, shared with `POST /tokenize`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -15,6 +14,9 @@ pub struct Conversation {
     add_generation_prompt: Option<bool>,
     continue_final_message: Option<bool>,
     add_special_tokens: Option<bool>,
+    documents: Option<Vec<Value>>,
+    reasoning_effort: Option<String>,
+    chat_template: Option<String>,
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
@@ -23,32 +25,37 @@ pub struct Conversation {
 pub struct ChatFields {
     logprobs: Option<bool>,
     top_logprobs: Option<i64>,
-    echo: Option<bool>,
+    /// Put the last message before the answer, when both are of one role.
+    pub echo: Option<bool>,
+    /// Send what the model thinks before it answers.
+    pub include_reasoning: Option<bool>,
 }
+
+/// The longest chat template that a request may bring, in bytes.
+const MAX_TEMPLATE: usize = 64 * 1024;
 
 impl ChatFields {
     /// How many alternatives to return with each token; `None` for no logprobs at all.
-    pub fn logprobs(&self) -> Result<Option<u32>, ApiError> {
-        if self.echo == Some(true) {
-            return Err(ApiError::not_supported("echo"));
-        }
+    pub fn logprobs(&self) -> Result<Option<i64>, ApiError> {
         let top = self.top_logprobs.unwrap_or(0);
         let wanted = self.logprobs.unwrap_or(false);
         if top != 0 && !wanted {
             let message = "`top_logprobs` is only for `logprobs`: set `logprobs` to true.";
             return Err(ApiError::malformed(message).param("top_logprobs"));
         }
-        if !(0..=MAX_LOGPROBS).contains(&top) {
-            let message = format!("`top_logprobs` must be from 0 to {MAX_LOGPROBS}, not {top}.");
-            return Err(ApiError::bad_value("top_logprobs", message));
-        }
-        Ok(wanted.then_some(top as u32))
+        Ok(wanted.then_some(top))
     }
 }
 
 impl Conversation {
-    /// The prompt's text.
-    pub fn render(&self, model: &TextModel) -> Result<String, ApiError> {
+    /// The prompt's text. `tools` are what the model may call, in OpenAI's form;
+    /// `trust_template` says whether a request may bring a template of its own.
+    pub fn render(
+        &self,
+        model: &TextModel,
+        tools: Option<&[Value]>,
+        trust_template: bool,
+    ) -> Result<String, ApiError> {
         let messages = self.messages()?;
         let continue_final_message = self.continue_final_message.unwrap_or(false);
         if continue_final_message && self.add_generation_prompt == Some(true) {
@@ -60,15 +67,64 @@ impl Conversation {
             let message = "This model has no chat template; use /v1/completions with a `prompt`.";
             ApiError::bad_value("messages", message)
         })?;
+        let own = self.own_template(template, trust_template)?;
+        let variables = self.variables();
         let options = Options {
             add_generation_prompt: self.add_generation_prompt.unwrap_or(!continue_final_message),
             continue_final_message,
-            variables: self.chat_template_kwargs.as_ref(),
+            tools,
+            documents: self.documents.as_deref(),
+            variables: variables.as_ref(),
         };
-        template.render(&messages, &options).map_err(|error| {
+        own.as_ref().unwrap_or(template).render(&messages, &options).map_err(|error| {
             let message = format!("The chat template refuses these `messages`: {error}.");
             ApiError::bad_value("messages", message)
         })
+    }
+
+    fn own_template(
+        &self,
+        model: &ChatTemplate,
+        trusted: bool,
+    ) -> Result<Option<ChatTemplate>, ApiError> {
+        let Some(source) = &self.chat_template else { return Ok(None) };
+        let refused = |message: String| ApiError::bad_value("chat_template", message);
+        if !trusted {
+            let message = "`chat_template` is not taken from requests: leave it out, or start the \
+                           gateway with --trust-request-chat-template.";
+            return Err(refused(message.into()));
+        }
+        if source.len() > MAX_TEMPLATE {
+            let length = source.len();
+            let message = format!("`chat_template` has {length} bytes, at most {MAX_TEMPLATE}.");
+            return Err(refused(message));
+        }
+        let compiled = model.replaced(source);
+        compiled
+            .map(Some)
+            .map_err(|error| refused(format!("`chat_template` does not compile: {error}.")))
+    }
+
+    /// The template's variables: `reasoning_effort` is one, and "none" of it stops a template
+    /// from opening a reasoning at all. What `chat_template_kwargs` says wins.
+    fn variables(&self) -> Option<Map<String, Value>> {
+        let Some(effort) = &self.reasoning_effort else {
+            return self.chat_template_kwargs.clone();
+        };
+        let mut variables = Map::new();
+        variables.insert("reasoning_effort".into(), effort.as_str().into());
+        if effort == "none" {
+            variables.insert("enable_thinking".into(), false.into());
+        }
+        variables.extend(self.chat_template_kwargs.clone().unwrap_or_default());
+        Some(variables)
+    }
+
+    /// The last message's text, when the answer is given under the same role.
+    pub fn echoed(&self) -> Option<String> {
+        let last = self.messages.as_ref()?.as_array()?.last()?;
+        let text = content(last.get("content"), "messages").ok()?;
+        (last["role"].as_str()? == self.answer_role()).then_some(text)
     }
 
     /// Whether the tokenizer adds its special tokens: by default the template has put them.
@@ -110,10 +166,52 @@ impl Conversation {
                 let text = content(message.get("content"), &format!("{at}.content"))?;
                 let mut message = message.clone();
                 message.insert("content".into(), text.into());
+                share_reasoning(&mut message);
+                open_arguments(&mut message, &at)?;
                 Ok(Value::Object(message))
             })
             .collect()
     }
+}
+
+/// Templates know what a model thought by one of two names.
+fn share_reasoning(message: &mut Map<String, Value>) {
+    let names = ["reasoning", "reasoning_content"];
+    let thought = names.iter().find_map(|name| message.get(*name).filter(|it| it.is_string()));
+    if let Some(thought) = thought.cloned() {
+        names.map(|name| message.insert(name.into(), thought.clone()));
+    }
+}
+
+/// Calls of earlier turns: templates want arguments as an object, clients send them as text.
+fn open_arguments(message: &mut Map<String, Value>, at: &str) -> Result<(), ApiError> {
+    let calls = match message.get_mut("tool_calls") {
+        None => return Ok(()),
+        // Some templates ask whether the key is there.
+        Some(Value::Null) => {
+            message.shift_remove("tool_calls");
+            return Ok(());
+        }
+        Some(Value::Array(calls)) => calls,
+        Some(_) => {
+            let at = format!("{at}.tool_calls");
+            return Err(ApiError::malformed(format!("`{at}` must be a list.")).param(at));
+        }
+    };
+    for (i, call) in calls.iter_mut().enumerate() {
+        let Some(arguments) = call.pointer_mut("/function/arguments") else {
+            let at = format!("{at}.tool_calls[{i}].function.arguments");
+            return Err(ApiError::malformed(format!("`{at}` is required.")).param(at));
+        };
+        if let Some(text) = arguments.as_str() {
+            // What an earlier answer broke is shown to the model as it was.
+            let text = if text.trim().is_empty() { "{}" } else { text };
+            if let Ok(value @ Value::Object(_)) = serde_json::from_str(text) {
+                *arguments = value;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A message's text: a string, or text parts, joined by line feeds as vLLM joins them.
@@ -187,6 +285,5 @@ mod tests {
         assert_eq!(fields(json!({"logprobs": true})).unwrap(), Some(0));
         assert_eq!(fields(json!({"logprobs": true, "top_logprobs": 3})).unwrap(), Some(3));
         assert!(fields(json!({"top_logprobs": 3})).is_err());
-        assert!(fields(json!({"logprobs": true, "top_logprobs": 21})).is_err());
     }
 }

@@ -66,6 +66,41 @@ pub fn by_schema(schema: Value) -> Constraint {
     Constraint { kind: Some(Kind::JsonSchema(schema.to_string())) }
 }
 
+/// Where an answer's beginning is, seen from its reasoning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reasoned {
+    /// There is none.
+    Not,
+    /// The model may open one.
+    Maybe,
+    /// The prompt has opened it.
+    Inside,
+}
+
+/// Lets a model think before it answers within `constraint`, as vLLM does.
+pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Constraint, ApiError> {
+    let begin = match reasoned {
+        Reasoned::Not => return Ok(constraint),
+        Reasoned::Maybe => "start: (\"<think>\" think)? answer\n",
+        Reasoned::Inside => "start: think answer\n",
+    };
+    let answer = match constraint.kind {
+        None => return Ok(constraint),
+        Some(Kind::JsonSchema(schema)) => format!("answer: %json {schema}\n"),
+        Some(Kind::Regex(regex)) => format!("answer: /{}/\n", regex.replace('/', "\\/")),
+        Some(Kind::Lark(lark)) => match lark.strip_prefix("start:") {
+            Some(rest) => format!("answer:{rest}"),
+            None => {
+                let message = "A grammar for a model that reasons must begin with its `start` rule.";
+                return Err(ApiError::bad_value("structured_outputs.grammar", message));
+            }
+        },
+    };
+    // The shortest text up to the tag: what follows the first one is the answer.
+    let lark = format!("{begin}think[lazy]: /(.|\\n)*<\\/think>\\s*/\n{answer}");
+    Ok(Constraint { kind: Some(Kind::Lark(lark)) })
+}
+
 fn of_response_format(format: &Value) -> Result<Option<Constraint>, ApiError> {
     match format["type"].as_str() {
         Some("text") => Ok(None),

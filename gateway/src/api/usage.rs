@@ -11,16 +11,20 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Tokens of all answers.
     pub completion_tokens: usize,
+    /// Prompt tokens that were found in a prefix cache.
+    pub cached_tokens: usize,
 }
 
 impl Usage {
-    /// The object.
-    pub fn json(self) -> Value {
+    /// The object. vLLM tells of cached tokens only when it is started so: `details`.
+    pub fn json(self, details: bool) -> Value {
+        let details = (details && self.cached_tokens > 0)
+            .then(|| json!({"cached_tokens": self.cached_tokens}));
         json!({
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "completion_tokens": self.completion_tokens,
-            "prompt_tokens_details": null,
+            "prompt_tokens_details": details,
         })
     }
 }

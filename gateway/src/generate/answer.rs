@@ -67,6 +67,8 @@ pub struct Answer {
     include_stop: bool,
     /// Tokens so far.
     count: usize,
+    /// Prompt tokens that were found in a prefix cache.
+    cached: usize,
     times: Times,
     done: bool,
 }
@@ -97,6 +99,7 @@ impl Answer {
             watch: StopWatch::new(text.stop, text.include_stop),
             include_stop: text.include_stop,
             count: 0,
+            cached: 0,
             times: Times { arrived, first: None, last: arrived },
             done: false,
         })
@@ -105,6 +108,11 @@ impl Answer {
     /// Tokens so far.
     pub fn tokens(&self) -> usize {
         self.count
+    }
+
+    /// Prompt tokens that were found in a prefix cache.
+    pub fn cached(&self) -> usize {
+        self.cached
     }
 
     /// What comes next; `None` after the end.
@@ -122,6 +130,7 @@ impl Answer {
             };
             match update {
                 Some(Update::Started(started)) => {
+                    self.cached = started.cached_tokens as usize;
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
                 }

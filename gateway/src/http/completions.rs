@@ -72,6 +72,7 @@ pub(super) async fn create(
         pending: vec![Vec::new(); answers],
         offsets: vec![0; answers],
         usage: fields.usage_in_stream(),
+        usage_details: shared.limits.prompt_tokens_details,
         kv_transfer_params: fields.kv_transfer_params.clone().map(Value::Object),
         served: served.clone(),
     };
@@ -106,6 +107,7 @@ struct Completion {
     /// Characters of each answer's text so far, for logprobs.
     offsets: Vec<usize>,
     usage: (bool, bool),
+    usage_details: bool,
     kv_transfer_params: Option<Value>,
     served: Arc<Served>,
 }
@@ -153,10 +155,8 @@ impl Completion {
     }
 
     fn usage(&self, usage: Usage) -> Value {
-        match self.prompt_alone {
-            true => Usage { completion_tokens: 0, ..usage }.json(),
-            false => usage.json(),
-        }
+        let completion_tokens = if self.prompt_alone { 0 } else { usage.completion_tokens };
+        Usage { completion_tokens, ..usage }.json(self.usage_details)
     }
 }
 

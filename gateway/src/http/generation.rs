@@ -162,13 +162,17 @@ impl Answers {
             while let Some(delta) = answer.next().await? {
                 whole.append(delta);
             }
-            Ok::<_, ApiError>((whole, answer.tokens()))
+            Ok::<_, ApiError>((whole, answer.tokens(), answer.cached()))
         });
         let all = unless_gone(client, futures::future::try_join_all(each)).await??;
-        let completion_tokens = all.iter().map(|(_, tokens)| tokens).sum();
-        let whole = all.into_iter().map(|(whole, _)| whole).collect();
+        let usage = Usage {
+            prompt_tokens,
+            completion_tokens: all.iter().map(|(_, tokens, _)| tokens).sum(),
+            // Each prompt counts once.
+            cached_tokens: all.iter().step_by(self.n).map(|(_, _, cached)| cached).sum(),
+        };
         drop(self.place);
-        Ok((whole, Usage { prompt_tokens, completion_tokens }))
+        Ok((all.into_iter().map(|(whole, _, _)| whole).collect(), usage))
     }
 
     /// Streams all answers as events, mixed as they come. `shape` makes the frames.
@@ -198,6 +202,7 @@ impl Answers {
     async fn pump<S: Shape>(self, mut shape: S, sender: &mpsc::Sender<Bytes>) {
         let prompts: Vec<usize> = self.prompts.iter().map(|prompt| prompt.len()).collect();
         let mut tokens = vec![0; self.answers.len()];
+        let mut cached = tokens.clone();
         let mut frames = Frames::default();
         shape.opening(&prompts, &mut frames);
         let next = |index: usize, mut answer: Answer| async move {
@@ -225,9 +230,11 @@ impl Answers {
                 Ok(Some((index, answer, Ok(delta)))) => {
                     if let Some(delta) = delta {
                         tokens[index] = answer.tokens();
+                        cached[index] = answer.cached();
                         let usage = Usage {
                             prompt_tokens: prompts[index / self.n],
                             completion_tokens: tokens[index],
+                            cached_tokens: cached[index],
                         };
                         shape.delta(index, delta, usage, &mut frames);
                         waiting.push(next(index, answer));
@@ -241,6 +248,8 @@ impl Answers {
                     let usage = Usage {
                         prompt_tokens: prompts.iter().sum(),
                         completion_tokens: tokens.iter().sum(),
+                        // Each prompt counts once.
+                        cached_tokens: cached.iter().step_by(self.n).sum(),
                     };
                     shape.close(usage, &mut frames);
                     over = true;

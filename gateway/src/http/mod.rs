@@ -1,9 +1,11 @@
 //! The HTTP server: what is served where, by whom, and who may.
 
 mod body;
+mod call;
 mod chat;
 mod completions;
 mod connection;
+mod frames;
 mod generation;
 mod load;
 mod ops;
@@ -28,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::workers::Registry;
 use connection::Connection;
 
+pub use call::Parsers;
 pub use load::Load;
 
 /// What the handlers share.
@@ -42,6 +45,8 @@ pub struct Shared {
     pub load: Arc<Load>,
     /// Limits.
     pub limits: Limits,
+    /// Who reads the answers of models that may call or reason.
+    pub parsers: Parsers,
     /// Set when the process is told to stop: connections are not kept alive any more.
     pub draining: AtomicBool,
 }
@@ -55,6 +60,12 @@ pub struct Limits {
     pub request_timeout: Duration,
     /// Uncached prompt tokens from which a prefill worker is used.
     pub handoff_min_tokens: u32,
+    /// The most alternatives that log-probabilities may be asked for; without it any number.
+    pub max_logprobs: Option<u32>,
+    /// Whether a request may bring a chat template of its own.
+    pub trust_request_chat_template: bool,
+    /// Whether `usage` tells of cached prompt tokens.
+    pub prompt_tokens_details: bool,
 }
 
 /// How long a client may take to send a request's head.

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{Shared, body};
 use crate::api::chat::Conversation;
 use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
+use crate::api::tools::Tools;
 use crate::error::ApiError;
 use crate::text::TextModel;
 use crate::workers::Served;
@@ -27,7 +28,12 @@ pub(super) async fn tokenize(
     let served = model(&shared, fields.model.as_deref())?;
     let text = match &fields.prompt {
         Some(prompt) => prompt.clone(),
-        None if body.get("messages").is_some() => conversation.render(&served.text)?,
+        None if body.get("messages").is_some() => {
+            let tools = Tools::read(&mut body)?;
+            let tools = tools.as_ref().map(|tools| tools.raw.as_slice());
+            let trusted = shared.limits.trust_request_chat_template;
+            conversation.render(&served.text, tools, trusted)?
+        }
         None => {
             let message = "`prompt` or `messages` is required.";
             return Err(ApiError::malformed(message).param("prompt"));

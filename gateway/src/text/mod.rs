@@ -11,6 +11,7 @@ use baton_proto::TokenizerBundle;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
+use crate::output::{ReasoningSyntax, ToolSyntax};
 use defaults::Defaults;
 use template::ChatTemplate;
 
@@ -22,6 +23,10 @@ pub struct TextModel {
     pub template: Option<ChatTemplate>,
     /// Bytes of the longest token: a prompt with more bytes than this times the context cannot fit.
     pub longest_token: usize,
+    /// How the model writes tool calls, as far as its template tells.
+    pub tool_syntax: Option<ToolSyntax>,
+    /// How it writes its reasoning, likewise.
+    pub reasoning_syntax: Option<ReasoningSyntax>,
     /// What holds for sampling fields that a request leaves out.
     pub defaults: Defaults,
     /// `tokenizer_config.json`, if the model has one.
@@ -47,6 +52,8 @@ impl TextModel {
             tokenizer,
             template,
             longest_token,
+            tool_syntax: bundle.chat_template.as_deref().and_then(ToolSyntax::detect),
+            reasoning_syntax: bundle.chat_template.as_deref().and_then(ReasoningSyntax::detect),
             defaults: Defaults::of(&bundle.generation_config),
             tokenizer_config: bundle.tokenizer_config.clone(),
         })

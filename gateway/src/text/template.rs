@@ -13,11 +13,16 @@ pub struct ChatTemplate {
 }
 
 /// What a request says about rendering.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Options<'a> {
     /// Open the assistant's turn at the end.
     pub add_generation_prompt: bool,
     /// Leave the last message open, to be continued.
     pub continue_final_message: bool,
+    /// Functions that the model may call, in OpenAI's form.
+    pub tools: Option<&'a [Json]>,
+    /// Texts that the answer is to draw on.
+    pub documents: Option<&'a [Json]>,
     /// More variables for the template.
     pub variables: Option<&'a serde_json::Map<String, Json>>,
 }
@@ -44,11 +49,20 @@ impl ChatTemplate {
         Ok(Self { environment, bos_token, eos_token })
     }
 
+    /// A template of the request's own, in this one's place.
+    pub fn replaced(&self, source: &str) -> Result<Self, Error> {
+        Self::new(source, self.bos_token.clone(), self.eos_token.clone())
+    }
+
     /// Renders a conversation.
     pub fn render(&self, messages: &[Json], options: &Options<'_>) -> Result<String, Error> {
         let extra = options.variables.map_or(Value::UNDEFINED, |all| Value::from(Serde(all)));
+        // Templates ask whether they are none, as transformers has it; undefined is not.
+        let list = |items: Option<&[Json]>| items.map_or(Value::from(()), |it| Value::from(Serde(it)));
         let variables = context! {
             messages => Value::from(Serde(messages)),
+            tools => list(options.tools),
+            documents => list(options.documents),
             add_generation_prompt => options.add_generation_prompt,
             bos_token => self.bos_token.clone(),
             eos_token => self.eos_token.clone(),
@@ -167,7 +181,7 @@ mod tests {
     fn render(source: &str, messages: Json, add_generation_prompt: bool) -> Result<String, Error> {
         let template = ChatTemplate::new(source, Some("<s>".into()), None).unwrap();
         let options =
-            Options { add_generation_prompt, continue_final_message: false, variables: None };
+            Options { add_generation_prompt, ..Options::default() };
         template.render(messages.as_array().unwrap(), &options)
     }
 
@@ -219,7 +233,7 @@ mod tests {
         let messages =
             json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "So far"}]);
         let options =
-            Options { add_generation_prompt: false, continue_final_message: true, variables: None };
+            Options { continue_final_message: true, ..Options::default() };
         assert_eq!(
             template.render(messages.as_array().unwrap(), &options).unwrap(),
             "[user]Q[end][assistant]So far"

@@ -1,0 +1,202 @@
+//! A chat, read and checked: what chat completions, responses and messages have in common.
+//!
+//! A route turns its body into the form of chat completions, makes a [`Call`] of it, and words the
+//! answer itself. [`Reading`] gives it the answer's parts: reasoning, content and tool calls.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+
+use serde_json::Value;
+
+use super::Shared;
+use super::generation::{Order, check, check_length};
+use super::load::Place;
+use super::tokenize::{encode, model};
+use crate::api::Body;
+use crate::api::chat::{ChatFields, Conversation};
+use crate::api::sampling::{Sampling, SamplingFields, Wish};
+use crate::api::structured::{Reasoned, StructuredFields, after_reasoning, by_schema};
+use crate::api::tools::{ToolChoice, ToolSchema, Tools};
+use crate::api::usage::{Budget, Usage};
+use crate::error::ApiError;
+use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax, constraint};
+use crate::text::TextModel;
+use crate::workers::Served;
+
+/// A chat that is ready to be generated.
+pub(super) struct Call {
+    pub(super) served: Arc<Served>,
+    pub(super) fields: SamplingFields,
+    pub(super) sampling: Sampling,
+    pub(super) prompt: Arc<[u32]>,
+    /// The role under which the answer is given.
+    pub(super) role: String,
+    /// The text that is put before the answer.
+    pub(super) echo: Option<String>,
+    /// Whether log-probabilities are wanted.
+    pub(super) logprobs: bool,
+    pub(super) reading: Reading,
+    usage_details: bool,
+}
+
+/// How the answer's text is to be read.
+pub(super) struct Reading {
+    format: OutputFormat,
+    tools: Vec<ToolSchema>,
+    choice: ToolChoice,
+    /// Whether reasoning is sent.
+    pub(super) include_reasoning: bool,
+}
+
+impl Call {
+    /// Reads the fields of a chat. Fields of `body` that no type takes stay unknown.
+    pub(super) async fn read(shared: &Shared, body: &mut Body) -> Result<Self, ApiError> {
+        let fields: SamplingFields = body.read()?;
+        let chat: ChatFields = body.read()?;
+        let conversation: Conversation = body.read()?;
+        let structured: StructuredFields = body.read()?;
+        let tools = Tools::read(body)?;
+        body.refuse_unsupported()?;
+        let served = model(shared, fields.model.as_deref())?;
+        let (choice, list, raw, parallel) = match tools {
+            Some(Tools { choice, list, raw, parallel }) => (choice, list, raw, parallel),
+            None => (ToolChoice::None, Vec::new(), Vec::new(), true),
+        };
+        let mut wish = Wish {
+            logprobs: chat.logprobs()?,
+            echo: chat.echo.unwrap_or(false),
+            prompt_alone: false,
+            constraint: structured.constraint()?,
+        };
+        let tools = match &choice {
+            ToolChoice::None => None,
+            ToolChoice::Auto => shared.parsers.tools(&served.text),
+            ToolChoice::Required => {
+                wish.constraint = Some(by_schema(constraint::required(&list, parallel)));
+                Some(ToolSyntax::JsonList)
+            }
+            ToolChoice::Named(name) => {
+                if wish.constraint.is_some() {
+                    let message = "`tool_choice` names a function, whose parameters the answer \
+                                   will be: leave `structured_outputs` out.";
+                    return Err(ApiError::malformed(message).param("tool_choice"));
+                }
+                wish.constraint = Some(by_schema(constraint::named(&list, name)));
+                Some(ToolSyntax::Named(name.clone()))
+            }
+        };
+        let logprobs = wish.logprobs.is_some();
+        let mut sampling = check(shared, &served, &fields, wish)?;
+        if matches!(choice, ToolChoice::Auto) && tools.is_some() {
+            // Some formats mark calls with special tokens.
+            sampling.text.skip_special_tokens = false;
+        }
+        let offered = (!raw.is_empty()).then_some(raw.as_slice());
+        let trusted = shared.limits.trust_request_chat_template;
+        let text = conversation.render(&served.text, offered, trusted)?;
+        if !fields.truncates() {
+            check_length(&served, &text)?;
+        }
+        let reasoning = shared.parsers.reasoning(&served.text);
+        let reading = Reading {
+            format: OutputFormat {
+                tools,
+                reasoning,
+                in_reasoning: reasoning.and_then(|syntax| syntax.state_after(&text)),
+                parallel_tool_calls: parallel,
+            },
+            tools: list,
+            choice,
+            include_reasoning: chat.include_reasoning.unwrap_or(true),
+        };
+        if let Some(syntax) = reasoning
+            && let Some(constraint) = sampling.params.constraint.take()
+        {
+            let reasoned = match (syntax, reading.format.in_reasoning) {
+                (_, Some(true)) | (ReasoningSyntax::DeepseekR1, None) => Reasoned::Inside,
+                (ReasoningSyntax::Qwen3, None) => Reasoned::Maybe,
+                (_, Some(false)) => Reasoned::Not,
+            };
+            sampling.params.constraint = Some(after_reasoning(constraint, reasoned)?);
+        }
+        let mut prompt = encode(&served.text, text, conversation.add_special_tokens()).await?;
+        fields.truncate(&mut prompt, served.card.max_model_len, sampling.max_tokens)?;
+        if prompt.is_empty() {
+            return Err(ApiError::bad_value("messages", "`messages` make an empty prompt."));
+        }
+        let echo = if chat.echo.unwrap_or(false) { conversation.echoed() } else { None };
+        let role = conversation.answer_role();
+        let prompt = prompt.into();
+        let usage_details = shared.limits.prompt_tokens_details;
+        Ok(Self { served, fields, sampling, prompt, role, echo, logprobs, reading, usage_details })
+    }
+
+    /// The `usage` object.
+    pub(super) fn usage(&self, usage: Usage) -> Value {
+        usage.json(self.usage_details)
+    }
+
+    /// The order for it; `id` is the reply's.
+    pub(super) fn order(
+        &self,
+        shared: Arc<Shared>,
+        id: String,
+        budget: Budget,
+        arrived: Instant,
+        place: Place,
+    ) -> Order {
+        Order {
+            shared,
+            served: self.served.clone(),
+            sampling: self.sampling.clone(),
+            prompts: vec![self.prompt.clone()],
+            budget,
+            arrived,
+            id,
+            place,
+        }
+    }
+}
+
+impl Reading {
+    /// A parser for one answer.
+    pub(super) fn parser(&self) -> OutputParser {
+        OutputParser::new(&self.format, &self.tools)
+    }
+
+    /// Whether the text of an answer with calls is `""` in place of null: vLLM's way where a call
+    /// was not the model's choice.
+    pub(super) fn forced(&self) -> bool {
+        matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_))
+    }
+
+    /// Why an answer ended, in the words of chats: `engine` is why the text did.
+    pub(super) fn finish_reason(&self, engine: &'static str, called: bool) -> &'static str {
+        match self.choice {
+            ToolChoice::Auto if called => "tool_calls",
+            // An answer that was cut is no call.
+            ToolChoice::Required if called && engine == "stop" => "tool_calls",
+            _ => engine,
+        }
+    }
+}
+
+/// Who reads models' answers, when the operator says so.
+#[derive(Clone, Debug, Default)]
+pub struct Parsers {
+    /// `--tool-call-parser`.
+    pub tools: Option<ToolSyntax>,
+    /// `--reasoning-parser`.
+    pub reasoning: Option<ReasoningSyntax>,
+}
+
+impl Parsers {
+    fn tools(&self, model: &TextModel) -> Option<ToolSyntax> {
+        self.tools.clone().or_else(|| model.tool_syntax.clone())
+    }
+
+    fn reasoning(&self, model: &TextModel) -> Option<ReasoningSyntax> {
+        self.reasoning.or(model.reasoning_syntax)
+    }
+}
