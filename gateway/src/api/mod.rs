@@ -10,6 +10,7 @@ pub mod envelope;
 pub mod logprobs;
 pub mod sampling;
 pub mod tokenize;
+pub mod tools;
 pub mod usage;
 
 use std::collections::BTreeSet;
