@@ -5,6 +5,7 @@
 //! * [`generate`]: one sequence's life over the workers.
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
 //! * [`text`]: tokenizer, chat template, stop strings.
+//! * [`output`]: what an answer's text means: reasoning, content, tool calls.
 //!
 //! The gateway holds no tensors, and serves on what it last knew when etcd is away.
 
@@ -17,6 +18,7 @@ pub mod error;
 pub mod generate;
 pub mod http;
 pub mod metrics;
+pub mod output;
 pub mod routing;
 pub mod text;
 pub mod workers;

@@ -12,6 +12,7 @@ pub mod logprobs;
 pub mod sampling;
 pub mod structured;
 pub mod tokenize;
+pub mod tools;
 pub mod usage;
 
 use std::collections::BTreeSet;
