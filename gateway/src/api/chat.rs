@@ -179,7 +179,7 @@ fn share_reasoning(message: &mut Map<String, Value>) {
     let names = ["reasoning", "reasoning_content"];
     let thought = names.iter().find_map(|name| message.get(*name).filter(|it| it.is_string()));
     if let Some(thought) = thought.cloned() {
-        names.map(|name| message.insert(name.into(), thought.clone()));
+        names.iter().for_each(|name| drop(message.insert((*name).into(), thought.clone())));
     }
 }
 

@@ -128,7 +128,9 @@ fn tokens(text: &str) -> Result<Vec<Token>, String> {
             }
             '"' => {
                 let end = closing(rest, '"').ok_or_else(|| unfinished("string"))?;
-                tokens.push(Token::Text(serde_json::Value::from(unescape(&rest[1..end])?).to_string()));
+                tokens.push(Token::Text(
+                    serde_json::Value::from(unescape(&rest[1..end])?).to_string(),
+                ));
                 end + 1
             }
             '[' => {

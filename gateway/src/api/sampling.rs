@@ -160,7 +160,8 @@ impl SamplingFields {
             let message = "`cache_salt` must not be empty; leave it out to share the cache.";
             return Err(ApiError::malformed(message).param("cache_salt"));
         }
-        let temperature = in_range("temperature", self.temperature, defaults.temperature, 0.0..=2.0)?;
+        let temperature =
+            in_range("temperature", self.temperature, defaults.temperature, 0.0..=2.0)?;
         let greedy = temperature == 0.0;
         let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
         let top_p = in_range("top_p", self.top_p, defaults.top_p, 0.0..=1.0)?;
@@ -408,7 +409,11 @@ mod tests {
         encode: &|text| {
             let word = text.trim_start();
             let shift = if word == text { 0 } else { 32 };
-            Ok(word.bytes().enumerate().map(|(i, b)| u32::from(b) - 60 + if i == 0 { shift } else { 0 }).collect())
+            Ok(word
+                .bytes()
+                .enumerate()
+                .map(|(i, b)| u32::from(b) - 60 + if i == 0 { shift } else { 0 })
+                .collect())
         },
     };
 

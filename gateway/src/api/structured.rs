@@ -91,7 +91,8 @@ pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Con
         Some(Kind::Lark(lark)) => match lark.strip_prefix("start:") {
             Some(rest) => format!("answer:{rest}"),
             None => {
-                let message = "A grammar for a model that reasons must begin with its `start` rule.";
+                let message =
+                    "A grammar for a model that reasons must begin with its `start` rule.";
                 return Err(ApiError::bad_value("structured_outputs.grammar", message));
             }
         },
@@ -139,10 +140,12 @@ fn of_structured_outputs(
         return Err(ApiError::not_supported(&field));
     }
     let wishes = ["json", "json_object", "regex", "choice", "grammar"];
-    let set = wishes.iter().filter(|key| given(key).is_some_and(|v| **key != "json_object" || v == true));
+    let set =
+        wishes.iter().filter(|key| given(key).is_some_and(|v| **key != "json_object" || v == true));
     let [key] = set.copied().collect::<Vec<_>>()[..] else {
         let field = prefix.trim_end_matches(['.', '_']);
-        let what = "must have exactly one of `json`, `json_object`, `regex`, `choice` and `grammar`";
+        let what =
+            "must have exactly one of `json`, `json_object`, `regex`, `choice` and `grammar`";
         return Err(wrong(field, what));
     };
     let value = given(key).unwrap_or(&Value::Null);
@@ -176,14 +179,16 @@ fn of_structured_outputs(
 /// A grammar with these texts and no other.
 fn choice(value: &Value, field: &str) -> Result<String, ApiError> {
     let what = "must be a list of strings, none of them empty";
-    let list = value.as_array().filter(|list| !list.is_empty()).ok_or_else(|| wrong(field, what))?;
+    let list =
+        value.as_array().filter(|list| !list.is_empty()).ok_or_else(|| wrong(field, what))?;
     if list.len() > MAX_CHOICES {
         return Err(wrong(field, &format!("must have at most {MAX_CHOICES} entries")));
     }
     let mut bytes = 0;
     let mut texts = Vec::with_capacity(list.len());
     for item in list {
-        let text = item.as_str().filter(|text| !text.is_empty()).ok_or_else(|| wrong(field, what))?;
+        let text =
+            item.as_str().filter(|text| !text.is_empty()).ok_or_else(|| wrong(field, what))?;
         bytes += text.len();
         // Lark's strings are JSON's.
         texts.push(Value::from(text).to_string());

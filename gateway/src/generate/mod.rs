@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
-    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob, SamplingParams, Started, Token,
+    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob, SamplingParams,
+    Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::{timeout, timeout_at};
@@ -341,7 +342,12 @@ async fn open(
         let mut client = ticket.worker.client();
         let status = match timeout_at(until.into(), client.generate(request)).await {
             Ok(Ok(reply)) => {
-                return Ok(Attempt { ticket, prefill: peer, events: reply.into_inner(), prompt_logprobs: 0 });
+                return Ok(Attempt {
+                    ticket,
+                    prefill: peer,
+                    events: reply.into_inner(),
+                    prompt_logprobs: 0,
+                });
             }
             Ok(Err(status)) => status,
             Err(_) if Instant::now() >= job.deadline => {

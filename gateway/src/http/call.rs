@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-
 use serde_json::Value;
 
 use super::Shared;

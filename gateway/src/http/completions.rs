@@ -140,8 +140,7 @@ impl Completion {
         let ids: Option<Vec<u32>> =
             self.token_ids.then(|| tokens.iter().map(|token| token.id).collect());
         let prompt_ids = (self.token_ids && first).then(|| prompt.to_vec());
-        let prompt_logprobs =
-            (self.prompt_logprobs && first).then(|| naming.prompt(model, &known));
+        let prompt_logprobs = (self.prompt_logprobs && first).then(|| naming.prompt(model, &known));
         json!({
             "index": index,
             "text": text,

@@ -15,8 +15,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::connection::{Connection, closed};
-use super::load::Place;
 use super::frames::{Frames, Shape};
+use super::load::Place;
 use super::{Shared, body, connection};
 use crate::api::Body;
 use crate::api::sampling::{Bounds, MAX_SEQUENCES, Sampling, SamplingFields, Wish};
@@ -124,8 +124,7 @@ impl Order {
         for prompt in &prompts {
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
-            let hashes: Arc<[_]> =
-                block_hashes(&sampling.salt, prompt, served.block_size()).into();
+            let hashes: Arc<[_]> = block_hashes(&sampling.salt, prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
                     served: served.clone(),

@@ -3,6 +3,7 @@
 //! [`OutputParser`] reads an answer as it comes; [`parse_whole`] reads a finished one with the
 //! same machine, so a stream and a whole answer cannot differ.
 
+pub mod constraint;
 pub mod syntax;
 
 use std::fmt;

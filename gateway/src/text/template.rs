@@ -58,7 +58,8 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Json], options: &Options<'_>) -> Result<String, Error> {
         let extra = options.variables.map_or(Value::UNDEFINED, |all| Value::from(Serde(all)));
         // Templates ask whether they are none, as transformers has it; undefined is not.
-        let list = |items: Option<&[Json]>| items.map_or(Value::from(()), |it| Value::from(Serde(it)));
+        let list =
+            |items: Option<&[Json]>| items.map_or(Value::from(()), |it| Value::from(Serde(it)));
         let variables = context! {
             messages => Value::from(Serde(messages)),
             tools => list(options.tools),
@@ -180,8 +181,7 @@ mod tests {
 
     fn render(source: &str, messages: Json, add_generation_prompt: bool) -> Result<String, Error> {
         let template = ChatTemplate::new(source, Some("<s>".into()), None).unwrap();
-        let options =
-            Options { add_generation_prompt, ..Options::default() };
+        let options = Options { add_generation_prompt, ..Options::default() };
         template.render(messages.as_array().unwrap(), &options)
     }
 
@@ -232,8 +232,7 @@ mod tests {
         let template = ChatTemplate::new(source, None, None).unwrap();
         let messages =
             json!([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "So far"}]);
-        let options =
-            Options { continue_final_message: true, ..Options::default() };
+        let options = Options { continue_final_message: true, ..Options::default() };
         assert_eq!(
             template.render(messages.as_array().unwrap(), &options).unwrap(),
             "[user]Q[end][assistant]So far"
