@@ -19,7 +19,8 @@ use crate::api::structured::{Reasoned, StructuredFields, after_reasoning, by_sch
 use crate::api::tools::{ToolChoice, ToolSchema, Tools};
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
-use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax, constraint};
+use crate::output::constraint::constraint;
+use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax};
 use crate::text::TextModel;
 use crate::workers::Served;
 
@@ -58,40 +59,36 @@ impl Call {
         let tools = Tools::read(body)?;
         body.refuse_unsupported()?;
         let served = model(shared, fields.model.as_deref())?;
-        let (choice, list, raw, parallel) = match tools {
-            Some(Tools { choice, list, raw, parallel }) => (choice, list, raw, parallel),
-            None => (ToolChoice::None, Vec::new(), Vec::new(), true),
-        };
         let mut wish = Wish {
             logprobs: chat.logprobs()?,
             echo: chat.echo.unwrap_or(false),
             prompt_alone: false,
             constraint: structured.constraint()?,
         };
-        let tools = match &choice {
-            ToolChoice::None => None,
-            ToolChoice::Auto => shared.parsers.tools(&served.text),
-            ToolChoice::Required => {
-                wish.constraint = Some(by_schema(constraint::required(&list, parallel)));
-                Some(ToolSyntax::JsonList)
+        let forced = tools.as_ref().and_then(constraint);
+        if let Some(Tools { choice: ToolChoice::Named(_), .. }) = &tools
+            && wish.constraint.is_some()
+        {
+            let message = "`tool_choice` names a function, whose parameters the answer will be: \
+                           leave `structured_outputs` and `response_format` out.";
+            return Err(ApiError::malformed(message).param("tool_choice"));
+        }
+        let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
+        let syntax = match (forced, &choice) {
+            (Some((schema, syntax)), _) => {
+                wish.constraint = Some(by_schema(schema));
+                Some(syntax)
             }
-            ToolChoice::Named(name) => {
-                if wish.constraint.is_some() {
-                    let message = "`tool_choice` names a function, whose parameters the answer \
-                                   will be: leave `structured_outputs` out.";
-                    return Err(ApiError::malformed(message).param("tool_choice"));
-                }
-                wish.constraint = Some(by_schema(constraint::named(&list, name)));
-                Some(ToolSyntax::Named(name.clone()))
-            }
+            (None, ToolChoice::Auto) => shared.parsers.tools(&served.text),
+            (None, _) => None,
         };
         let logprobs = wish.logprobs.is_some();
         let mut sampling = check(shared, &served, &fields, wish)?;
-        if matches!(choice, ToolChoice::Auto) && tools.is_some() {
+        if choice == ToolChoice::Auto && syntax.is_some() {
             // Some formats mark calls with special tokens.
             sampling.text.skip_special_tokens = false;
         }
-        let offered = (!raw.is_empty()).then_some(raw.as_slice());
+        let offered = tools.as_ref().map(|tools| tools.raw.as_slice());
         let trusted = shared.limits.trust_request_chat_template;
         let text = conversation.render(&served.text, offered, trusted)?;
         if !fields.truncates() {
@@ -100,12 +97,12 @@ impl Call {
         let reasoning = shared.parsers.reasoning(&served.text);
         let reading = Reading {
             format: OutputFormat {
-                tools,
+                tools: syntax,
                 reasoning,
                 in_reasoning: reasoning.and_then(|syntax| syntax.state_after(&text)),
-                parallel_tool_calls: parallel,
+                parallel_tool_calls: tools.as_ref().is_none_or(|tools| tools.parallel),
             },
-            tools: list,
+            tools: tools.map_or_else(Vec::new, |tools| tools.list),
             choice,
             include_reasoning: chat.include_reasoning.unwrap_or(true),
         };

@@ -48,9 +48,11 @@ impl ToolSyntax {
             Some(Self::Hermes)
         } else if has("[TOOL_CALLS]") {
             Some(Self::Mistral)
-        } else if has("<|python_start|>") || has("[func_name1(") {
+        } else if has("[func_name1(") {
             Some(Self::Pythonic)
-        } else if has("<|python_tag|>") || (has("<|start_header_id|>") && has("\"parameters\"")) {
+        } else if (has("<|python_tag|>") || has("<|python_start|>") || has("<|start_header_id|>"))
+            && has("\"parameters\"")
+        {
             Some(Self::Llama3Json)
         } else {
             None
@@ -126,4 +128,55 @@ fn find<T: Clone>(known: &[(&str, T)], name: &str, what: &str) -> Result<T, Stri
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
         format!("unknown {what} `{name}`: known are {}", names.join(", "))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_vllm() {
+        assert_eq!("hermes".parse(), Ok(ToolSyntax::Hermes));
+        assert_eq!("qwen3_xml".parse(), Ok(ToolSyntax::Qwen3Coder));
+        assert_eq!("qwen3".parse(), Ok(ReasoningSyntax::Qwen3));
+        let error = "r1".parse::<ReasoningSyntax>().unwrap_err();
+        assert_eq!(error, "unknown reasoning parser `r1`: known are deepseek_r1, qwen3");
+        assert!("x".parse::<ToolSyntax>().unwrap_err().contains("llama3_json, "));
+    }
+
+    #[test]
+    fn templates_tell_their_syntax() {
+        use ToolSyntax::{Hermes, Llama3Json, Mistral, Pythonic, Qwen3Coder};
+        for (template, syntax) in [
+            ("{{- '\\n<tool_call>\\n{\"name\": \"' }}…</tool_call>", Some(Hermes)),
+            ("<tool_call>\n<function=example>\n<parameter=a>", Some(Qwen3Coder)),
+            ("{{- '[TOOL_CALLS][' }}", Some(Mistral)),
+            ("'<|start_header_id|>' … {{- '\"parameters\": ' }}", Some(Llama3Json)),
+            ("<|python_tag|> … {\"name\": name, \"parameters\": dictionary}", Some(Llama3Json)),
+            ("<|python_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<|im_start|>{{ message['role'] }}", None),
+        ] {
+            assert_eq!(ToolSyntax::detect(template), syntax, "{template}");
+        }
+        let thinks = "{% set content = content.split('</think>')[-1] %}";
+        assert_eq!(ReasoningSyntax::detect(thinks), Some(ReasoningSyntax::Qwen3));
+        assert_eq!(ReasoningSyntax::detect("<|im_start|>"), None);
+    }
+
+    #[test]
+    fn a_prompt_may_open_or_close_the_reasoning() {
+        let state = |prompt| ReasoningSyntax::Qwen3.state_after(prompt);
+        assert_eq!(state("<|im_start|>assistant\n<think>\n"), Some(true));
+        assert_eq!(state("<|im_start|>assistant\n<think>\n\n</think>\n\n"), Some(false));
+        assert_eq!(state("Say <think>!<|im_end|>\n<|im_start|>assistant\n"), None);
+    }
+
+    #[test]
+    fn ids_are_fresh() {
+        let id = ToolSyntax::Mistral.random_id();
+        assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()), "{id}");
+        let id = ToolSyntax::Hermes.random_id();
+        assert!(id.strip_prefix("chatcmpl-tool-").is_some_and(|hex| hex.len() == 32), "{id}");
+        assert_ne!(id, ToolSyntax::Hermes.random_id());
+    }
 }
