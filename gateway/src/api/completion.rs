@@ -34,7 +34,7 @@ impl CompletionFields {
     /// What these fields ask of the answer.
     pub fn wish(&self, structured: &StructuredFields) -> Result<Wish, ApiError> {
         let echo = self.echo.unwrap_or(false);
-        let constraint = structured.constraint()?;
+        let constraint = structured.constraint()?.map(|it| (it, structured.field()));
         Ok(Wish { logprobs: self.logprobs, echo, prompt_alone: echo, constraint })
     }
 

@@ -10,6 +10,7 @@ pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
 pub mod sampling;
+pub mod sse;
 pub mod structured;
 pub mod tokenize;
 pub mod tools;

@@ -63,7 +63,7 @@ impl Call {
             logprobs: chat.logprobs()?,
             echo: chat.echo.unwrap_or(false),
             prompt_alone: false,
-            constraint: structured.constraint()?,
+            constraint: structured.constraint()?.map(|it| (it, structured.field())),
         };
         let forced = tools.as_ref().and_then(constraint);
         if let Some(Tools { choice: ToolChoice::Named(_), .. }) = &tools
@@ -76,7 +76,7 @@ impl Call {
         let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
         let syntax = match (forced, &choice) {
             (Some((schema, syntax)), _) => {
-                wish.constraint = Some(by_schema(schema));
+                wish.constraint = Some((by_schema(schema), "tools"));
                 Some(syntax)
             }
             (None, ToolChoice::Auto) => shared.parsers.tools(&served.text),

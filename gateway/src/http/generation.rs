@@ -134,6 +134,7 @@ impl Order {
                     sampling: sampling.params_for(index, max_tokens),
                     salt: sampling.salt.clone(),
                     priority: sampling.priority,
+                    constraint_field: sampling.constraint_field,
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
                 });
@@ -216,8 +217,8 @@ impl Answers {
             .collect();
         let mut over = false;
         loop {
-            if let Some(bytes) = frames.take()
-                && sender.send(bytes).await.is_err()
+            if let Some(text) = frames.take()
+                && sender.send(text.into()).await.is_err()
             {
                 return;
             }
