@@ -194,9 +194,9 @@ fn mistral_calls_come_in_three_forms() {
     check(r#"[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": "]"}"#, "", &two[..1]);
     check(r#"[TOOL_CALLS] {"name": "f", "arguments": {"a": "]"}}"#, "", &two[..1]);
     check(
-        r#"[TOOL_CALLS]f[ARGS]{"a": }} [TOOL_CALLS]get_weather{}"#,
+        r#"[TOOL_CALLS]f[ARGS]{"a": 'x'} [TOOL_CALLS]get_weather{}"#,
         "",
-        &[("f", r#"{"a": }"#), two[1]],
+        &[("f", r#"{"a": 'x'} "#), two[1]],
     );
     for text in ["[TOOL_CALLS]", "[TOOL_CALLS] f g", "[TOOL_CALLS][5]", "[TOOL_CALLS]f[ARG]{}"] {
         check(text, text, &[]);
@@ -217,7 +217,7 @@ fn qwen3_coder_values_have_their_types_from_the_schema() {
         ("s", "5", r#""5""#),
         ("s", "null", r#""null""#),
         ("s", "", r#""""#),
-        ("s", "\n\n", r#""\n""#),
+        ("s", "\n\n", r#""\n\n""#),
         ("i", "-5", "-5"),
         ("i", "05", "5"),
         ("i", "five", r#""five""#),
@@ -635,7 +635,9 @@ proptest! {
                 prop_assert_eq!(&got.name, name);
                 let got: Value = serde_json::from_str(&got.arguments)
                     .map_err(|error| TestCaseError::fail(format!("{error}: {got:?} of {text}")))?;
-                prop_assert_eq!(&got, &Value::from(arguments.clone()));
+                // As it reads what was written: serde_json's floats change on the way.
+                let written = Value::from(arguments.clone()).to_string();
+                prop_assert_eq!(got, serde_json::from_str::<Value>(&written).unwrap());
             }
         }
     }
