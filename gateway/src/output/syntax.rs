@@ -42,20 +42,19 @@ impl ToolSyntax {
     /// Guesses from a chat template how its model writes calls.
     pub fn detect(chat_template: &str) -> Option<Self> {
         let has = |text: &str| chat_template.contains(text);
+        let llama = ["<|python_tag|>", "<|start_header_id|>", "<|header_start|>"];
         if has("<function=") && has("<parameter=") {
             Some(Self::Qwen3Coder)
         } else if has("<tool_call>") {
-            Some(Self::Hermes)
+            // GLM has the tag too, but other things in it.
+            (!has("<arg_key>")).then_some(Self::Hermes)
         } else if has("[TOOL_CALLS]") {
             Some(Self::Mistral)
         } else if has("[func_name1(") {
+            // What the templates of Llama 3.2 and 4 tell the model to write.
             Some(Self::Pythonic)
-        } else if (has("<|python_tag|>") || has("<|python_start|>") || has("<|start_header_id|>"))
-            && has("\"parameters\"")
-        {
-            Some(Self::Llama3Json)
         } else {
-            None
+            (llama.into_iter().any(has) && has("\"parameters\"")).then_some(Self::Llama3Json)
         }
     }
 
@@ -153,7 +152,9 @@ mod tests {
             ("{{- '[TOOL_CALLS][' }}", Some(Mistral)),
             ("'<|start_header_id|>' … {{- '\"parameters\": ' }}", Some(Llama3Json)),
             ("<|python_tag|> … {\"name\": name, \"parameters\": dictionary}", Some(Llama3Json)),
-            ("<|python_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<|header_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<tool_call>{function-name}\\n<arg_key>", None),
+            ("<|start_header_id|>{{ message['role'] }}", None),
             ("<|im_start|>{{ message['role'] }}", None),
         ] {
             assert_eq!(ToolSyntax::detect(template), syntax, "{template}");

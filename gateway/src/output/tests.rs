@@ -295,6 +295,27 @@ fn constrained_answers_are_calls() {
 }
 
 #[test]
+fn the_format_follows_the_request() {
+    let tools = |choice: Value| {
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        Tools::from_chat(Some(&tools), Some(&choice), Some(false)).unwrap().unwrap()
+    };
+    let new = |choice: Value| {
+        let (syntax, reasoning) = (ToolSyntax::Mistral, ReasoningSyntax::Qwen3);
+        let tools = tools(choice);
+        OutputFormat::new(Some(&tools), Some(&syntax), Some(reasoning), "<think>\n")
+    };
+    assert_eq!(new(json!("none")).tools, None);
+    assert_eq!(new(json!("auto")).tools, Some(ToolSyntax::Mistral));
+    assert_eq!(new(json!("required")).tools, Some(ToolSyntax::JsonList));
+    let named = new(json!({"function": {"name": "f"}}));
+    assert_eq!(named.tools, Some(ToolSyntax::Named("f".into())));
+    assert_eq!((named.in_reasoning, named.parallel_tool_calls), (Some(true), false));
+    let plain = OutputFormat::new(None, Some(&ToolSyntax::Hermes), None, "<think>");
+    assert_eq!((plain.tools, plain.in_reasoning, plain.parallel_tool_calls), (None, None, true));
+}
+
+#[test]
 fn only_the_first_call_is_kept_if_calls_are_not_parallel() {
     let format = OutputFormat { parallel_tool_calls: false, ..format(ToolSyntax::JsonList) };
     let list = r#"[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {"b": 2}}]"#;
@@ -373,7 +394,7 @@ fn time_is_linear_in_the_text() {
             let mut parser = OutputParser::new(&format(syntax.clone()), &tools());
             let mut from = 0;
             while from < text.len() {
-                let mut to = text.len().min(from + 4);
+                let mut to = text.len().min(from + 16);
                 while !text.is_char_boundary(to) {
                     to += 1;
                 }
@@ -412,9 +433,10 @@ fn value() -> impl Strategy<Value = Value> {
     })
 }
 
-type Calls = Vec<(String, Map<String, Value>)>;
+/// A function's name and arguments.
+type Made = (String, Map<String, Value>);
 
-fn calls() -> impl Strategy<Value = Calls> {
+fn calls() -> impl Strategy<Value = Vec<Made>> {
     let arguments = prop::collection::btree_map("[a-z_]{1,4}", value(), 0..4)
         .prop_map(|fields| fields.into_iter().collect());
     prop::collection::vec(("[a-z][a-z0-9_]{0,6}", arguments), 1..4)
@@ -444,11 +466,11 @@ fn python(value: &Value) -> String {
 }
 
 /// An answer with calls, as a model writes it.
-fn written(syntax: &ToolSyntax, calls: &Calls) -> String {
-    let object = |(name, arguments): &(String, Map<String, Value>), key: &str| {
+fn written(syntax: &ToolSyntax, calls: &[Made]) -> String {
+    let object = |(name, arguments): &Made, key: &str| {
         format!("{{\"name\": \"{name}\", \"{key}\": {}}}", Value::from(arguments.clone()))
     };
-    let each = |write: &dyn Fn(&(String, Map<String, Value>)) -> String, between: &str| {
+    let each = |write: &dyn Fn(&Made) -> String, between: &str| {
         calls.iter().map(write).collect::<Vec<_>>().join(between)
     };
     match syntax {
@@ -456,7 +478,7 @@ fn written(syntax: &ToolSyntax, calls: &Calls) -> String {
             each(&|call| format!("<tool_call>\n{}\n</tool_call>", object(call, "arguments")), "\n")
         }
         ToolSyntax::Llama3Json => each(&|call| object(call, "parameters"), "; "),
-        ToolSyntax::Mistral if calls.len() % 2 == 0 => each(
+        ToolSyntax::Mistral if calls.len().is_multiple_of(2) => each(
             &|(name, arguments)| {
                 format!("[TOOL_CALLS]{name}[ARGS]{}", Value::from(arguments.clone()))
             },
@@ -479,7 +501,7 @@ fn written(syntax: &ToolSyntax, calls: &Calls) -> String {
             "\n",
         ),
         ToolSyntax::Pythonic => {
-            let call = |(name, arguments): &(String, Map<String, Value>)| {
+            let call = |(name, arguments): &Made| {
                 let arguments = arguments.iter().map(|(k, v)| format!("{k}={}", python(v)));
                 format!("{name}({})", arguments.collect::<Vec<_>>().join(", "))
             };
@@ -490,7 +512,7 @@ fn written(syntax: &ToolSyntax, calls: &Calls) -> String {
 }
 
 /// A tool with a schema for each argument, by its value's type.
-fn schemas(calls: &Calls) -> Vec<ToolSchema> {
+fn schemas(calls: &[Made]) -> Vec<ToolSchema> {
     let schema = |value: &Value| match value {
         Value::Null => json!({"type": "null"}),
         Value::Bool(_) => json!({"type": "boolean"}),
@@ -582,7 +604,7 @@ fn answer() -> impl Strategy<Value = String> {
                 let to = letters.len().min(at + gone);
                 letters.splice(at..to, new.chars().take(3));
             }
-            let before = if before.len() % 2 == 0 { before } else { String::new() };
+            let before = if before.len().is_multiple_of(2) { before } else { String::new() };
             before + &letters.into_iter().collect::<String>()
         },
     );
@@ -590,8 +612,6 @@ fn answer() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
-
     #[test]
     fn any_cut_gives_what_the_whole_text_gives(
         text in answer(),
