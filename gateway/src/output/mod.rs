@@ -44,6 +44,7 @@ use std::fmt;
 use json_calls::JsonCalls;
 use pythonic::Pythonic;
 use qwen3_coder::Qwen3Coder;
+use rand::RngExt as _;
 use reasoning::Splitter;
 use sink::Sink;
 pub use syntax::{ReasoningSyntax, ToolSyntax};
@@ -88,11 +89,19 @@ pub struct OutputFormat {
     pub in_reasoning: Option<bool>,
     /// Whether calls behind the first are kept.
     pub parallel_tool_calls: bool,
+    /// Whether calls have ids of nine letters and digits, as Mistral's templates demand.
+    pub short_ids: bool,
 }
 
 impl Default for OutputFormat {
     fn default() -> Self {
-        Self { tools: None, reasoning: None, in_reasoning: None, parallel_tool_calls: true }
+        Self {
+            tools: None,
+            reasoning: None,
+            in_reasoning: None,
+            parallel_tool_calls: true,
+            short_ids: false,
+        }
     }
 }
 
@@ -116,6 +125,7 @@ impl OutputFormat {
             reasoning,
             in_reasoning: reasoning.and_then(|reasoning| reasoning.state_after(prompt)),
             parallel_tool_calls: tools.is_none_or(|tools| tools.parallel),
+            short_ids: syntax == Some(&ToolSyntax::Mistral),
         }
     }
 }
@@ -146,8 +156,7 @@ enum Calls {
 impl OutputParser {
     /// Begins an answer. `tools` are the request's; ids are random.
     pub fn new(format: &OutputFormat, tools: &[ToolSchema]) -> Self {
-        let syntax = format.tools.clone();
-        let ids = move || syntax.as_ref().map_or_else(String::new, ToolSyntax::random_id);
+        let ids = if format.short_ids { short_id } else { long_id };
         Self::with_ids(format, tools, Box::new(ids))
     }
 
@@ -206,6 +215,15 @@ impl OutputParser {
             }
         }
     }
+}
+
+fn long_id() -> String {
+    format!("chatcmpl-tool-{}", uuid::Uuid::new_v4().simple())
+}
+
+fn short_id() -> String {
+    let mut random = rand::rng();
+    (0..9).map(|_| char::from(random.sample(rand::distr::Alphanumeric))).collect()
 }
 
 impl fmt::Debug for OutputParser {

@@ -2,8 +2,6 @@
 
 use std::str::FromStr;
 
-use rand::RngExt;
-
 /// How a model writes tool calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolSyntax {
@@ -55,16 +53,6 @@ impl ToolSyntax {
             Some(Self::Pythonic)
         } else {
             (llama.into_iter().any(has) && has("\"parameters\"")).then_some(Self::Llama3Json)
-        }
-    }
-
-    /// A fresh id for a call: Mistral's templates take nine letters and digits alone.
-    pub fn random_id(&self) -> String {
-        if *self == Self::Mistral {
-            let mut random = rand::rng();
-            (0..9).map(|_| char::from(random.sample(rand::distr::Alphanumeric))).collect()
-        } else {
-            format!("chatcmpl-tool-{}", uuid::Uuid::new_v4().simple())
         }
     }
 }
@@ -170,14 +158,5 @@ mod tests {
         assert_eq!(state("<|im_start|>assistant\n<think>\n"), Some(true));
         assert_eq!(state("<|im_start|>assistant\n<think>\n\n</think>\n\n"), Some(false));
         assert_eq!(state("Say <think>!<|im_end|>\n<|im_start|>assistant\n"), None);
-    }
-
-    #[test]
-    fn ids_are_fresh() {
-        let id = ToolSyntax::Mistral.random_id();
-        assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()), "{id}");
-        let id = ToolSyntax::Hermes.random_id();
-        assert!(id.strip_prefix("chatcmpl-tool-").is_some_and(|hex| hex.len() == 32), "{id}");
-        assert_ne!(id, ToolSyntax::Hermes.random_id());
     }
 }

@@ -311,6 +311,13 @@ fn the_format_follows_the_request() {
     let named = new(json!({"function": {"name": "f"}}));
     assert_eq!(named.tools, Some(ToolSyntax::Named("f".into())));
     assert_eq!((named.in_reasoning, named.parallel_tool_calls), (Some(true), false));
+    // The ids are those of the model, whatever constrains the answer.
+    let ids = |format: &OutputFormat| parse_whole(format, &[], "</think>{}").calls[0].id.clone();
+    let id = ids(&named);
+    assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()), "{id}");
+    let id = ids(&OutputFormat { short_ids: false, ..named.clone() });
+    assert!(id.strip_prefix("chatcmpl-tool-").is_some_and(|hex| hex.len() == 32), "{id}");
+    assert_ne!(id, ids(&OutputFormat { short_ids: false, ..named }));
     let plain = OutputFormat::new(None, Some(&ToolSyntax::Hermes), None, "<think>");
     assert_eq!((plain.tools, plain.in_reasoning, plain.parallel_tool_calls), (None, None, true));
 }
@@ -369,7 +376,16 @@ fn reasoning_comes_first() {
     assert_eq!(read(Qwen3, None, "<thin"), got("", "<thin", 0));
 }
 
-/// A piece of time for texts of a million characters: what reads text twice takes minutes.
+#[test]
+fn schemas_that_go_in_circles_are_read_in_bounded_time() {
+    let circle = vec![json!({"$ref": "#/properties/a"}); 200];
+    let tools = [tool("f", json!({"properties": {"a": {"anyOf": circle}}}))];
+    let text = "<function=f><parameter=a>1</parameter></function>";
+    let parsed = parse_whole(&format(ToolSyntax::Qwen3Coder), &tools, text);
+    assert_eq!(parsed.calls[0].arguments, r#"{"a": "1"}"#);
+}
+
+/// Texts of a million characters: what reads them again with each piece takes minutes.
 #[test]
 fn time_is_linear_in_the_text() {
     let long = |unit: &str| unit.repeat((1 << 20) / unit.len());
@@ -623,7 +639,9 @@ proptest! {
     ) {
         for syntax in SYNTAXES.into_iter().chain([ToolSyntax::Named("f".into())]) {
             let tools = Some(syntax);
-            let format = OutputFormat { tools, reasoning, in_reasoning, parallel_tool_calls };
+            let format = OutputFormat {
+                tools, reasoning, in_reasoning, parallel_tool_calls, short_ids: false,
+            };
             let whole = parts(&format, [text.as_str()]);
             prop_assert_eq!(&parts(&format, cut(&text, &cuts)), &whole);
             let mut letters = [0; 4];
