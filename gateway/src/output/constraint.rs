@@ -1,26 +1,25 @@
 //! The JSON schema that an answer must follow when the request demands a call.
 //!
-//! The forms are what [`ToolSyntax::JsonList`](super::ToolSyntax::JsonList) and
-//! [`ToolSyntax::Named`](super::ToolSyntax::Named) read, and what vLLM constrains to.
+//! The forms are those that vLLM constrains to. [`JsonList`](super::ToolSyntax::JsonList) and
+//! [`Named`](super::ToolSyntax::Named) read them; [`OutputFormat::new`](super::OutputFormat::new)
+//! chooses.
 
 use serde_json::{Map, Value, json};
 
-use super::ToolSyntax;
 use crate::api::tools::{ToolChoice, ToolSchema, Tools};
 
-/// The schema for a request's tools, and how to read what follows it; `None` if the model may
-/// answer without a call.
+/// The schema for a request's tools; `None` if the model may answer without a call.
 ///
 /// * Required: a list of at least one `{"name": …, "parameters": …}`, at most one if calls are not
 ///   parallel.
 /// * Named: the function's arguments.
-pub fn constraint(tools: &Tools) -> Option<(Value, ToolSyntax)> {
+pub fn constraint(tools: &Tools) -> Option<Value> {
     match &tools.choice {
         ToolChoice::None | ToolChoice::Auto => None,
-        ToolChoice::Required => Some((list(tools), ToolSyntax::JsonList)),
+        ToolChoice::Required => Some(list(tools)),
         ToolChoice::Named(name) => {
             let tool = tools.list.iter().find(|tool| tool.name == *name)?;
-            Some((arguments(tool), ToolSyntax::Named(name.clone())))
+            Some(arguments(tool))
         }
     }
 }
@@ -127,8 +126,7 @@ mod tests {
     fn required_is_a_list_of_calls() {
         let parameters = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
         let list = [("f", Some(parameters.clone())), ("g", None)];
-        let (schema, syntax) = constraint(&tools(&list, ToolChoice::Required, true)).unwrap();
-        assert_eq!(syntax, ToolSyntax::JsonList);
+        let schema = constraint(&tools(&list, ToolChoice::Required, true)).unwrap();
         let call = |name: &str, parameters: Value| {
             json!({
                 "type": "object",
@@ -141,7 +139,7 @@ mod tests {
         let calls = [call("f", parameters), call("g", none)];
         let expected = json!({"type": "array", "minItems": 1, "items": {"anyOf": calls}});
         assert_eq!(schema, expected);
-        let (schema, _) = constraint(&tools(&list, ToolChoice::Required, false)).unwrap();
+        let schema = constraint(&tools(&list, ToolChoice::Required, false)).unwrap();
         assert_eq!(schema["maxItems"], 1);
         assert_eq!(schema["minItems"], 1);
     }
@@ -168,7 +166,7 @@ mod tests {
             },
         });
         let list = [("f", Some(one)), ("g", Some(two))];
-        let (schema, _) = constraint(&tools(&list, ToolChoice::Required, true)).unwrap();
+        let schema = constraint(&tools(&list, ToolChoice::Required, true)).unwrap();
         let mut seen = Vec::new();
         let mut follow = vec![&schema];
         while let Some(value) = follow.pop() {
@@ -216,7 +214,7 @@ mod tests {
         });
         let list = [("f", None), ("g", Some(parameters.clone()))];
         let named = constraint(&tools(&list, ToolChoice::Named("g".into()), true)).unwrap();
-        assert_eq!(named, (parameters, ToolSyntax::Named("g".into())));
+        assert_eq!(named, parameters);
         assert_eq!(constraint(&tools(&list, ToolChoice::Auto, true)), None);
         assert_eq!(constraint(&tools(&list, ToolChoice::None, true)), None);
     }

@@ -188,10 +188,7 @@ impl JsonCalls {
                 if header.ends_with(ARGUMENTS) {
                     let name = std::mem::take(name);
                     self.start(&name, sink);
-                } else if !ARGUMENTS.starts_with(header.as_str())
-                    && !CALL_ID.starts_with(header.as_str())
-                    && !(header.starts_with(CALL_ID) && header.len() <= 128)
-                {
+                } else if !in_header(header) {
                     self.held.pop();
                     return self.no_call(sink);
                 }
@@ -268,7 +265,7 @@ impl JsonCalls {
 
     fn start(&mut self, name: &str, sink: &mut Sink) -> bool {
         self.held.clear();
-        sink.start(name.trim_end());
+        sink.start(name);
         self.state = State::Arguments(None);
         false
     }
@@ -277,6 +274,12 @@ impl JsonCalls {
         let markers: Vec<_> = self.form.starts.iter().copied().chain(self.form.end).collect();
         self.state = State::Broken(Markers::new(&markers));
     }
+}
+
+/// Whether what is between name and arguments may go on like this.
+fn in_header(header: &str) -> bool {
+    let id = header.starts_with(CALL_ID) && header.len() <= 128;
+    id || ARGUMENTS.starts_with(header) || CALL_ID.starts_with(header)
 }
 
 fn in_name(c: char) -> bool {

@@ -335,9 +335,6 @@ fn scalar(text: &str) -> Option<String> {
         Some("0b" | "0B") => radix(&plain[2..], 2),
         _ => None,
     };
-    if let Some(integer) = integer {
-        return Some(integer.to_string());
-    }
     if !plain.contains(|c: char| c.is_ascii_digit()) {
         // Not a number: `inf`, `nan` and other names have no JSON.
         return None;
@@ -345,6 +342,9 @@ fn scalar(text: &str) -> Option<String> {
     // As it is where JSON has it so, which keeps digits that a float has not.
     if serde_json::from_str::<serde_json::Number>(&plain).is_ok() {
         return Some(plain);
+    }
+    if let Some(integer) = integer.or_else(|| radix(&plain, 10)) {
+        return Some(integer.to_string());
     }
     let float: f64 = plain.parse().ok()?;
     serde_json::Number::from_f64(float).map(|number| number.to_string())

@@ -19,11 +19,14 @@ pub(super) struct Pythonic {
 
 #[derive(Debug)]
 enum State {
-    /// `at_start`: a list may begin here.
+    /// `at_start`: a list may begin here. `open`: a closing tag is to come.
     Content {
         markers: Markers,
         at_start: bool,
+        open: bool,
     },
+    /// Behind the opening tag.
+    Tagged,
     /// A function's name comes.
     Before,
     Name(String),
@@ -48,7 +51,7 @@ enum State {
 
 impl Pythonic {
     pub(super) fn new() -> Self {
-        Self { state: content(true), held: String::new() }
+        Self { state: content(true, false), held: String::new() }
     }
 
     pub(super) fn step(&mut self, c: char, sink: &mut Sink) {
@@ -59,19 +62,24 @@ impl Pythonic {
     fn take(&mut self, c: char, sink: &mut Sink) -> bool {
         let white = c.is_whitespace();
         match &mut self.state {
-            State::Content { markers, at_start } => {
+            State::Content { markers, at_start, .. } => {
                 if *at_start && c == '[' {
                     self.held.push(c);
                     self.state = State::Before;
                     return true;
                 }
                 *at_start &= white;
-                match markers.step(c, |c| sink.content(c)) {
-                    // The tag alone is nothing: a list may come, or text.
-                    Some(START) => self.state = content(true),
-                    Some(_) | None => {}
-                }
+                let marker = markers.step(c, |c| sink.content(c));
+                self.tag(marker);
             }
+            State::Tagged => match c {
+                _ if white => self.held.push(c),
+                '[' => {
+                    self.held.push(c);
+                    self.state = State::Before;
+                }
+                _ => return self.no_call(sink),
+            },
             State::Before => match c {
                 _ if white => self.held.push(c),
                 _ if identifier(c) && !c.is_ascii_digit() => {
@@ -175,17 +183,16 @@ impl Pythonic {
                     self.held.push(c);
                     self.state = State::Before;
                 }
-                ']' => self.state = content(false),
+                ']' => self.state = content(false, true),
                 _ => {
-                    self.state = content(false);
+                    self.state = content(false, true);
                     return false;
                 }
             },
-            State::Broken(markers) => match markers.step(c, |c| sink.argument(c)) {
-                Some(START) => self.state = content(true),
-                Some(_) => self.state = content(false),
-                None => {}
-            },
+            State::Broken(markers) => {
+                let marker = markers.step(c, |c| sink.argument(c));
+                self.tag(marker);
+            }
         }
         true
     }
@@ -194,7 +201,12 @@ impl Pythonic {
     pub(super) fn finish(&mut self, sink: &mut Sink) {
         sink.content_all(&std::mem::take(&mut self.held));
         match &mut self.state {
-            State::Content { markers, .. } => sink.content_all(&markers.finish()),
+            State::Content { markers, open, .. } => {
+                let held = markers.finish();
+                if !(*open && END.starts_with(&held)) {
+                    sink.content_all(&held);
+                }
+            }
             State::Broken(markers) => sink.arguments(&markers.finish()),
             _ => {}
         }
@@ -212,8 +224,19 @@ impl Pythonic {
 
     fn no_call(&mut self, sink: &mut Sink) -> bool {
         sink.content_all(&std::mem::take(&mut self.held));
-        self.state = content(false);
+        self.state = content(false, false);
         false
+    }
+
+    fn tag(&mut self, marker: Option<&'static str>) {
+        match marker {
+            None => {}
+            Some(START) => {
+                self.held.push_str(START);
+                self.state = State::Tagged;
+            }
+            Some(_) => self.state = content(false, false),
+        }
     }
 
     fn broken(&mut self) {
@@ -221,8 +244,9 @@ impl Pythonic {
     }
 }
 
-fn content(at_start: bool) -> State {
-    State::Content { markers: Markers::new(&[START, END]), at_start }
+fn content(at_start: bool, open: bool) -> State {
+    let markers: &[_] = if open { &[START, END] } else { &[START] };
+    State::Content { markers: Markers::new(markers), at_start, open }
 }
 
 fn identifier(c: char) -> bool {

@@ -290,11 +290,13 @@ impl Types {
         Value::from(text).to_string()
     }
 
-    /// Adds what a schema lets a value be. `depth` bounds references that go in circles.
-    fn add(&mut self, schema: &Value, root: &Value, depth: usize) {
-        if depth == 0 {
+    /// Adds what a schema lets a value be. `visits` bounds references that go in circles, which
+    /// may be many at each turn.
+    fn add(&mut self, schema: &Value, root: &Value, visits: &mut usize) {
+        if *visits == 0 {
             return;
         }
+        *visits -= 1;
         let kinds = match &schema["type"] {
             Value::Array(kinds) => kinds.as_slice(),
             one => std::slice::from_ref(one),
@@ -323,11 +325,11 @@ impl Types {
         for part in
             ["anyOf", "oneOf", "allOf"].map(|key| schema[key].as_array()).into_iter().flatten()
         {
-            part.iter().for_each(|part| self.add(part, root, depth - 1));
+            part.iter().for_each(|part| self.add(part, root, visits));
         }
         let pointer = schema["$ref"].as_str().and_then(|path| path.strip_prefix('#'));
         if let Some(target) = pointer.and_then(|pointer| root.pointer(pointer)) {
-            self.add(target, root, depth - 1);
+            self.add(target, root, visits);
         }
     }
 }
@@ -338,7 +340,7 @@ fn parameters(tool: &ToolSchema) -> HashMap<String, Types> {
     properties
         .map(|(name, schema)| {
             let mut types = Types::default();
-            types.add(schema, root, 8);
+            types.add(schema, root, &mut 64);
             (name.clone(), types)
         })
         .collect()

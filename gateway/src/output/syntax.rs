@@ -2,8 +2,6 @@
 
 use std::str::FromStr;
 
-use rand::RngExt;
-
 /// How a model writes tool calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolSyntax {
@@ -42,30 +40,19 @@ impl ToolSyntax {
     /// Guesses from a chat template how its model writes calls.
     pub fn detect(chat_template: &str) -> Option<Self> {
         let has = |text: &str| chat_template.contains(text);
+        let llama = ["<|python_tag|>", "<|start_header_id|>", "<|header_start|>"];
         if has("<function=") && has("<parameter=") {
             Some(Self::Qwen3Coder)
         } else if has("<tool_call>") {
-            Some(Self::Hermes)
+            // GLM has the tag too, but other things in it.
+            (!has("<arg_key>")).then_some(Self::Hermes)
         } else if has("[TOOL_CALLS]") {
             Some(Self::Mistral)
         } else if has("[func_name1(") {
+            // What the templates of Llama 3.2 and 4 tell the model to write.
             Some(Self::Pythonic)
-        } else if (has("<|python_tag|>") || has("<|python_start|>") || has("<|start_header_id|>"))
-            && has("\"parameters\"")
-        {
-            Some(Self::Llama3Json)
         } else {
-            None
-        }
-    }
-
-    /// A fresh id for a call: Mistral's templates take nine letters and digits alone.
-    pub fn random_id(&self) -> String {
-        if *self == Self::Mistral {
-            let mut random = rand::rng();
-            (0..9).map(|_| char::from(random.sample(rand::distr::Alphanumeric))).collect()
-        } else {
-            format!("chatcmpl-tool-{}", uuid::Uuid::new_v4().simple())
+            (llama.into_iter().any(has) && has("\"parameters\"")).then_some(Self::Llama3Json)
         }
     }
 }
@@ -153,7 +140,9 @@ mod tests {
             ("{{- '[TOOL_CALLS][' }}", Some(Mistral)),
             ("'<|start_header_id|>' … {{- '\"parameters\": ' }}", Some(Llama3Json)),
             ("<|python_tag|> … {\"name\": name, \"parameters\": dictionary}", Some(Llama3Json)),
-            ("<|python_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<|header_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<tool_call>{function-name}\\n<arg_key>", None),
+            ("<|start_header_id|>{{ message['role'] }}", None),
             ("<|im_start|>{{ message['role'] }}", None),
         ] {
             assert_eq!(ToolSyntax::detect(template), syntax, "{template}");
@@ -169,14 +158,5 @@ mod tests {
         assert_eq!(state("<|im_start|>assistant\n<think>\n"), Some(true));
         assert_eq!(state("<|im_start|>assistant\n<think>\n\n</think>\n\n"), Some(false));
         assert_eq!(state("Say <think>!<|im_end|>\n<|im_start|>assistant\n"), None);
-    }
-
-    #[test]
-    fn ids_are_fresh() {
-        let id = ToolSyntax::Mistral.random_id();
-        assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()), "{id}");
-        let id = ToolSyntax::Hermes.random_id();
-        assert!(id.strip_prefix("chatcmpl-tool-").is_some_and(|hex| hex.len() == 32), "{id}");
-        assert_ne!(id, ToolSyntax::Hermes.random_id());
     }
 }
