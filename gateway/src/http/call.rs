@@ -74,20 +74,11 @@ impl Call {
             return Err(ApiError::malformed(message).param("tool_choice"));
         }
         let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
-        let syntax = match (forced, &choice) {
-            (Some((schema, syntax)), _) => {
-                wish.constraint = Some((by_schema(schema), "tools"));
-                Some(syntax)
-            }
-            (None, ToolChoice::Auto) => shared.parsers.tools(&served.text),
-            (None, _) => None,
-        };
+        if let Some(schema) = forced {
+            wish.constraint = Some((by_schema(schema), "tools"));
+        }
         let logprobs = wish.logprobs.is_some();
         let mut sampling = check(shared, &served, &fields, wish)?;
-        if choice == ToolChoice::Auto && syntax.is_some() {
-            // Some formats mark calls with special tokens.
-            sampling.text.skip_special_tokens = false;
-        }
         let offered = tools.as_ref().map(|tools| tools.raw.as_slice());
         let trusted = shared.limits.trust_request_chat_template;
         let text = conversation.render(&served.text, offered, trusted)?;
@@ -95,13 +86,14 @@ impl Call {
             check_length(&served, &text)?;
         }
         let reasoning = shared.parsers.reasoning(&served.text);
+        let syntax = shared.parsers.tools(&served.text);
+        let format = OutputFormat::new(tools.as_ref(), syntax.as_ref(), reasoning, &text);
+        if reasoning.is_some() || (format.tools.is_some() && choice == ToolChoice::Auto) {
+            // Some models mark reasoning and calls with special tokens.
+            sampling.text.skip_special_tokens = false;
+        }
         let reading = Reading {
-            format: OutputFormat {
-                tools: syntax,
-                reasoning,
-                in_reasoning: reasoning.and_then(|syntax| syntax.state_after(&text)),
-                parallel_tool_calls: tools.as_ref().is_none_or(|tools| tools.parallel),
-            },
+            format,
             tools: tools.map_or_else(Vec::new, |tools| tools.list),
             choice,
             include_reasoning: chat.include_reasoning.unwrap_or(true),

@@ -20,11 +20,10 @@
 //!
 //! Content that cannot be the beginning of a marker is given at once.
 //!
-//! The crates `tool-parser` and `reasoning-parser` 1.10 were measured and not taken. Cut at random,
-//! valid calls came out unlike the whole text in 151 of 600 cases for Hermes and in 300 of 600 for
-//! Python's syntax, which also panicked on letters of two bytes; and with each piece they read all
-//! text again, so that 50 KB in pieces of four bytes took 18 seconds on a busy machine, where this
-//! takes milliseconds.
+//! The crate `tool-parser` 1.10 was measured and not taken. Cut at random, valid calls came out
+//! unlike the whole text in 151 of 600 cases for Hermes and in 300 of 600 for Python's syntax, which
+//! also panicked on letters of two bytes; and with each piece it reads all text again, so that 50 KB
+//! in pieces of four bytes took 18 seconds on a busy machine, where this takes milliseconds.
 
 pub mod constraint;
 mod json;

@@ -41,6 +41,7 @@ fuzz_target!(|input: (u8, u8, Vec<u8>, String)| {
         reasoning: syntax,
         in_reasoning: opened,
         parallel_tool_calls: tools < 128,
+        ..OutputFormat::default()
     };
     let schema = ToolSchema {
         name: "f".to_owned(),
