@@ -5,6 +5,8 @@
 //! * [`generate`]: one sequence's life over the workers.
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
 //! * [`text`]: tokenizer, chat template, stop strings.
+//! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
+//! * [`metrics`]: what Prometheus reads.
 //!
 //! The gateway holds no tensors, and serves on what it last knew when etcd is away.
 
@@ -17,6 +19,8 @@ pub mod error;
 pub mod generate;
 pub mod http;
 pub mod metrics;
+pub mod quota;
 pub mod routing;
 pub mod text;
+pub mod tls;
 pub mod workers;

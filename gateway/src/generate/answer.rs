@@ -1,13 +1,13 @@
 //! One choice of an answer: tokens become text, stop strings end it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_proto::v1::{FinishReason, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
-use crate::metrics::Metrics;
+use crate::metrics::{Ended, Metrics};
 use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
 use crate::text::stop::{StopWatch, Watched};
@@ -63,6 +63,8 @@ struct Times {
     arrived: Instant,
     first: Option<Instant>,
     last: Instant,
+    /// From admission to the first token, as the worker says.
+    prefill: Duration,
 }
 
 impl Answer {
@@ -84,7 +86,7 @@ impl Answer {
             watch: StopWatch::new(text.stop, text.include_stop),
             include_stop: text.include_stop,
             count: 0,
-            times: Times { arrived, first: None, last: arrived },
+            times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
             done: false,
         })
     }
@@ -110,7 +112,8 @@ impl Answer {
             match update {
                 Some(Update::Started(started)) => {
                     let job = &self.generation.job;
-                    self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
+                    self.metrics.started(&job.served.card, job.prompt.len(), &started);
+                    self.times.prefill = Duration::from_micros(started.prefill_us);
                 }
                 Some(Update::Token(token)) => return Ok(Some(self.token(token))),
                 Some(Update::Finished(reason, stop)) => {
@@ -179,9 +182,17 @@ impl Answer {
             return;
         }
         let now = Instant::now();
-        let decode = self.times.first.map(|first| now - first);
-        let model = &self.generation.job.served.card.name;
-        self.metrics.finished(model, reason, self.count, now - self.times.arrived, decode);
+        let job = &self.generation.job;
+        let ended = Ended {
+            reason,
+            tokens: self.count,
+            max_tokens: job.sampling.max_tokens,
+            took: now - self.times.arrived,
+            prefill: self.times.prefill,
+            decode: self.times.first.map(|first| now - first),
+        };
+        self.metrics.finished(&job.served.card, &ended);
+        job.siblings.ended(self.count);
     }
 }
 

@@ -13,10 +13,11 @@ use futures::{Stream, StreamExt as _};
 use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument as _;
 
 use super::connection::{Connection, closed};
 use super::load::Place;
-use super::{Shared, body, connection};
+use super::{Shared, body, connection, request_id};
 use crate::api::Body;
 use crate::api::sampling::{MAX_SEQUENCES, Sampling, SamplingFields};
 use crate::api::usage::{Usage, room};
@@ -40,7 +41,7 @@ pub(super) struct Intake {
     pub(super) body: Body,
     pub(super) fields: SamplingFields,
     pub(super) client: Option<Connection>,
-    /// The id that the client gave the request.
+    /// The request's id, the client's own if it gave one.
     pub(super) own_id: Option<String>,
 }
 
@@ -58,8 +59,7 @@ impl Intake {
         let place = shared.load.enter()?;
         let mut body = body::read(request, payload, shared.limits.max_body_bytes).await?;
         let fields: SamplingFields = body.read()?;
-        let header = request.headers().get("x-request-id").and_then(|id| id.to_str().ok());
-        let own_id = header.map(str::to_owned).or_else(|| fields.request_id.clone());
+        let own_id = request_id::settle(request, fields.request_id.as_deref());
         Ok(Self { arrived, place, body, fields, client: connection(request), own_id })
     }
 }
@@ -132,6 +132,7 @@ impl Order {
         for prompt in &prompts {
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, default_max_tokens)?;
+            let siblings = shared.metrics.siblings(&served.card, sampling.n);
             let hashes: Arc<[_]> = block_hashes(&salt, prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
@@ -143,6 +144,7 @@ impl Order {
                     salt: salt.clone(),
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
+                    siblings: siblings.clone(),
                 });
             }
         }
@@ -187,7 +189,7 @@ impl Answers {
     ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> + use<S> {
         let (sender, frames) = mpsc::channel(STREAM_DEPTH);
         let until = self.deadline + LAST_WORDS;
-        actix_web::rt::spawn(async move {
+        let task = async move {
             tokio::select! {
                 biased;
                 () = closed(client.as_ref()) => {}
@@ -195,7 +197,8 @@ impl Answers {
                 () = tokio::time::sleep_until(until.into()) => {}
                 () = self.pump(shape, &sender) => {}
             }
-        });
+        };
+        actix_web::rt::spawn(task.in_current_span());
         ReceiverStream::new(frames).map(Ok)
     }
 
