@@ -246,7 +246,7 @@ async fn keys_and_certificates_that_cannot_be_are_named() {
         (&["--allowed-origins", "page.example"], &["--allowed-origins", "page.example"]),
         (&["--allowed-methods", "[1]"], &["--allowed-methods"]),
         (&["--head-timeout", "0"], &["--head-timeout"]),
-        (&["--key-requests-per-minute", "-1"], &["--key-requests-per-minute"]),
+        (&["--key-requests-per-minute=-1"], &["--key-requests-per-minute"]),
     ];
     for (flags, names) in cases {
         let flags: Vec<OsString> = flags.iter().map(Into::into).collect();
