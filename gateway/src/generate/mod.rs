@@ -21,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
+use crate::metrics::Siblings;
 use crate::workers::{Registry, Served, Ticket};
 
 /// Failures in a row, without a token between them, after which a request is given up: it may be
@@ -62,6 +63,8 @@ pub struct Job {
     pub deadline: Instant,
     /// Uncached prompt tokens from which a prefill worker is used.
     pub handoff_min_tokens: u32,
+    /// The other sequences of the prompt, for metrics.
+    pub siblings: Arc<Siblings>,
 }
 
 impl Job {
