@@ -5,9 +5,10 @@ use std::path::Path;
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
 
-/// Routes that answer without a key.
-const OPEN: [&str; 7] =
-    ["/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
+/// Routes that answer without a key. `/` is the chat page: it is the same for all, holds nothing
+/// of the cluster, and asks its user for a key.
+const OPEN: [&str; 8] =
+    ["/", "/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
 
 /// The keys that open the API. Without any, everything is open.
 #[derive(Clone, Default)]

@@ -31,6 +31,7 @@ pub mod poll;
 pub mod ports;
 pub mod process;
 pub mod prometheus;
+pub mod python;
 pub mod reference;
 
 pub use binaries::MODEL_NAME;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_proto::v1::{FinishReason, Token};
+use baton_proto::v1::{FinishReason, Started, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
@@ -12,6 +12,7 @@ use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
 use crate::text::stop::{StopWatch, Watched};
 use crate::workers::Registry;
+use crate::workers::recent::Placement;
 
 /// Text settings of an answer.
 #[derive(Clone, Debug)]
@@ -55,6 +56,8 @@ pub struct Answer {
     /// Tokens so far.
     count: usize,
     times: Times,
+    /// Among the sequences that are remembered.
+    number: Option<u64>,
     done: bool,
 }
 
@@ -85,6 +88,7 @@ impl Answer {
             include_stop: text.include_stop,
             count: 0,
             times: Times { arrived, first: None, last: arrived },
+            number: None,
             done: false,
         })
     }
@@ -111,6 +115,13 @@ impl Answer {
                 Some(Update::Started(started)) => {
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
+                    let placement = self.placement(&started);
+                    self.number = Some(self.generation.registry.recent.started(placement));
+                }
+                Some(Update::Resumed(started)) => {
+                    if let Some(number) = self.number {
+                        self.generation.registry.recent.moved(number, self.placement(&started));
+                    }
                 }
                 Some(Update::Token(token)) => return Ok(Some(self.token(token))),
                 Some(Update::Finished(reason, stop)) => {
@@ -125,6 +136,13 @@ impl Answer {
                 None => return Ok(Some(self.end("abort", serde_json::Value::Null))),
             }
         }
+    }
+
+    /// Where the sequence is computed, by what the worker says.
+    fn placement(&self, started: &Started) -> Placement {
+        let Generation { job, attempt, .. } = &self.generation;
+        let (worker, ttft) = (&attempt.ticket.worker, self.times.arrived.elapsed());
+        Placement::new(&job.request_id, &job.served, job.prompt.len(), worker, started, ttft)
     }
 
     fn token(&mut self, token: Token) -> Delta {

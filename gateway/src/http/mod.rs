@@ -2,11 +2,13 @@
 
 mod body;
 mod chat;
+mod cluster;
 mod completions;
 mod connection;
 mod generation;
 mod load;
 mod ops;
+mod page;
 mod tokenize;
 
 use std::sync::Arc;
@@ -73,6 +75,8 @@ pub fn server(
         App::new()
             .app_data(shared.clone())
             .wrap(from_fn(around))
+            .service(at("/").get(page::show).head(page::show))
+            .service(at("/cluster").get(cluster::show))
             .service(at("/health").get(ops::health))
             .service(at("/ping").get(ops::health).post(ops::health))
             .service(at("/version").get(ops::version))
