@@ -11,7 +11,8 @@ use subtle::{Choice, ConstantTimeEq as _};
 
 use crate::error::ApiError;
 
-/// Routes that answer without a key.
+/// Routes that answer without a key. `/` is the chat page: it is the same for all, holds nothing
+/// of the cluster, and asks its user for a key.
 const OPEN: [&str; 8] =
     ["/", "/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
 

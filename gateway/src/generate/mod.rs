@@ -80,11 +80,14 @@ impl Job {
     }
 }
 
-/// What happens to a sequence: `Started` first, then tokens, then one `Finished`.
+/// What happens to a sequence: `Started` first, then tokens, then one `Finished`. A `Resumed` may
+/// come between.
 #[derive(Debug)]
 pub enum Update {
     /// The prompt has been computed.
     Started(Started),
+    /// Another worker has computed prompt and tokens so far, and goes on.
+    Resumed(Started),
     /// Log-probabilities of some prompt tokens, in order.
     PromptLogprobs(Vec<PromptTokenLogprob>),
     /// A token was drawn.
@@ -195,10 +198,10 @@ impl Generation {
                     Some(Event::Started(started)) => {
                         self.attempt.ticket.answered();
                         self.attempt.prefill = None;
-                        if !std::mem::replace(&mut self.started, true) {
-                            return Ok(Some(Update::Started(started)));
-                        }
-                        continue;
+                        return Ok(Some(match std::mem::replace(&mut self.started, true) {
+                            false => Update::Started(started),
+                            true => Update::Resumed(started),
+                        }));
                     }
                     Some(Event::PromptLogprobs(prompt)) => {
                         // After a failure another worker begins again.

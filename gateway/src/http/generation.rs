@@ -57,7 +57,7 @@ impl Intake {
             return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
         }
         let place = shared.load.enter()?;
-        let body = body::read(request, payload, &shared.limits).await?;
+        let body = body::read(request, payload, shared.limits.max_body_bytes).await?;
         let own_id = body.get("request_id").and_then(Value::as_str);
         let own_id = request_id::settle(request, own_id);
         Ok(Self { arrived, place, body, client: connection(request), own_id })

@@ -4,6 +4,7 @@ mod around;
 mod body;
 mod call;
 mod chat;
+mod cluster;
 mod completions;
 mod connection;
 mod cors;
@@ -11,6 +12,7 @@ mod frames;
 mod generation;
 mod load;
 mod ops;
+mod page;
 mod request_id;
 mod server_info;
 mod tokenize;
@@ -110,6 +112,8 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
             .wrap(from_fn(around::guard))
             .wrap(cors.middleware())
             .wrap(from_fn(around::record))
+            .service(at("/").get(page::show).head(page::show))
+            .service(at("/cluster").get(cluster::show))
             .service(at("/health").get(ops::health))
             .service(at("/ping").get(ops::health).post(ops::health))
             .service(at("/version").get(ops::version))

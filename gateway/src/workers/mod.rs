@@ -4,8 +4,10 @@
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+//! * [`recent`]: where the last sequences were computed.
 
 mod connection;
+pub mod recent;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
@@ -28,6 +30,7 @@ use tracing::info;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::{Candidate, choose};
 use crate::text::TextModel;
+use recent::Recent;
 
 /// How long a worker that refused for want of room is passed over.
 const FULL_FOR: Duration = Duration::from_millis(250);
@@ -161,6 +164,8 @@ pub struct Registry {
     tasks: Mutex<HashMap<String, AbortHandle>>,
     texts: Mutex<HashMap<String, Weak<TextModel>>>,
     etcd_connected: AtomicBool,
+    /// Where the last sequences were computed.
+    pub recent: Recent,
 }
 
 impl Registry {
@@ -171,6 +176,7 @@ impl Registry {
             tasks: Mutex::default(),
             texts: Mutex::default(),
             etcd_connected: AtomicBool::new(true),
+            recent: Recent::default(),
         });
         let follower = registry.clone();
         let mut view = watch.subscribe();
@@ -335,5 +341,16 @@ impl Served {
     /// Tokens in a KV block.
     pub fn block_size(&self) -> usize {
         self.description.kv_layout.as_ref().map_or(16, |layout| layout.block_size.max(1) as usize)
+    }
+
+    /// Size of the KV blocks that hold this many tokens, in bytes.
+    pub fn kv_bytes(&self, tokens: u32) -> u64 {
+        let blocks = (tokens as usize).div_ceil(self.block_size()) as u64;
+        blocks * self.block_bytes()
+    }
+
+    /// Size of a KV block over all layers, in bytes; 0 when the worker does not say.
+    pub fn block_bytes(&self) -> u64 {
+        self.description.kv_layout.as_ref().map_or(0, |layout| layout.block_bytes)
     }
 }
