@@ -9,6 +9,7 @@ pub mod completion;
 pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
+pub mod responses;
 pub mod sampling;
 pub mod sse;
 pub mod structured;
@@ -43,6 +44,11 @@ impl Body {
         let unknown = object.keys().cloned().collect();
         integral(&mut fields);
         Ok(Self { fields, unknown })
+    }
+
+    /// A body that another form was turned into.
+    pub fn new(fields: Map<String, Value>) -> Self {
+        Self { unknown: fields.keys().cloned().collect(), fields: fields.into() }
     }
 
     /// Takes the fields of `T`. An error names the field at fault.
@@ -83,6 +89,11 @@ impl Body {
             !known && !IGNORED.contains(&field.as_str())
         });
         Ok(())
+    }
+
+    /// Takes note that these fields change nothing on this route.
+    pub fn ignore(&mut self, fields: &[&str]) {
+        self.unknown.retain(|field| !fields.contains(&field.as_str()));
     }
 
     /// Fields that were neither used nor refused.
