@@ -14,6 +14,7 @@ mod load;
 mod ops;
 mod page;
 mod request_id;
+mod responses;
 mod server_info;
 mod tokenize;
 
@@ -41,6 +42,7 @@ use connection::Connection;
 pub use call::Parsers;
 pub use cors::Policy;
 pub use load::Load;
+pub use responses::Responses;
 
 /// What the handlers share.
 pub struct Shared {
@@ -60,6 +62,8 @@ pub struct Shared {
     pub limits: Limits,
     /// Who reads the answers of models that may call or reason.
     pub parsers: Parsers,
+    /// Responses that are kept, and those in the background.
+    pub responses: Responses,
     /// Set when the process is told to stop: connections are not kept alive any more.
     pub draining: AtomicBool,
 }
@@ -123,6 +127,7 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
             .service(at("/v1/models").get(ops::models))
             .service(at("/v1/chat/completions").post(chat::create))
             .service(at("/v1/completions").post(completions::create))
+            .configure(responses::register)
             .service(at("/tokenize").post(tokenize::tokenize))
             .service(at("/detokenize").post(tokenize::detokenize))
             .default_service(web::to(unknown_route));

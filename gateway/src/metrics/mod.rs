@@ -71,6 +71,7 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    store_errors: CounterVec,
     /// Each worker's counters at the last scrape.
     seen: Mutex<HashMap<String, WorkerStatus>>,
 }
@@ -281,9 +282,20 @@ impl Metrics {
                 "Whether etcd answers this gateway; without it the last view is used.",
                 &[],
             )?,
+            store_errors: counter(
+                &r,
+                "baton_responses_store_errors_total",
+                "Failures of the store of responses.",
+                &["operation"],
+            )?,
             registry: r,
             seen: Mutex::default(),
         })
+    }
+
+    /// The store of responses has failed at `operation`.
+    pub fn store_failed(&self, operation: &str) {
+        self.store_errors.with_label_values(&[operation]).inc();
     }
 
     /// Counts an HTTP answer. `handler` is the route's pattern.

@@ -240,6 +240,14 @@ impl Store {
         Ok(row.map(|(status,)| status))
     }
 
+    /// The response object; `None` when it is gone.
+    pub async fn body(&self, id: &str) -> Result<Option<String>, StoreError> {
+        let sql = "SELECT body FROM responses WHERE id = $1";
+        let row: Option<(String,)> =
+            on!(self, pool => sqlx::query_as(sql).bind(id).fetch_optional(pool))?;
+        Ok(row.map(|(body,)| body))
+    }
+
     /// The turns up to this response, the first one first. A chain that is broken begins with a
     /// turn that has a previous one.
     pub async fn conversation(&self, id: &str, key: &str) -> Result<Vec<Turn>, StoreError> {
@@ -313,7 +321,14 @@ impl Store {
         on!(self, pool => sqlx::query_as(sql).bind(id).bind(after).bind(most).fetch_all(pool))
     }
 
-    /// Which of this gateway's responses have not ended.
+    /// The last event so far.
+    pub async fn last_event(&self, id: &str) -> Result<Option<Event>, StoreError> {
+        let sql = "SELECT seq, payload FROM response_events \
+                   WHERE response_id = $1 ORDER BY seq DESC LIMIT 1";
+        on!(self, pool => sqlx::query_as(sql).bind(id).fetch_optional(pool))
+    }
+
+    /// Which responses of this gateway have not ended.
     pub async fn alive(&self, owner: &str) -> Result<Vec<String>, StoreError> {
         let sql = "SELECT id FROM responses WHERE owner = $1";
         let rows: Vec<(String,)> =
@@ -328,16 +343,14 @@ impl Store {
         Ok(())
     }
 
-    /// Responses, at most `most`, whose gateway has not been heard of for some time: id and body.
-    pub async fn abandoned(
-        &self,
-        silent: Duration,
-        most: i64,
-    ) -> Result<Vec<(String, String)>, StoreError> {
-        let sql = "SELECT id, body FROM responses \
+    /// Responses, at most `most`, whose gateway has not been heard of for some time.
+    pub async fn abandoned(&self, silent: Duration, most: i64) -> Result<Vec<String>, StoreError> {
+        let sql = "SELECT id FROM responses \
                    WHERE owner IS NOT NULL AND heartbeat < $1 LIMIT $2";
         let before = self.now().await? - silent.as_secs() as i64;
-        on!(self, pool => sqlx::query_as(sql).bind(before).bind(most).fetch_all(pool))
+        let rows: Vec<(String,)> =
+            on!(self, pool => sqlx::query_as(sql).bind(before).bind(most).fetch_all(pool))?;
+        Ok(rows.into_iter().map(|(id,)| id).collect())
     }
 
     /// Deletes a response; whether there was one.
@@ -375,6 +388,8 @@ where
     insert.push_values(events, |mut row, (seq, payload)| {
         row.push_bind(id.to_owned()).push_bind(*seq).push_bind(payload.clone());
     });
+    // A write that was given up may have been done all the same.
+    insert.push(" ON CONFLICT DO NOTHING");
     insert
 }
 

@@ -189,7 +189,11 @@ impl Writer {
     fn content(&mut self, more: &str) {
         if !matches!(self.open, Some(Open::Message { .. })) {
             self.close("completed");
-            self.add(Open::Message { id: new_id("msg"), text: String::new(), logprobs: Vec::new() });
+            self.add(Open::Message {
+                id: new_id("msg"),
+                text: String::new(),
+                logprobs: Vec::new(),
+            });
         }
         let new = self.settle(Kind::Message);
         let index = self.output.len();
@@ -379,7 +383,11 @@ mod tests {
         writer.push(vec![], 1, logprob(3));
         writer.push(vec![Part::Content("llo".into())], 1, logprob(4));
         writer.push(vec![start("f", 0)], 1, logprob(5));
-        writer.push(vec![Part::CallArguments { index: 0, text: "{}".into() }, start("g", 1)], 1, vec![]);
+        writer.push(
+            vec![Part::CallArguments { index: 0, text: "{}".into() }, start("g", 1)],
+            1,
+            vec![],
+        );
         let events = finish(writer, "stop");
         let expected = [
             "created",
@@ -438,7 +446,10 @@ mod tests {
         assert_eq!(last["type"], "response.incomplete");
         assert_eq!(last["response"]["incomplete_details"]["reason"], "max_output_tokens");
         let item = &last["response"]["output"][0];
-        assert_eq!((&item["status"], &item["content"][0]["logprobs"]), (&json!("incomplete"), &Value::Null));
+        assert_eq!(
+            (&item["status"], &item["content"][0]["logprobs"]),
+            (&json!("incomplete"), &Value::Null)
+        );
     }
 
     #[test]

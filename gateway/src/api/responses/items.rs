@@ -301,9 +301,7 @@ mod tests {
         ]))
         .unwrap();
         assert_eq!(items[2]["id"], "msg_1");
-        let tool_call = |id: &str| {
-            json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}})
-        };
+        let tool_call = |id: &str| json!({"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}});
         let expected = json!([
             {"role": "system", "content": "a\nb"},
             {"role": "assistant", "content": "let me see", "reasoning_content": "hm",

@@ -179,6 +179,19 @@ impl ResponseObject {
         self.0.get("created_at").and_then(Value::as_u64).unwrap_or_default()
     }
 
+    /// The status.
+    pub fn status(&self) -> Status {
+        let status = self.0.get("status").and_then(Value::as_str).unwrap_or_default();
+        let all = [
+            Status::Queued,
+            Status::InProgress,
+            Status::Completed,
+            Status::Incomplete,
+            Status::Cancelled,
+        ];
+        all.into_iter().find(|one| one.as_str() == status).unwrap_or(Status::Failed)
+    }
+
     /// Changes the status.
     pub fn set_status(&mut self, status: Status) {
         self.0.insert("status".into(), status.as_str().into());

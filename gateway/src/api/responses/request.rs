@@ -169,10 +169,9 @@ impl ResponsesFields {
                 return Err(wrong(field, &what));
             }
         }
-        for (field, value) in [
-            ("max_output_tokens", self.max_output_tokens),
-            ("max_tool_calls", self.max_tool_calls),
-        ] {
+        for (field, value) in
+            [("max_output_tokens", self.max_output_tokens), ("max_tool_calls", self.max_tool_calls)]
+        {
             if value.is_some_and(|value| value < 1) {
                 let message = format!("`{field}` must be at least 1.");
                 return Err(ApiError::bad_value(field, message));
@@ -514,10 +513,7 @@ mod tests {
         ] {
             assert_eq!(param(with(field, value.clone())), expected, "{field} {value}");
         }
-        assert_eq!(
-            param(json!({"input": "x", "background": true, "store": false})),
-            "background"
-        );
+        assert_eq!(param(json!({"input": "x", "background": true, "store": false})), "background");
     }
 
     #[test]
