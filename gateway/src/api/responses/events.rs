@@ -128,7 +128,7 @@ impl Writer {
     /// says so is [`Writer::ended`]'s, so that the response can be kept before.
     pub fn end(&mut self, end: &End, mut tokens: Tokens) {
         match &self.open {
-            Some(Open::Reasoning { .. }) => self.settle(Kind::Reasoning),
+            Some(Open::Reasoning { .. }) => drop(self.settle(Kind::Reasoning)),
             Some(_) => {}
             // A model that says nothing has said nothing: an empty message.
             None if self.output.is_empty() && end.reason != "abort" => {
@@ -362,9 +362,10 @@ mod tests {
     }
 
     fn kinds(events: &[Value]) -> Vec<&str> {
-        let kind = |event: &Value| event["type"].as_str().unwrap().strip_prefix("response.");
-        let text = |event| kind(event).unwrap().to_owned();
-        events.iter().map(text).map(|kind| &*String::leak(kind)).collect()
+        fn kind(event: &Value) -> &str {
+            event["type"].as_str().unwrap().strip_prefix("response.").unwrap()
+        }
+        events.iter().map(kind).collect()
     }
 
     fn start(name: &str, index: usize) -> Part {
