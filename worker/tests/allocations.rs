@@ -116,6 +116,7 @@ fn engine(speculative: usize) -> Engine {
         max_waiting: 8,
         max_model_len: 1000,
         speculation: Speculation { tokens: speculative, ..Speculation::OFF },
+        priority_aging: Duration::from_secs(30),
     };
     Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new() }).unwrap()
 }
@@ -127,6 +128,8 @@ fn allocations(engine: &Engine, sampling: &SamplingParams) -> usize {
             prompt,
             output: Vec::new(),
             sampling: SamplingParams { max_tokens, ..sampling.clone() },
+            constraint: None,
+            priority: 0,
             salt: String::new(),
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
