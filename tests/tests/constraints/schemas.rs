@@ -100,7 +100,8 @@ fn scalar(random: &mut Random) -> Value {
         5 => json!({"enum": ["red", "grün", 7, null, true, "a\nb", {"k": [1, 2]}]}),
         6 => json!({"const": random.pick(&NAMES)}),
         7 => {
-            let patterns = ["^[a-z]{2,8}$", "^(\\d{3}-){2}\\d{4}$", "^[A-Z][a-z]{0,9}$", "^(ab|cd)*e$"];
+            let patterns =
+                ["^[a-z]{2,8}$", "^(\\d{3}-){2}\\d{4}$", "^[A-Z][a-z]{0,9}$", "^(ab|cd)*e$"];
             json!({"type": "string", "pattern": random.pick(&patterns), "maxLength": 30})
         }
         8 => json!({"type": "string", "format": random.pick(&["date", "ipv4", "uuid", "time"])}),

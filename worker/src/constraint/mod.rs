@@ -28,8 +28,8 @@ use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 use toktrie::InferenceCapabilities;
 
-pub use session::{Session, State};
 use session::Helpers;
+pub use session::{Session, State};
 
 /// The longest text of a constraint.
 const MAX_BYTES: usize = 256 * 1024;
@@ -43,6 +43,8 @@ const MAX_COMPILING: usize = 2;
 /// are below what a gateway waits for a worker to accept a request.
 const TURN_WITHIN: Duration = Duration::from_secs(1);
 const COMPILE_WITHIN: Duration = Duration::from_secs(3);
+/// The longest reason why one does not compile, in bytes.
+const MAX_REASON: usize = 600;
 /// Compiled constraints that are kept.
 const MAX_KEPT: usize = 32;
 /// States of a constraint's lexer, of one or two kilobytes each.
@@ -69,8 +71,8 @@ pub enum ConstraintError {
     /// It does not compile in time.
     #[error("constraint: it takes more than {} s to compile; send a simpler one", COMPILE_WITHIN.as_secs())]
     TooSlow,
-    /// Others are being compiled.
-    #[error("constraint: too many are being compiled; try again later")]
+    /// Others are being compiled, or the first is.
+    #[error("constraint: too many are being compiled; try again soon")]
     Busy,
 }
 
@@ -150,6 +152,8 @@ impl Compiler {
         match tokio::time::timeout(COMPILE_WITHIN, receiver).await {
             Ok(Ok(compiled)) => compiled,
             Ok(Err(_)) => Err(ConstraintError::Invalid("its compilation failed".to_owned())),
+            // The first one may have to wait for the vocabulary: large ones take a second or two.
+            Err(_) if self.shared.tools.get().is_none() => Err(ConstraintError::Busy),
             Err(_) => Err(ConstraintError::TooSlow),
         }
     }
@@ -168,7 +172,10 @@ impl Shared {
         let tools = self.tools.get_or_init(|| Tools::new(self)).as_ref();
         let tools = tools.map_err(|error| ConstraintError::Invalid(error.clone()))?;
         let grammar = grammar(&kind).map_err(ConstraintError::Invalid)?;
-        let parser = tools.factory.create_parser(grammar).map_err(|error| ConstraintError::Invalid(brief(&error)))?;
+        let parser = tools
+            .factory
+            .create_parser(grammar)
+            .map_err(|error| ConstraintError::Invalid(brief(&error)))?;
         let mut matcher = Matcher::new(Ok(parser));
         // The first mask tells whether anything can match, and fills the lexer for all sequences.
         matcher.compute_mask_or_eos().map_err(|error| ConstraintError::Invalid(brief(&error)))?;
@@ -270,8 +277,10 @@ fn grammar(kind: &Kind) -> Result<TopLevelGrammar, String> {
 
 /// An error of llguidance without the state that it appends.
 fn brief(error: &dyn std::fmt::Display) -> String {
-    let text = format!("{error:#}");
+    let mut text = format!("{error:#}");
     let appended = ["\n<non-verbose/>", "\n<state>", "\n<backtrace>"];
     let end = appended.iter().filter_map(|it| text.find(it));
-    text[..end.min().unwrap_or(text.len())].trim().to_owned()
+    // It may quote the whole text.
+    text.truncate(text.floor_char_boundary(end.min().unwrap_or(text.len()).min(MAX_REASON)));
+    text.trim().to_owned()
 }

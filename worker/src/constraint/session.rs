@@ -14,9 +14,9 @@ use toktrie::SimpleVob;
 
 use super::{Compiled, brief};
 
-/// The longest that a draw waits. A mask is bounded by llguidance's limits, to tens of
-/// milliseconds; beyond this something is wrong.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest that a draw, and with it the engine, waits. A mask is bounded by llguidance's limits,
+/// to tens of milliseconds; beyond this something is wrong.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A sequence's state in its constraint. Dropping it stops what is being computed for it.
 pub struct Session {

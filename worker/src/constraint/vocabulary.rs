@@ -3,26 +3,24 @@
 use std::str::FromStr as _;
 use std::sync::Arc;
 
-use llguidance::token_bytes_from_tokenizer_json;
 use serde_json::Value;
 use tokenizers::Tokenizer;
-use toktrie::{INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
+use toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie};
 
-/// A model's tokens as a trie of bytes, and its tokenizer.
-struct Vocabulary {
-    trie: TokTrie,
-    tokenizer: Tokenizer,
-}
+/// How SentencePiece writes a space.
+const SPACE: char = '▁';
 
-/// Reads a `tokenizer.json` for a model of `vocab` logits. Special tokens begin with llguidance's
-/// marker, a byte that no text has: a grammar can name them, and no text produces them. Ids that
-/// the tokenizer does not use have no bytes and never match.
+/// Reads a `tokenizer.json` for a model of `vocab` logits.
+///
+/// Special tokens begin with llguidance's marker, a byte that no text has: a grammar can name them,
+/// and no text produces them. Ids that the tokenizer does not use have no bytes and never match.
+///
+/// Text that a constraint leaves no choice of is not tokenized for the model, which so draws among
+/// all its tokenizations: a forced one might be what other parameters forbid, and forced text is of
+/// any length.
 pub(super) fn read(tokenizer_json: &str, vocab: usize, eos: &[u32]) -> Result<TokEnv, String> {
-    let failed = |error: &dyn std::fmt::Display| error.to_string();
-    let mut description: Value =
-        serde_json::from_str(tokenizer_json).map_err(|error| failed(&error))?;
-    let mut bytes = token_bytes_from_tokenizer_json(&description).map_err(|error| failed(&error))?;
-    bytes.resize(vocab, Vec::new());
+    let tokenizer = Tokenizer::from_str(tokenizer_json).map_err(|error| error.to_string())?;
+    let mut bytes = token_bytes(&tokenizer, vocab)?;
     for &id in eos {
         // A file may forget to call it special.
         if let Some(bytes) = bytes.get_mut(id as usize)
@@ -36,48 +34,62 @@ pub(super) fn read(tokenizer_json: &str, vocab: usize, eos: &[u32]) -> Result<To
     if eos.len() > 1 {
         trie = trie.with_eos_tokens(eos);
     }
-    // What a grammar forces goes on after other text.
-    without_prefix(&mut description["normalizer"]);
-    without_prefix(&mut description["pre_tokenizer"]);
-    let mut tokenizer =
-        Tokenizer::from_str(&description.to_string()).map_err(|error| failed(&error))?;
-    tokenizer.set_encode_special_tokens(true);
-    Ok(Arc::new(Vocabulary { trie, tokenizer }))
+    Ok(Arc::new(ApproximateTokEnv::new(trie)))
 }
 
-impl TokenizerEnv for Vocabulary {
-    fn tok_trie(&self) -> &TokTrie {
-        &self.trie
-    }
-
-    fn tokenize_bytes(&self, bytes: &[u8]) -> Vec<u32> {
-        self.trie.tokenize_with_greedy_fallback(bytes, |text| {
-            let encoded = self.tokenizer.encode_fast(text, false);
-            let ids = encoded.map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default();
-            // The bytes that a grammar forces, whatever a normalizer makes of them.
-            match self.trie.decode_raw(&ids) == text.as_bytes() {
-                true => ids,
-                false => self.trie.greedy_tokenize(text.as_bytes()),
-            }
-        })
+/// The bytes of every token. Not llguidance's own function for this, which refuses a vocabulary
+/// for one token that is not written as the others.
+fn token_bytes(tokenizer: &Tokenizer, vocab: usize) -> Result<Vec<Vec<u8>>, String> {
+    let decoder = serde_json::to_value(tokenizer.get_decoder()).map_err(|e| e.to_string())?;
+    // Either GPT-2's writing, a letter for each byte, or SentencePiece's: text with `▁` for a
+    // space, and `<0xNN>` for a byte.
+    let byte_level = mentions(&decoder, "ByteLevel");
+    let letters = byte_letters();
+    let added = tokenizer.get_added_tokens_decoder();
+    let bytes = |id: u32| -> Option<Vec<u8>> {
+        if let Some(token) = added.get(&id) {
+            let marker = token.special.then_some(TokTrie::SPECIAL_TOKEN_MARKER);
+            return Some(marker.into_iter().chain(token.content.bytes()).collect());
+        }
+        let text = tokenizer.id_to_token(id)?;
+        match (byte_level, byte_piece(&text)) {
+            (true, _) => text.chars().map(&letters).collect(),
+            (false, Some(byte)) => Some(vec![byte]),
+            (false, None) => Some(text.replace(SPACE, " ").into_bytes()),
+        }
+    };
+    let all: Vec<Vec<u8>> = (0..vocab as u32).map(|id| bytes(id).unwrap_or_default()).collect();
+    match all.iter().any(|bytes| !bytes.is_empty()) {
+        true => Ok(all),
+        false => Err("its tokens cannot be written as bytes".to_owned()),
     }
 }
 
-/// Takes out what puts a space before a text.
-fn without_prefix(part: &mut Value) {
+/// The byte that `<0xNN>` stands for.
+fn byte_piece(text: &str) -> Option<u8> {
+    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    if digits.len() == 2 { u8::from_str_radix(digits, 16).ok() } else { None }
+}
+
+/// The byte that a letter of GPT-2's alphabet stands for: printable Latin-1 is itself, the others
+/// follow in order from U+0100 on (`bytes_to_unicode` in GPT-2's `encoder.py`).
+fn byte_letters() -> impl Fn(char) -> Option<u8> {
+    let own = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let others: Vec<u8> = (0..=255).filter(|byte| !own(*byte)).collect();
+    move |letter| match u32::from(letter) {
+        code @ 0..=255 => Some(code as u8).filter(|byte| own(*byte)),
+        code => others.get(code as usize - 256).copied(),
+    }
+}
+
+/// Whether a part of this type is in a tokenizer's description.
+fn mentions(part: &Value, kind: &str) -> bool {
     match part {
         Value::Object(fields) => {
-            let changes = [
-                ("prepend_scheme", Value::from("never")),
-                ("add_prefix_space", Value::from(false)),
-                ("prepend", Value::from("")),
-            ];
-            for (field, value) in changes {
-                fields.entry(field).and_modify(|it| *it = value);
-            }
-            fields.values_mut().for_each(without_prefix);
+            fields.get("type").is_some_and(|it| it == kind)
+                || fields.values().any(|it| mentions(it, kind))
         }
-        Value::Array(parts) => parts.iter_mut().for_each(without_prefix),
-        _ => {}
+        Value::Array(parts) => parts.iter().any(|it| mentions(it, kind)),
+        _ => false,
     }
 }

@@ -169,7 +169,8 @@ impl Engine {
         }
         let scored = scored(&request);
         if let Some(count) = request.sampling.prompt_logprobs
-            && scored.saturating_mul(count.min(self.vocab as u32) as usize + 1) > MAX_PROMPT_LOGPROBS
+            && scored.saturating_mul(count.min(self.vocab as u32) as usize + 1)
+                > MAX_PROMPT_LOGPROBS
         {
             return Err(SubmitError::PromptLogprobs { tokens: scored, count });
         }
@@ -178,10 +179,8 @@ impl Engine {
         let len = request.prompt.len() + done;
         self.limits.check_fits(len, new)?;
         // Room for every event there can be: one for each token, and a few more.
-        let most = new.min(self.limits.max_model_len - len)
-            + len / self.limits.block_size
-            + scored
-            + 8;
+        let most =
+            new.min(self.limits.max_model_len - len) + len / self.limits.block_size + scored + 8;
         let (sender, events) = mpsc::channel(most);
         let id = self.inbox.add(request, sender)?;
         Ok(RequestHandle { id, events, inbox: self.inbox.clone() })

@@ -190,7 +190,9 @@ impl Sampler {
                  allows"
             }
             None => {
-                let may = |id: &&u32| is_in(&self.allowed, **id) && !self.forbidden().any(|it| it == **id);
+                let may = |id: &&u32| {
+                    is_in(&self.allowed, **id) && !self.forbidden().any(|it| it == **id)
+                };
                 if let Some(&id) = self.ends.iter().find(may) {
                     return Ok(id);
                 }
@@ -250,7 +252,9 @@ impl Sampler {
             self.ends.iter().for_each(|&token| forbid(token));
         }
         // Without a constraint it is a token like others.
-        if self.constraint.is_some() && (self.params.ignore_eos || self.drawn < self.params.min_tokens) {
+        if self.constraint.is_some()
+            && (self.params.ignore_eos || self.drawn < self.params.min_tokens)
+        {
             self.eos.iter().for_each(|&token| forbid(token));
         }
         self.forbidden().for_each(forbid);

@@ -303,7 +303,8 @@ fn op() -> impl Strategy<Value = Op> {
         prop_oneof![Just(0), -2i32..3, any::<i32>()],
         prop::bool::weighted(0.2),
     );
-    let wish = wish.prop_map(|(pull, hold, priority, scored)| Wish { pull, hold, priority, scored });
+    let wish =
+        wish.prop_map(|(pull, hold, priority, scored)| Wish { pull, hold, priority, scored });
     let arrive = (prompt, 1usize..12, wish);
     prop_oneof![
         3 => arrive.prop_map(|(prompt, max_new, wish)| Op::Arrive { prompt, max_new, wish }),
@@ -482,7 +483,8 @@ fn the_lowest_priority_gives_way_and_of_equal_ones_the_latest() {
 
 #[test]
 fn prompts_that_are_scored_share_the_rows_of_a_step_and_read_no_cache() {
-    let mut scheduler = Scheduler::new(Limits { max_batch_tokens: 500, max_model_len: 256, ..ROOMY });
+    let mut scheduler =
+        Scheduler::new(Limits { max_batch_tokens: 500, max_model_len: 256, ..ROOMY });
     let mut plan = Plan::default();
     scheduler.add(new(0, (0..100).collect()));
     scheduler.schedule(&mut plan);

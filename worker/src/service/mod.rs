@@ -126,7 +126,9 @@ impl Shared {
         let Some(constraint) = &sampling.constraint else { return Ok(None) };
         match self.constraints.compile(constraint).await {
             Ok(compiled) => Ok(Some(compiled)),
-            Err(error @ ConstraintError::Busy) => Err(Status::resource_exhausted(error.to_string())),
+            Err(error @ ConstraintError::Busy) => {
+                Err(Status::resource_exhausted(error.to_string()))
+            }
             Err(error) => Err(Status::invalid_argument(error.to_string())),
         }
     }
