@@ -84,6 +84,10 @@ pub struct Settings {
     #[arg(long, env = "BATON_MAX_WAITING", default_value_t = 256)]
     pub max_waiting: usize,
 
+    /// Seconds of waiting that count as one step of a request's `priority`, so that none starves.
+    #[arg(long, env = "BATON_PRIORITY_AGING_SECONDS", default_value = "30", value_parser = parse_positive)]
+    pub priority_aging_seconds: usize,
+
     /// Tokens guessed ahead of each sequence in a step, from what it holds already; 0 is off.
     /// Answers stay the same, those that repeat their prompt come faster.
     #[arg(long, env = "BATON_SPECULATIVE_TOKENS", default_value_t = 0)]

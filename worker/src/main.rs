@@ -115,6 +115,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         max_waiting: settings.max_waiting,
         max_model_len: settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
         speculation,
+        priority_aging: Duration::from_secs(settings.priority_aging_seconds as u64),
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
     let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })

@@ -227,7 +227,7 @@ impl Generation {
                         let (reason, stop) = (finished.reason(), finished.stop_token_id);
                         return Ok(Some(Update::Finished(reason, stop)));
                     }
-                    None => continue,
+                    Some(Event::PromptLogprobs(_)) | None => continue,
                 },
                 Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
                 Ok(Err(status)) => status,

@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
-use baton_proto::v1::{self, ModelCard, Role, WorkerDescription, WorkerStatus};
+use baton_proto::v1::{self, ModelCard, Role, SamplingParams, WorkerDescription, WorkerStatus};
 use baton_proto::{MAX_MESSAGE_BYTES, TokenizerBundle};
 use bytes::Bytes;
 use futures::Stream;
@@ -23,6 +23,7 @@ use tokio::task::AbortHandle;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
+use crate::constraint::{Compiled, Compiler, ConstraintError};
 use crate::engine::{Engine, SubmitError};
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
@@ -67,6 +68,7 @@ struct Shared {
     hold_lease: Duration,
     engine: Arc<Engine>,
     puller: Puller,
+    constraints: Compiler,
 }
 
 impl WorkerService {
@@ -75,7 +77,10 @@ impl WorkerService {
         let tokenizer = serde_json::to_vec(&parts.tokenizer)?;
         let mut model = parts.model;
         model.tokenizer_digest = blake3::hash(&tokenizer).to_hex().to_string();
+        let constraints =
+            Compiler::new(&parts.tokenizer, model.vocab_size as usize, &model.eos_token_ids);
         let shared = Shared {
+            constraints,
             instance_id: parts.instance_id,
             role: parts.role,
             model,
@@ -114,6 +119,18 @@ impl Shared {
         let mut status = self.engine.status();
         self.puller.count(&mut status);
         status
+    }
+
+    /// The constraint of a request, compiled.
+    async fn compile(&self, sampling: &SamplingParams) -> Result<Option<Arc<Compiled>>, Status> {
+        let Some(constraint) = &sampling.constraint else { return Ok(None) };
+        match self.constraints.compile(constraint).await {
+            Ok(compiled) => Ok(Some(compiled)),
+            Err(error @ ConstraintError::Busy) => {
+                Err(Status::resource_exhausted(error.to_string()))
+            }
+            Err(error) => Err(Status::invalid_argument(error.to_string())),
+        }
     }
 }
 
@@ -205,14 +222,14 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        generate::start(self.shared.clone(), request.into_inner()).map(Response::new)
+        generate::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
     }
 
     async fn prefill(
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        prefill::start(self.shared.clone(), request.into_inner()).map(Response::new)
+        prefill::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
     }
 
     async fn watch_status(
