@@ -128,6 +128,7 @@ fn allocations(engine: &Engine, sampling: &SamplingParams) -> usize {
             output: Vec::new(),
             sampling: SamplingParams { max_tokens, ..sampling.clone() },
             salt: String::new(),
+            adapter: None,
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
         };

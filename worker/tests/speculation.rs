@@ -112,6 +112,7 @@ fn request() -> impl Strategy<Value = NewRequest> {
                 output,
                 sampling,
                 salt: String::new(),
+                adapter: None,
                 purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
             }
@@ -174,6 +175,7 @@ fn what_repeats_is_guessed_and_counted() {
         output: Vec::new(),
         sampling,
         salt: String::new(),
+        adapter: None,
         purpose: Purpose::Generate { pull_from: None },
         deadline: Instant::now() + Duration::from_secs(60),
     };

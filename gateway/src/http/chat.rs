@@ -37,7 +37,7 @@ pub(super) async fn create(
         return Err(ApiError::bad_value("messages", "`messages` make an empty prompt."));
     }
     let shape = Chat {
-        envelope: Envelope::new("chatcmpl", own_id.as_deref(), &served.card.name),
+        envelope: Envelope::new("chatcmpl", own_id.as_deref(), served.name()),
         role: conversation.answer_role(),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
         logprobs: logprobs.is_some(),

@@ -46,7 +46,7 @@ pub(super) async fn create(
     }
     let echo = completion.echo.unwrap_or(false);
     let shape = Completion {
-        envelope: Envelope::new("cmpl", own_id.as_deref(), &served.card.name),
+        envelope: Envelope::new("cmpl", own_id.as_deref(), served.name()),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
         logprobs: logprobs.is_some(),
         token_ids: fields.return_token_ids.unwrap_or(false),

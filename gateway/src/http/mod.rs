@@ -6,6 +6,7 @@ mod completions;
 mod connection;
 mod generation;
 mod load;
+mod lora;
 mod ops;
 mod tokenize;
 
@@ -22,6 +23,7 @@ use actix_web::middleware::{Next, from_fn};
 use actix_web::{App, Error, HttpRequest, HttpResponse, HttpServer, Resource, web};
 use tracing::debug;
 
+use crate::adapters::Catalog;
 use crate::auth::Keys;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -34,6 +36,8 @@ pub use load::Load;
 pub struct Shared {
     /// The workers.
     pub registry: Arc<Registry>,
+    /// The LoRA adapters of the cluster.
+    pub adapters: Arc<Catalog>,
     /// The metrics.
     pub metrics: Arc<Metrics>,
     /// The keys.
@@ -79,6 +83,10 @@ pub fn server(
             .service(at("/load").get(ops::load))
             .service(at("/metrics").get(ops::metrics))
             .service(at("/v1/models").get(ops::models))
+            // Names may have slashes.
+            .service(at("/v1/models/{name:.+}").get(ops::model))
+            .service(at("/v1/load_lora_adapter").post(lora::load))
+            .service(at("/v1/unload_lora_adapter").post(lora::unload))
             .service(at("/v1/chat/completions").post(chat::create))
             .service(at("/v1/completions").post(completions::create))
             .service(at("/tokenize").post(tokenize::tokenize))

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_proto::BlockHash;
 use baton_proto::v1::{Token, WorkerStatus};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -13,6 +14,7 @@ use tracing::{error, warn};
 use super::inbox::{Command, Inbox};
 use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new};
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
 use crate::recycle::recycle;
 use crate::sampler::{Sampler, Scratch};
@@ -26,6 +28,7 @@ struct Active {
     events: mpsc::Sender<Event>,
     sampler: Sampler,
     purpose: Purpose,
+    adapter: Option<Arc<Adapter>>,
     arrived: Instant,
     deadline: Instant,
     /// [`Purpose::Prefill`]: leading blocks announced as complete.
@@ -138,7 +141,9 @@ impl Running {
         events: mpsc::Sender<Event>,
         arrived: Instant,
     ) {
-        let NewRequest { prompt, output, sampling, salt, purpose, deadline } = request;
+        let NewRequest { prompt, output, sampling, salt, adapter, purpose, deadline } = request;
+        let root = BlockHash::root(&salt);
+        let root = adapter.as_ref().map_or(root, |adapter| root.with_adapter(adapter.digest()));
         let new = most_new(&sampling, output.len(), purpose);
         let sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
         let mut tokens = prompt;
@@ -148,8 +153,8 @@ impl Running {
             Purpose::Prefill => (None, true),
         };
         let longest = tokens.len().saturating_add(new).min(self.limits.max_model_len);
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
-        let active = Active { events, sampler, purpose, arrived, deadline, announced: 0 };
+        self.scheduler.add(NewSequence { id, tokens, root, pull_from, hold, longest });
+        let active = Active { events, sampler, purpose, adapter, arrived, deadline, announced: 0 };
         self.requests.insert(id, active);
     }
 
@@ -214,18 +219,20 @@ impl Running {
 
     /// Computes a plan. True when it was interrupted: then nothing has changed.
     fn step(&mut self, plan: &Plan) -> bool {
-        let scheduler = &self.scheduler;
+        let (scheduler, requests) = (&self.scheduler, &self.requests);
         let mut drafts = &plan.drafts[..];
         let mut batch: Vec<SequenceSlice<'_>> = recycle(std::mem::take(&mut self.batch));
         batch.extend(plan.slices.iter().filter_map(|slice| {
             let drafted = take_drafts(&mut drafts, slice);
             let sequence = scheduler.get(slice.id)?;
+            let adapter = requests.get(&slice.id).and_then(|active| active.adapter.as_deref());
             let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
             Some(SequenceSlice {
                 start: slice.start,
                 tokens: drafted.unwrap_or_else(own),
                 blocks: sequence.blocks(),
                 logits: slice.logits,
+                adapter,
             })
         }));
         let (model, logits) = (&mut self.model, &mut self.logits);

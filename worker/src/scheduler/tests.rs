@@ -6,6 +6,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use proptest::prelude::*;
 
+use baton_proto::BlockHash;
+
 use super::*;
 use crate::kv::BlockId;
 use crate::kv::blocks::Usage;
@@ -58,11 +60,11 @@ impl Simulation {
             return;
         }
         let max_new = max_new.min(self.limits.max_model_len - tokens.len());
-        let (id, salt) = (self.next, String::new());
+        let (id, root) = (self.next, BlockHash::root(""));
         let longest = tokens.len() + max_new;
         self.next += 1;
         let pull_from = pull.filter(|_| !hold);
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
+        self.scheduler.add(NewSequence { id, tokens, root, pull_from, hold, longest });
         let request = Request { max_new, generated: 0, written: 0, aborted: false };
         self.requests.insert(id, request);
     }
@@ -337,7 +339,14 @@ const ROOMY: Limits = Limits {
 };
 
 fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
-    NewSequence { id, tokens, salt: String::new(), pull_from: None, hold: false, longest: 200 }
+    NewSequence {
+        id,
+        tokens,
+        root: BlockHash::root(""),
+        pull_from: None,
+        hold: false,
+        longest: 200,
+    }
 }
 
 fn slices(plan: &Plan) -> Vec<(SequenceId, usize, usize)> {

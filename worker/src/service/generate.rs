@@ -31,6 +31,8 @@ pub(super) fn start(
     if sampling.max_tokens == 0 || sampling.max_tokens as usize <= request.output_token_ids.len() {
         return Err(Status::invalid_argument("`max_tokens` leaves nothing to generate"));
     }
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let deadline = Instant::now() + timeout(request.timeout_ms);
     let pull_from = request.prefill.is_some().then_some(request.handoff_min_tokens.max(1) as usize);
     let handle = shared
@@ -40,6 +42,7 @@ pub(super) fn start(
             output: request.output_token_ids.clone(),
             sampling,
             salt: request.cache_salt.clone(),
+            adapter,
             purpose: Purpose::Generate { pull_from },
             deadline,
         })
@@ -164,6 +167,7 @@ impl Driver {
             weights_digest: shared.model.weights_digest.clone(),
             transports: Vec::new(),
             timeout_ms: 0,
+            adapter: self.request.adapter.clone(),
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
         if let Ok(transport) =

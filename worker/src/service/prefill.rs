@@ -44,6 +44,8 @@ pub(super) fn start(
         .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
     let sampling =
         request.sampling.ok_or_else(|| Status::invalid_argument("`sampling` is missing"))?;
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let handle = shared
         .engine
         .submit(NewRequest {
@@ -51,6 +53,7 @@ pub(super) fn start(
             output: request.token_ids[prompt..].to_vec(),
             sampling,
             salt: request.cache_salt,
+            adapter,
             purpose: Purpose::Prefill,
             deadline: Instant::now() + timeout(request.timeout_ms),
         })
