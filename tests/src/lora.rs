@@ -37,7 +37,7 @@ pub fn write(dir: &Path, name: &str, seed: u64) -> PathBuf {
             for (which, shape) in [("A", [RANK, inputs]), ("B", [outputs, RANK])] {
                 let start = data.len();
                 for _ in 0..shape[0] * shape[1] {
-                    data.extend(random.random_range(-0.05f32..0.05).to_le_bytes());
+                    data.extend(random.random_range(-0.1f32..0.1).to_le_bytes());
                 }
                 header.insert(
                     format!("base_model.model.model.layers.{layer}.{module}.lora_{which}.weight"),

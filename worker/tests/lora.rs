@@ -88,7 +88,7 @@ fn agrees(name: &str, files: &[&str]) {
             for (got, expected) in logits.iter().zip(&case.logits) {
                 worst = worst.max(largest_difference(got, expected));
             }
-            assert!(case.moved > 1.0, "an adapter that is seen");
+            assert!(case.moved > 0.5, "an adapter that is seen");
         }
         println!("{name} on {file}: largest difference of logits {worst}");
         assert!(worst < 5e-3, "{name} on {file}: largest difference {worst}");
@@ -118,8 +118,10 @@ fn adapters_in_one_batch_do_not_touch_each_other() {
     let [all, some] = ["mistral-all", "mistral-attention"].map(|name| adapter(name, &config));
     let adapters = [Some(&all), None, Some(&some), Some(&all), None, Some(&some)];
     let lengths = [9, 30, 1, 17, 1, 40];
-    let prompts: Vec<Vec<u32>> =
-        (1..).zip(lengths).map(|(i, len)| (0..len).map(|j| i * 31 + j * 7).collect()).collect();
+    let prompts: Vec<Vec<u32>> = (1..)
+        .zip(lengths)
+        .map(|(i, len)| (0..len).map(|j| (i * 31 + j * 7) % 256).collect())
+        .collect();
     let alone: Vec<_> = adapters
         .iter()
         .zip(&prompts)
@@ -238,8 +240,8 @@ fn an_adapter_of_the_real_model_equals_merged_weights() {
                 }
             }
             let seed = (layer * 16 + at) as u64;
-            let a: Vec<f32> = (0..RANK * inputs).map(|i| 0.05 * noise(2 * seed, i)).collect();
-            let b: Vec<f32> = (0..outputs * RANK).map(|i| 0.05 * noise(2 * seed + 1, i)).collect();
+            let a: Vec<f32> = (0..RANK * inputs).map(|i| 0.1 * noise(2 * seed, i)).collect();
+            let b: Vec<f32> = (0..outputs * RANK).map(|i| 0.1 * noise(2 * seed + 1, i)).collect();
             for (row, values) in values.chunks_exact_mut(inputs).enumerate() {
                 for (k, a) in a.chunks_exact(inputs).enumerate() {
                     let factor = b[row * RANK + k] * (ALPHA / RANK as f32);
