@@ -141,6 +141,7 @@ fn allocations(
             constraint: constraint.cloned(),
             priority: 0,
             salt: String::new(),
+            adapter: None,
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
         };

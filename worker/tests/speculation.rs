@@ -115,6 +115,7 @@ fn request() -> impl Strategy<Value = NewRequest> {
                 constraint: None,
                 priority: 0,
                 salt: String::new(),
+                adapter: None,
                 purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
             }
@@ -179,6 +180,7 @@ fn what_repeats_is_guessed_and_counted() {
         constraint: None,
         priority: 0,
         salt: String::new(),
+        adapter: None,
         purpose: Purpose::Generate { pull_from: None },
         deadline: Instant::now() + Duration::from_secs(60),
     };

@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 use crate::constraint::Compiled;
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 use crate::model::Model;
 use crate::scheduler::{Limits, Refusal, SequenceId};
 use inbox::{Command, Inbox};
@@ -40,6 +41,8 @@ pub struct NewRequest {
     pub priority: i32,
     /// Requests share cached blocks only when their salts are equal.
     pub salt: String,
+    /// What to compute with, beside the model's own weights.
+    pub adapter: Option<Arc<Adapter>>,
     /// What is wanted.
     pub purpose: Purpose,
     /// When to give up.

@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_proto::BlockHash;
 use baton_proto::v1::{Token, WorkerStatus};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -13,6 +14,7 @@ use tracing::{error, warn};
 use super::inbox::{Command, Inbox};
 use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new, scored};
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
 use crate::recycle::recycle;
 use crate::sampler::{Draw, Sampler, Scratch, score};
@@ -26,6 +28,7 @@ struct Active {
     events: mpsc::Sender<Event>,
     sampler: Sampler,
     purpose: Purpose,
+    adapter: Option<Arc<Adapter>>,
     arrived: Instant,
     deadline: Instant,
     /// [`Purpose::Prefill`]: leading blocks announced as complete.
@@ -142,8 +145,19 @@ impl Running {
         arrived: Instant,
     ) {
         let scored = scored(&request);
-        let NewRequest { prompt, output, sampling, salt, purpose, deadline, constraint, priority } =
-            request;
+        let NewRequest {
+            prompt,
+            output,
+            sampling,
+            salt,
+            adapter,
+            purpose,
+            deadline,
+            constraint,
+            priority,
+        } = request;
+        let root = BlockHash::root(&salt);
+        let root = adapter.as_ref().map_or(root, |adapter| root.with_adapter(adapter.digest()));
         let new = most_new(&sampling, output.len(), purpose);
         let mut sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
         // Every next token of a constrained sequence would have to be waited for: nothing is
@@ -163,7 +177,7 @@ impl Running {
         self.scheduler.add(NewSequence {
             id,
             tokens,
-            salt,
+            root,
             pull_from,
             hold,
             longest,
@@ -172,7 +186,7 @@ impl Running {
             scored,
             drafts,
         });
-        let active = Active { events, sampler, purpose, arrived, deadline, announced: 0 };
+        let active = Active { events, sampler, purpose, adapter, arrived, deadline, announced: 0 };
         self.requests.insert(id, active);
     }
 
@@ -237,18 +251,20 @@ impl Running {
 
     /// Computes a plan. True when it was interrupted: then nothing has changed.
     fn step(&mut self, plan: &Plan) -> bool {
-        let scheduler = &self.scheduler;
+        let (scheduler, requests) = (&self.scheduler, &self.requests);
         let mut drafts = &plan.drafts[..];
         let mut batch: Vec<SequenceSlice<'_>> = recycle(std::mem::take(&mut self.batch));
         batch.extend(plan.slices.iter().filter_map(|slice| {
             let drafted = take_drafts(&mut drafts, slice);
             let sequence = scheduler.get(slice.id)?;
+            let adapter = requests.get(&slice.id).and_then(|active| active.adapter.as_deref());
             let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
             Some(SequenceSlice {
                 start: slice.start,
                 tokens: drafted.unwrap_or_else(own),
                 blocks: sequence.blocks(),
                 logits: slice.logits,
+                adapter,
             })
         }));
         let (model, logits) = (&mut self.model, &mut self.logits);

@@ -44,8 +44,8 @@ pub struct NewSequence {
     pub id: SequenceId,
     /// The prompt, and output of an earlier attempt.
     pub tokens: Vec<u32>,
-    /// Sequences share blocks only when their salts are equal.
-    pub salt: String,
+    /// Where its blocks' addresses start: sequences share blocks only when this is equal.
+    pub root: BlockHash,
     /// Have a peer compute the prompt when at least this many tokens are not cached here.
     pub pull_from: Option<usize>,
     /// Keep the blocks when it has finished, for a peer.
@@ -114,7 +114,7 @@ impl Sequence {
             drafts: Drafts::new(limits.speculation).filter(|_| new.drafts && !new.hold),
             cached: None,
             waits_for: None,
-            root: BlockHash::root(&new.salt),
+            root: new.root,
             hashes: Vec::with_capacity(blocks),
         };
         (new.id, sequence)

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
+use baton_proto::BlockHash;
+
 use super::*;
 use crate::kv::BlockId;
 use crate::kv::blocks::Usage;
@@ -72,7 +74,7 @@ impl Simulation {
             return;
         }
         let max_new = max_new.min(self.limits.max_model_len - tokens.len());
-        let (id, salt) = (self.next, String::new());
+        let (id, root) = (self.next, BlockHash::root(""));
         let longest = tokens.len() + max_new;
         self.next += 1;
         let scored = if scored && !hold { tokens.len() - 1 } else { 0 };
@@ -80,7 +82,7 @@ impl Simulation {
         self.scheduler.add(NewSequence {
             id,
             tokens,
-            salt,
+            root,
             pull_from,
             hold,
             longest,
@@ -382,7 +384,7 @@ fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
     NewSequence {
         id,
         tokens,
-        salt: String::new(),
+        root: BlockHash::root(""),
         pull_from: None,
         hold: false,
         longest: 200,

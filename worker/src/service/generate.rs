@@ -37,6 +37,8 @@ pub(super) async fn start(
     if sampling.max_tokens == 0 || sampling.max_tokens as usize <= request.output_token_ids.len() {
         return Err(Status::invalid_argument("`max_tokens` leaves nothing to generate"));
     }
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let deadline = Instant::now() + timeout(request.timeout_ms);
     let constraint = shared.compile(&sampling).await?;
     let pull_from = request.prefill.is_some().then_some(request.handoff_min_tokens.max(1) as usize);
@@ -49,6 +51,7 @@ pub(super) async fn start(
             constraint,
             priority: request.priority,
             salt: request.cache_salt.clone(),
+            adapter,
             purpose: Purpose::Generate { pull_from },
             deadline,
         })
@@ -197,6 +200,7 @@ impl Driver {
             transports: Vec::new(),
             timeout_ms: 0,
             priority: self.request.priority,
+            adapter: self.request.adapter.clone(),
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
         if let Ok(transport) =

@@ -4,6 +4,7 @@
 //! stream holds the task, and dropping the stream ends it, which drops the engine's handle, which
 //! frees the blocks.
 
+mod adapters;
 mod generate;
 mod prefill;
 
@@ -25,6 +26,7 @@ use tonic::{Request, Response, Status};
 
 use crate::constraint::{Compiled, Compiler, ConstraintError};
 use crate::engine::{Engine, SubmitError};
+use crate::lora::Adapters;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
 
@@ -45,6 +47,8 @@ pub struct Parts {
     pub model: ModelCard,
     /// The tokenizer, for gateways.
     pub tokenizer: TokenizerBundle,
+    /// The adapters that requests may name.
+    pub adapters: Adapters,
     /// How blocks may cross, best first.
     pub transports: Vec<v1::Transport>,
     /// How long finished blocks are kept for a peer.
@@ -66,6 +70,7 @@ struct Shared {
     model: ModelCard,
     transports: Vec<v1::Transport>,
     hold_lease: Duration,
+    adapters: Arc<Adapters>,
     engine: Arc<Engine>,
     puller: Puller,
     constraints: Compiler,
@@ -87,6 +92,7 @@ impl WorkerService {
             puller: Puller::new(parts.transports.clone()),
             transports: parts.transports,
             hold_lease: parts.hold_lease,
+            adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
         Ok(Self { shared: Arc::new(shared), tokenizer: tokenizer.into() })
@@ -118,6 +124,7 @@ impl Shared {
     fn status(&self) -> WorkerStatus {
         let mut status = self.engine.status();
         self.puller.count(&mut status);
+        self.adapters.count(&mut status);
         status
     }
 
@@ -230,6 +237,27 @@ impl Worker for WorkerService {
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
         prefill::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
+    }
+
+    async fn load_adapter(
+        &self,
+        request: Request<v1::LoadAdapterRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        adapters::load(self.shared.adapters.clone(), request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<v1::UnloadAdapterRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        adapters::unload(&self.shared.adapters, &request.into_inner().name).map(Response::new)
+    }
+
+    async fn list_adapters(
+        &self,
+        _request: Request<v1::ListAdaptersRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        Ok(Response::new(self.shared.adapters.list()))
     }
 
     async fn watch_status(

@@ -45,6 +45,8 @@ pub(super) async fn start(
         .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
     let sampling =
         request.sampling.ok_or_else(|| Status::invalid_argument("`sampling` is missing"))?;
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let deadline = Instant::now() + timeout(request.timeout_ms);
     let constraint = shared.compile(&sampling).await?;
     let handle = shared
@@ -56,6 +58,7 @@ pub(super) async fn start(
             constraint,
             priority: request.priority,
             salt: request.cache_salt,
+            adapter,
             purpose: Purpose::Prefill,
             deadline,
         })
