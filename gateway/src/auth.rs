@@ -23,6 +23,7 @@ const PROBES: [&str; 2] = ["/health", "/ping"];
 /// Routes for operators. A route that is not served yet may be listed: it is guarded from its
 /// first day.
 const ADMIN: [&str; 21] = [
+    "/abort_requests",
     "/collective_rpc",
     "/drain",
     "/finish_weight_update",
@@ -43,7 +44,6 @@ const ADMIN: [&str; 21] = [
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/wake_up",
-    "/abort_requests",
 ];
 
 /// Of a key, only this is kept.

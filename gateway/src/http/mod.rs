@@ -11,6 +11,7 @@ mod cors;
 mod frames;
 mod generation;
 mod load;
+mod lora;
 mod ops;
 mod page;
 mod request_id;
@@ -32,6 +33,7 @@ use actix_web::{App, HttpRequest, HttpResponse, Resource, web};
 use rustls::ServerConfig;
 use serde_json::Value;
 
+use crate::adapters::Catalog;
 use crate::auth::Keys;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -48,6 +50,8 @@ pub use responses::Responses;
 pub struct Shared {
     /// The workers.
     pub registry: Arc<Registry>,
+    /// The LoRA adapters of the cluster.
+    pub adapters: Arc<Catalog>,
     /// The metrics.
     pub metrics: Arc<Metrics>,
     /// The keys.
@@ -125,6 +129,10 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
             .service(at("/metrics").get(ops::metrics))
             .service(at("/server_info").get(server_info::show))
             .service(at("/v1/models").get(ops::models))
+            // Names may have slashes.
+            .service(at("/v1/models/{name:.+}").get(ops::model))
+            .service(at("/v1/load_lora_adapter").post(lora::load))
+            .service(at("/v1/unload_lora_adapter").post(lora::unload))
             .service(at("/v1/chat/completions").post(chat::create))
             .service(at("/v1/completions").post(completions::create))
             .configure(responses::register)
