@@ -49,7 +49,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         settings.advertise.clone().unwrap_or_else(|| default_url(address, tls.is_some()));
     let mut stop_signals = StopSignals::take()?;
     let responses = &settings.responses;
-    let store = Store::open(&responses.responses_store, responses.responses_ttl)
+    let kept = Store::open(&responses.responses_store, responses.responses_ttl)
         .await
         .map_err(|error| Failure::new(Exit::Config, format!("--responses-store: {error}")))?;
 
@@ -82,7 +82,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             tools: settings.tool_call_parser.clone(),
             reasoning: settings.reasoning_parser,
         },
-        responses: Responses::new(store, responses.max_background_responses),
+        responses: Responses::new(kept, responses.max_background_responses),
         draining: AtomicBool::new(false),
     });
     let listening = Listening {

@@ -149,7 +149,7 @@ async fn prepare(
     let id = fields.id();
     let resolved = Resolved {
         id: &id,
-        model: &call.served.card.name,
+        model: call.served.name(),
         max_output_tokens: most,
         temperature: sampling.params.temperature,
         top_p: sampling.params.top_p,
