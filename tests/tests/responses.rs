@@ -48,12 +48,18 @@ async fn stream(api: &Api, body: Value) -> Vec<Value> {
     checked(api.named(Method::POST, PATH, Some(&body)).await).await
 }
 
-/// All events; they count from 0, and each item is opened and closed.
-async fn checked(stream: Named) -> Vec<Value> {
+/// All events; they count from 0.
+async fn numbered(stream: Named) -> Vec<Value> {
     let events = stream.collect().await;
     for (at, event) in events.iter().enumerate() {
         assert_eq!(event["sequence_number"], at, "{event}");
     }
+    events
+}
+
+/// The same of a response that came to its end: each item is opened and closed.
+async fn checked(stream: Named) -> Vec<Value> {
+    let events = numbered(stream).await;
     let count = |kind: &str| events.iter().filter(|event| event["type"] == kind).count();
     assert_eq!(count("response.output_item.added"), count("response.output_item.done"));
     events
@@ -383,7 +389,7 @@ async fn a_cancelled_response_frees_its_worker_and_background_work_is_bounded() 
     // Its stream ends, now and when it is replayed.
     events.collect().await;
     let replayed = api.named(Method::GET, &format!("{}?stream=true", path(&told)), None).await;
-    let replayed = checked_open(replayed).await;
+    let replayed = numbered(replayed).await;
     assert_ne!(replayed.last().unwrap()["type"], "response.completed");
     // There is room again; one that is deleted stops, too.
     let again = api.ok(PATH, &endless()).await;
@@ -391,15 +397,6 @@ async fn a_cancelled_response_frees_its_worker_and_background_work_is_bounded() 
     delete(api, &path(&again["id"])).await.ok();
     runs(&cluster, 0, Duration::from_secs(10)).await;
     cluster.finish().await;
-}
-
-/// Events of a response that was cut: numbers without a gap.
-async fn checked_open(stream: Named) -> Vec<Value> {
-    let events = stream.collect().await;
-    for (at, event) in events.iter().enumerate() {
-        assert_eq!(event["sequence_number"], at, "{event}");
-    }
-    events
 }
 
 #[tokio::test]
@@ -437,7 +434,7 @@ async fn responses_of_a_gateway_that_stops_or_dies_do_not_run_for_ever() {
         assert!(failed["error"]["message"].as_str().unwrap().contains(words), "{failed}");
         // Whoever follows is told.
         let replayed = format!("{}?stream=true", path(&id));
-        let replayed = checked_open(cluster.api.named(Method::GET, &replayed, None).await).await;
+        let replayed = numbered(cluster.api.named(Method::GET, &replayed, None).await).await;
         let last = replayed.last().unwrap();
         assert_eq!(last["type"], "response.failed");
         assert_eq!(last["response"]["error"], failed["error"]);
