@@ -18,6 +18,7 @@ pub mod config;
 pub mod error;
 pub mod generate;
 pub mod http;
+mod lora_requests;
 pub mod metrics;
 pub mod routing;
 pub mod text;

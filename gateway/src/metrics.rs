@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use prometheus::core::{AtomicF64, AtomicU64, Collector, GenericCounterVec, GenericGaugeVec};
 use prometheus::{Encoder as _, HistogramOpts, HistogramVec, Opts, Registry, TextEncoder};
 
+use crate::lora_requests::LoraRequests;
 use crate::workers::Registry as Workers;
 
 type CounterVec = GenericCounterVec<AtomicU64>;
@@ -77,6 +78,7 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    pub(crate) lora: LoraRequests,
     /// Each worker's counters at the last scrape.
     seen: Mutex<HashMap<String, WorkerStatus>>,
 }
@@ -261,6 +263,7 @@ impl Metrics {
                 "Whether etcd answers this gateway; without it the last view is used.",
                 &[],
             )?,
+            lora: LoraRequests::new(&r)?,
             registry: r,
             seen: Mutex::default(),
         })
@@ -335,6 +338,7 @@ impl Metrics {
         let gauges = [&self.running, &self.waiting, &self.kv_usage, &self.workers, &self.kv_blocks];
         gauges.iter().for_each(|gauge| gauge.reset());
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
+        self.lora.show(workers);
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();
         for worker in workers.workers() {
             let role = worker.record.role.as_str();

@@ -7,6 +7,7 @@ use baton_proto::v1::{FinishReason, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
+use crate::lora_requests::LoraRequest;
 use crate::metrics::Metrics;
 use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
@@ -55,6 +56,7 @@ pub struct Answer {
     /// Tokens so far.
     count: usize,
     times: Times,
+    lora: Option<LoraRequest>,
     done: bool,
 }
 
@@ -75,6 +77,8 @@ impl Answer {
         arrived: Instant,
     ) -> Result<Self, ApiError> {
         let model = job.served.text.clone();
+        let adapter = job.served.adapter.as_ref();
+        let lora = adapter.map(|adapter| metrics.lora.begin(&adapter.name));
         let generation = Generation::start(registry, job).await?;
         Ok(Self {
             generation,
@@ -85,6 +89,7 @@ impl Answer {
             include_stop: text.include_stop,
             count: 0,
             times: Times { arrived, first: None, last: arrived },
+            lora,
             done: false,
         })
     }
@@ -109,6 +114,9 @@ impl Answer {
             };
             match update {
                 Some(Update::Started(started)) => {
+                    if let Some(lora) = &mut self.lora {
+                        lora.runs();
+                    }
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
                 }
@@ -178,6 +186,7 @@ impl Answer {
         if std::mem::replace(&mut self.done, true) {
             return;
         }
+        self.lora = None;
         let now = Instant::now();
         let decode = self.times.first.map(|first| now - first);
         let model = &self.generation.job.served.card.name;
