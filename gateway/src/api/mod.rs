@@ -9,6 +9,7 @@ pub mod completion;
 pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
+pub mod messages;
 pub mod sampling;
 pub mod structured;
 pub mod tokenize;
@@ -34,7 +35,7 @@ impl Body {
     /// Reads an object.
     pub fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
         let mut fields: Value = serde_json::from_slice(bytes).map_err(|error| {
-            ApiError::malformed(format!("The body is not valid JSON: {error}."))
+            ApiError::malformed(format!("JSON decode error: the body is not valid JSON: {error}."))
         })?;
         let Value::Object(object) = &fields else {
             return Err(ApiError::malformed("The body must be a JSON object."));
@@ -42,6 +43,17 @@ impl Body {
         let unknown = object.keys().cloned().collect();
         integral(&mut fields);
         Ok(Self { fields, unknown })
+    }
+
+    /// A body that another form was turned into.
+    pub fn new(fields: Map<String, Value>) -> Self {
+        Self { unknown: fields.keys().cloned().collect(), fields: fields.into() }
+    }
+
+    /// Sets a field.
+    pub fn set(&mut self, field: &str, value: Value) {
+        self.unknown.insert(field.to_owned());
+        self.fields[field] = value;
     }
 
     /// Takes the fields of `T`. An error names the field at fault.
@@ -82,6 +94,11 @@ impl Body {
             !known && !IGNORED.contains(&field.as_str())
         });
         Ok(())
+    }
+
+    /// Takes note that these fields change nothing on this route.
+    pub fn ignore(&mut self, fields: &[&str]) {
+        self.unknown.retain(|field| !fields.contains(&field.as_str()));
     }
 
     /// Fields that were neither used nor refused.

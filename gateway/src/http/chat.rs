@@ -22,6 +22,14 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
+    answer(intake, shared).await
+}
+
+/// Answers a chat whose body has been read.
+pub(super) async fn answer(
+    intake: Intake,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
     let Intake { arrived, place, mut body, client, own_id } = intake;
     let call = Call::read(&shared, &mut body).await?;
     let envelope = Envelope::new("chatcmpl", own_id.as_deref(), &call.served.card.name);

@@ -27,6 +27,14 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
+    answer(intake, shared).await
+}
+
+/// Answers a completion whose body has been read.
+pub(super) async fn answer(
+    intake: Intake,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
     let Intake { arrived, place, mut body, client, own_id } = intake;
     let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;

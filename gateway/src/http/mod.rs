@@ -7,8 +7,11 @@ mod completions;
 mod connection;
 mod frames;
 mod generation;
+mod invocations;
 mod load;
+mod messages;
 mod ops;
+mod routes;
 mod tokenize;
 
 use std::sync::Arc;
@@ -84,16 +87,8 @@ pub fn server(
         App::new()
             .app_data(shared.clone())
             .wrap(from_fn(around))
-            .service(at("/health").get(ops::health))
-            .service(at("/ping").get(ops::health).post(ops::health))
-            .service(at("/version").get(ops::version))
-            .service(at("/load").get(ops::load))
-            .service(at("/metrics").get(ops::metrics))
-            .service(at("/v1/models").get(ops::models))
-            .service(at("/v1/chat/completions").post(chat::create))
-            .service(at("/v1/completions").post(completions::create))
-            .service(at("/tokenize").post(tokenize::tokenize))
-            .service(at("/detokenize").post(tokenize::detokenize))
+            .wrap(from_fn(messages::reword_errors))
+            .configure(routes::register)
             .default_service(web::to(unknown_route))
     });
     Ok(server

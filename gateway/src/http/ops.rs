@@ -19,6 +19,11 @@ pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     }
 }
 
+/// The same, for SageMaker.
+pub(super) async fn ping(shared: web::Data<Shared>) -> HttpResponse {
+    health(shared).await
+}
+
 pub(super) async fn version() -> HttpResponse {
     HttpResponse::Ok().json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }

@@ -1,9 +1,10 @@
-//! `POST /tokenize` and `POST /detokenize`.
+//! `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`.
 
 use std::sync::Arc;
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::{Shared, body};
@@ -76,6 +77,24 @@ pub(super) async fn detokenize(
         false => decode(),
     };
     Ok(response.json(json!({"prompt": prompt})))
+}
+
+/// The model that a question is about.
+#[derive(Debug, Deserialize)]
+pub(super) struct OfModel {
+    /// Served model; any, when it is absent.
+    model: Option<String>,
+}
+
+pub(super) async fn info(
+    request: HttpRequest,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
+    let query = web::Query::<OfModel>::from_query(request.query_string()).map_err(|error| {
+        ApiError::malformed(format!("The query does not parse: {error}.")).param("model")
+    })?;
+    let served = model(&shared, query.model.as_deref())?;
+    Ok(HttpResponse::Ok().json(&served.text.tokenizer_config))
 }
 
 /// What serves a request's model. Without a name, whatever is there.
