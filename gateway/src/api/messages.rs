@@ -7,27 +7,54 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::Body;
+use super::schema::anthropic;
 use super::usage::Usage;
 use crate::error::ApiError;
 use crate::output::Part;
 
 /// The fields as they come. Absent and `null` are the same.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct MessagesFields {
+    /// Served model.
+    #[schema(value_type = String, min_length = 1)]
     model: Option<String>,
+    /// The conversation; a last message of the assistant is continued.
+    #[schema(value_type = Vec<anthropic::Message>, min_items = 1)]
     messages: Option<Value>,
+    /// The most tokens of the answer.
+    #[schema(value_type = i64, minimum = 1, maximum = 4294967295i64)]
     max_tokens: Option<i64>,
+    /// What the model is told before the conversation.
+    #[schema(value_type = Option<anthropic::Text>)]
     system: Option<Value>,
+    /// Strings that end the answer, and are no part of it.
+    #[schema(max_items = 256)]
     stop_sequences: Option<Vec<String>>,
+    /// Send the answer as it comes.
     stream: Option<bool>,
+    /// 0 is greedy.
+    #[schema(minimum = 0.0, maximum = 2.0)]
     temperature: Option<f64>,
+    /// Draw from this many of the most likely tokens; 0 is off.
+    #[schema(minimum = -1, maximum = 4294967295i64)]
     top_k: Option<i64>,
+    /// Draw from the most likely tokens that have this probability together.
+    #[schema(exclusive_minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
+    /// Functions that the model may call.
+    #[schema(value_type = Option<Vec<anthropic::Tool>>)]
     tools: Option<Vec<Value>>,
+    /// Whether it may, must or must not call.
+    #[schema(value_type = Option<anthropic::ToolChoice>)]
     tool_choice: Option<Map<String, Value>>,
+    /// Whether it thinks before it answers, for templates that can be told.
+    #[schema(value_type = Option<anthropic::Thinking>)]
     thinking: Option<Map<String, Value>>,
+    /// How hard it thinks, and in which form it answers.
+    #[schema(value_type = Option<anthropic::OutputConfig>)]
     output_config: Option<Map<String, Value>>,
 }
 

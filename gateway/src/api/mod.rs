@@ -11,6 +11,7 @@ pub mod gbnf;
 pub mod logprobs;
 pub mod messages;
 pub mod sampling;
+pub mod schema;
 pub mod structured;
 pub mod tokenize;
 pub mod tools;
@@ -84,7 +85,7 @@ impl Body {
         let refused = self.unknown.iter().find(|field| {
             let unsupported = UNSUPPORTED.iter().find(|(name, _)| name == field);
             let value = self.get(field);
-            unsupported.zip(value).is_some_and(|((_, harmless), value)| !harmless(value))
+            unsupported.zip(value).is_some_and(|((_, harmless), value)| !asks_nothing(harmless, value))
         });
         if let Some(field) = refused {
             return Err(ApiError::not_supported(field));
@@ -107,24 +108,22 @@ impl Body {
     }
 }
 
-/// Whether a field's value asks for nothing.
-type Harmless = fn(&Value) -> bool;
-
-/// Fields of the API that are not built, and when they may be there all the same.
-const UNSUPPORTED: &[(&str, Harmless)] = &[
-    ("audio", never),
-    ("function_call", |value| value == "none"),
-    ("functions", empty),
-    ("logits_processors", empty),
-    ("modalities", |value| *value == serde_json::json!(["text"])),
-    ("prompt_embeds", never),
-    ("suffix", |value| value == ""),
-    ("thinking_token_budget", never),
-    ("use_beam_search", |value| *value == false),
+/// Fields of the API that are not built, and the value, as JSON, that asks for nothing; so does
+/// null.
+pub const UNSUPPORTED: &[(&str, &str)] = &[
+    ("audio", "null"),
+    ("function_call", r#""none""#),
+    ("functions", "[]"),
+    ("logits_processors", "[]"),
+    ("modalities", r#"["text"]"#),
+    ("prompt_embeds", "null"),
+    ("suffix", r#""""#),
+    ("thinking_token_budget", "null"),
+    ("use_beam_search", "false"),
 ];
 
 /// Fields of the API that change nothing here.
-const IGNORED: &[&str] = &[
+pub const IGNORED: &[&str] = &[
     "best_of",
     "guided_decoding_backend",
     "length_penalty",
@@ -137,12 +136,8 @@ const IGNORED: &[&str] = &[
     "user",
 ];
 
-fn never(_: &Value) -> bool {
-    false
-}
-
-fn empty(value: &Value) -> bool {
-    value.as_array().is_some_and(Vec::is_empty)
+fn asks_nothing(harmless: &str, value: &Value) -> bool {
+    serde_json::from_str(harmless).is_ok_and(|harmless: Value| harmless == *value)
 }
 
 /// Makes `1.0` the integer 1, as pydantic does for vLLM.
