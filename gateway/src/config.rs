@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use baton_membership::daemon::ClusterArgs;
-use clap::Parser;
+use clap::{Args, Parser};
+use serde_json::{Value, json};
 
 use crate::output::{ReasoningSyntax, ToolSyntax};
 
@@ -28,14 +29,17 @@ pub struct Settings {
     #[command(flatten)]
     pub cluster: ClusterArgs,
 
-    /// A key that opens the API; may be repeated. Without any key the API is open to all.
-    /// VLLM_API_KEY is read too.
-    #[arg(long = "api-key", env = "BATON_API_KEY", value_delimiter = ',', hide_env_values = true)]
-    pub api_keys: Vec<String>,
+    /// Who may call.
+    #[command(flatten)]
+    pub access: AccessArgs,
 
-    /// A file with one key a line; lines that begin with # are comments.
-    #[arg(long, env = "BATON_API_KEY_FILE")]
-    pub api_key_file: Option<PathBuf>,
+    /// Encryption.
+    #[command(flatten)]
+    pub tls: TlsArgs,
+
+    /// What browsers may do.
+    #[command(flatten)]
+    pub cors: CorsArgs,
 
     /// Prompt tokens, beyond those cached on the decode worker, from which a prefill worker is
     /// used. docs/architecture.md says how the default was measured.
@@ -72,6 +76,22 @@ pub struct Settings {
     #[arg(long, env = "BATON_MAX_BODY_BYTES", default_value_t = 8 * 1024 * 1024)]
     pub max_body_bytes: usize,
 
+    /// Seconds a client may take to send a request's head.
+    #[arg(long, env = "BATON_HEAD_TIMEOUT", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub head_timeout: u64,
+
+    /// Seconds a client may take to send a request's body.
+    #[arg(long, env = "BATON_BODY_TIMEOUT", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub body_timeout: u64,
+
+    /// Seconds a client may leave what it was sent unread; then its connection is cut.
+    #[arg(long, env = "BATON_SEND_TIMEOUT", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub send_timeout: u64,
+
+    /// Seconds an idle connection is kept.
+    #[arg(long, env = "BATON_KEEP_ALIVE_TIMEOUT", default_value_t = 75, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub keep_alive_timeout: u64,
+
     /// Generation requests served at once; more are answered 429.
     #[arg(long, env = "BATON_MAX_INFLIGHT", default_value = "1024", value_parser = parse_positive)]
     pub max_inflight: usize,
@@ -85,6 +105,171 @@ pub struct Settings {
     pub http_threads: u16,
 }
 
+/// Flags of keys and of what each may use.
+#[derive(Clone, Debug, Args)]
+pub struct AccessArgs {
+    /// A key that opens the API; may be repeated. Without any key the API is open to all.
+    /// VLLM_API_KEY is read too.
+    #[arg(long = "api-key", env = "BATON_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub api_keys: Vec<String>,
+
+    /// A file with one key a line; lines that begin with # are comments.
+    #[arg(long, env = "BATON_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// A key for routes that change the cluster or show its settings; may be repeated. It opens
+    /// the API too. Without one, API keys open these routes.
+    #[arg(
+        long = "admin-key",
+        env = "BATON_ADMIN_KEY",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub admin_keys: Vec<String>,
+
+    /// A file with one admin key a line; lines that begin with # are comments.
+    #[arg(long, env = "BATON_ADMIN_KEY_FILE")]
+    pub admin_key_file: Option<PathBuf>,
+
+    /// Wants a key for /metrics, /load, /version, /docs, /openapi.json and / as well; only /health
+    /// and /ping stay open.
+    #[arg(long, env = "BATON_GUARD_ALL")]
+    pub guard_all: bool,
+
+    /// Requests a minute of one key, or of one address where there are no keys; 0 is no limit.
+    #[arg(long, env = "BATON_KEY_REQUESTS_PER_MINUTE", default_value_t = 0)]
+    pub key_requests_per_minute: u32,
+
+    /// Requests at once of one key, or of one address where there are no keys; 0 is no limit.
+    #[arg(long, env = "BATON_KEY_MAX_CONCURRENT", default_value_t = 0)]
+    pub key_max_concurrent: usize,
+}
+
+/// Flags of TLS, by vLLM's names.
+#[derive(Clone, Debug, Args)]
+pub struct TlsArgs {
+    /// The certificate, and those that lead to its issuer, in PEM. With it, HTTPS is served in
+    /// place of HTTP. Files that change are read again.
+    #[arg(long, env = "BATON_SSL_CERTFILE")]
+    pub ssl_certfile: Option<PathBuf>,
+
+    /// The certificate's private key in PEM; by default it is looked for in --ssl-certfile.
+    #[arg(long, env = "BATON_SSL_KEYFILE", requires = "ssl_certfile")]
+    pub ssl_keyfile: Option<PathBuf>,
+
+    /// Certificates of those who may sign clients' certificates, in PEM.
+    #[arg(long, env = "BATON_SSL_CA_CERTS", requires = "ssl_certfile")]
+    pub ssl_ca_certs: Option<PathBuf>,
+
+    /// Clients' certificates: 0 not asked for, 1 checked if there is one, 2 required.
+    #[arg(long, env = "BATON_SSL_CERT_REQS", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub ssl_cert_reqs: u8,
+}
+
+/// Flags of Cross-Origin Resource Sharing, by vLLM's names. Each takes a JSON list, or one value
+/// and is repeated.
+#[derive(Clone, Debug, Args)]
+pub struct CorsArgs {
+    /// Origins whose pages may call; "*" is any.
+    #[arg(long, env = "BATON_ALLOWED_ORIGINS", default_value = "*")]
+    pub allowed_origins: Vec<String>,
+
+    /// Methods that they may use; "*" is any.
+    #[arg(long, env = "BATON_ALLOWED_METHODS", default_value = "*")]
+    pub allowed_methods: Vec<String>,
+
+    /// Headers that they may send; "*" is any.
+    #[arg(long, env = "BATON_ALLOWED_HEADERS", default_value = "*")]
+    pub allowed_headers: Vec<String>,
+
+    /// Whether they may send cookies and the like.
+    #[arg(long, env = "BATON_ALLOW_CREDENTIALS")]
+    pub allow_credentials: bool,
+}
+
+impl Settings {
+    /// The settings by their flags' names, without secrets.
+    pub fn shown(&self) -> Value {
+        let Self { access, tls, cors, cluster, .. } = self;
+        let etcd: Vec<String> = cluster.etcd.iter().map(|url| without_password(url)).collect();
+        json!({
+            "listen": self.listen.to_string(),
+            "advertise": self.advertise,
+            "etcd": etcd,
+            "cluster": cluster.cluster,
+            "lease_ttl": cluster.lease_ttl,
+            "etcd_timeout": cluster.etcd_timeout,
+            "log_format": format!("{:?}", cluster.log_format).to_lowercase(),
+            "api_keys": access.api_keys.len(),
+            "api_key_file": access.api_key_file,
+            "admin_keys": access.admin_keys.len(),
+            "admin_key_file": access.admin_key_file,
+            "guard_all": access.guard_all,
+            "key_requests_per_minute": access.key_requests_per_minute,
+            "key_max_concurrent": access.key_max_concurrent,
+            "ssl_certfile": tls.ssl_certfile,
+            "ssl_keyfile": tls.ssl_keyfile,
+            "ssl_ca_certs": tls.ssl_ca_certs,
+            "ssl_cert_reqs": tls.ssl_cert_reqs,
+            "allowed_origins": cors.allowed_origins,
+            "allowed_methods": cors.allowed_methods,
+            "allowed_headers": cors.allowed_headers,
+            "allow_credentials": cors.allow_credentials,
+            "handoff_min_tokens": self.handoff_min_tokens,
+            "request_timeout": self.request_timeout,
+            "max_body_bytes": self.max_body_bytes,
+            "head_timeout": self.head_timeout,
+            "body_timeout": self.body_timeout,
+            "send_timeout": self.send_timeout,
+            "keep_alive_timeout": self.keep_alive_timeout,
+            "max_inflight": self.max_inflight,
+            "drain_timeout": self.drain_timeout,
+            "http_threads": self.http_threads,
+        })
+    }
+}
+
+/// A URL as it may be shown: who logs in is nobody's business.
+pub fn without_password(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let host = rest.find('/').unwrap_or(rest.len());
+    match rest[..host].rfind('@') {
+        Some(at) => format!("{scheme}://***{}", &rest[at..]),
+        None => url.to_owned(),
+    }
+}
+
 fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "must be a whole number above 0".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_secret_is_shown() {
+        let args = [
+            "baton-gateway",
+            "--api-key=hush-1",
+            "--admin-key=hush-2",
+            "--etcd=http://user:hush-3@etcd:2379/x",
+        ];
+        let shown = Settings::parse_from(args).shown();
+        assert!(!shown.to_string().contains("hush"), "{shown}");
+        assert_eq!((&shown["api_keys"], &shown["admin_keys"]), (&json!(1), &json!(1)));
+        assert_eq!(shown["etcd"], json!(["http://***@etcd:2379/x"]));
+    }
+
+    /// A flag that is added later must be shown too, or be left out on purpose.
+    #[test]
+    fn every_flag_is_shown() {
+        use clap::CommandFactory as _;
+        let shown = Settings::parse_from(["baton-gateway"]).shown();
+        for argument in Settings::command().get_arguments() {
+            let id = argument.get_id().as_str();
+            let aside = ["help", "version"].contains(&id);
+            assert!(aside || shown.get(id).is_some(), "{id} is not shown by /server_info");
+        }
+    }
 }

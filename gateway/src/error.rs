@@ -48,8 +48,15 @@ impl ApiError {
 
     /// 401.
     pub fn unauthorized() -> Self {
-        let message = "A valid API key is required: send `Authorization: Bearer KEY`.";
+        let message =
+            "A valid key is required: send `Authorization: Bearer KEY` or `x-api-key: KEY`.";
         Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", message)
+    }
+
+    /// 403: a key, but not one for this route.
+    pub fn forbidden(path: &str) -> Self {
+        let message = format!("{path} needs an admin key; this is an API key.");
+        Self::new(StatusCode::FORBIDDEN, "Forbidden", message)
     }
 
     /// 404: no worker serves this model.
@@ -87,6 +94,12 @@ impl ApiError {
     pub fn overloaded(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError", message);
         Self { retry_after: Some(1), ..error }
+    }
+
+    /// 429: the client has asked for more than it may; in `seconds` it may again.
+    pub fn over_quota(message: impl Into<String>, seconds: u32) -> Self {
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError", message);
+        Self { retry_after: Some(seconds), ..error }
     }
 
     /// 503: nobody can serve this now.

@@ -6,6 +6,8 @@
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
 //! * [`text`]: tokenizer, chat template, stop strings.
 //! * [`output`]: what an answer's text means: reasoning, content, tool calls.
+//! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
+//! * [`metrics`]: what Prometheus reads.
 //!
 //! The gateway holds no tensors, and serves on what it last knew when etcd is away.
 
@@ -19,6 +21,8 @@ pub mod generate;
 pub mod http;
 pub mod metrics;
 pub mod output;
+pub mod quota;
 pub mod routing;
 pub mod text;
+pub mod tls;
 pub mod workers;

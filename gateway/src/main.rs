@@ -3,16 +3,19 @@
 #![forbid(unsafe_code)]
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use baton_gateway::auth::Keys;
-use baton_gateway::config::Settings;
-use baton_gateway::http::{self, Limits, Load, Parsers, Shared};
+use baton_gateway::auth::{KeySet, Keys};
+use baton_gateway::config::{AccessArgs, Settings};
+use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Shared};
 use baton_gateway::metrics::Metrics;
+use baton_gateway::quota::Quota;
+use baton_gateway::tls::Tls;
 use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
@@ -33,11 +36,15 @@ async fn main() -> ExitCode {
 }
 
 async fn run(settings: Settings) -> Result<(), Failure> {
-    let keys = keys(&settings)?;
+    let wrong = |message| Failure::new(Exit::Config, message);
+    let keys = keys(&settings.access)?;
+    let cors = Policy::new(&settings.cors).map_err(wrong)?;
+    let tls = Tls::load(&settings.tls).map_err(wrong)?;
     let listener = TcpListener::bind(settings.listen)
         .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
     let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
-    let advertised = settings.advertise.clone().unwrap_or_else(|| default_url(address));
+    let advertised =
+        settings.advertise.clone().unwrap_or_else(|| default_url(address, tls.is_some()));
     let mut stop_signals = StopSignals::take()?;
 
     let etcd = settings.cluster.etcd_settings();
@@ -47,9 +54,15 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         registry: Registry::start(watch),
         metrics: Arc::new(metrics),
         keys,
+        quota: Quota::new(
+            settings.access.key_requests_per_minute,
+            settings.access.key_max_concurrent,
+        ),
+        settings: settings.shown(),
         load: Load::new(settings.max_inflight),
         limits: Limits {
             max_body_bytes: settings.max_body_bytes,
+            body_timeout: Duration::from_secs(settings.body_timeout),
             request_timeout: Duration::from_secs(settings.request_timeout),
             handoff_min_tokens: settings.handoff_min_tokens,
             max_logprobs: u32::try_from(settings.max_logprobs).ok(),
@@ -62,8 +75,23 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         },
         draining: AtomicBool::new(false),
     });
-    let server = http::server(shared.clone(), listener, settings.http_threads.into())
+    let listening = Listening {
+        listener,
+        tls: tls
+            .as_ref()
+            .map(|tls| tls.server_config())
+            .transpose()
+            .map_err(|error| Failure::new(Exit::Failure, error))?,
+        threads: settings.http_threads.into(),
+        head_timeout: Duration::from_secs(settings.head_timeout),
+        send_timeout: Duration::from_secs(settings.send_timeout),
+        keep_alive: Duration::from_secs(settings.keep_alive_timeout),
+        cors,
+    };
+    let server = http::server(shared.clone(), listening)
         .map_err(|error| Failure::new(Exit::Failure, error))?;
+    tls.map(|tls| tokio::spawn(tls.refresh()));
+    tokio::spawn(shared.quota.clone().sweep());
     let handle = server.handle();
     let serving = tokio::spawn(server);
     let record = daemon::new_record(InstanceRole::Gateway, advertised.clone(), String::new());
@@ -88,31 +116,42 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     Ok(())
 }
 
-fn keys(settings: &Settings) -> Result<Keys, Failure> {
-    let mut keys = settings.api_keys.clone();
-    if keys.is_empty() {
+fn keys(access: &AccessArgs) -> Result<Keys, Failure> {
+    let mut api = access.api_keys.clone();
+    if api.is_empty() {
         // As vLLM has it: flags win over its variable.
-        keys.extend(std::env::var("VLLM_API_KEY"));
+        api.extend(std::env::var("VLLM_API_KEY"));
     }
-    let file = settings.api_key_file.as_deref();
+    let api = key_set("--api-key", &api, access.api_key_file.as_deref())?;
+    let admin = key_set("--admin-key", &access.admin_keys, access.admin_key_file.as_deref())?;
+    if access.guard_all && api.is_empty() {
+        let message = "--guard-all needs a key: give --api-key or --api-key-file";
+        return Err(Failure::new(Exit::Config, message));
+    }
+    Ok(Keys::new(api, admin, access.guard_all))
+}
+
+/// The keys of `flag`, and of the file that `flag`-file names.
+fn key_set(flag: &str, keys: &[String], file: Option<&Path>) -> Result<KeySet, Failure> {
     let wanted = !keys.is_empty() || file.is_some();
-    let keys = Keys::load(&keys, file).map_err(|error| {
+    let keys = KeySet::load(keys, file).map_err(|error| {
         let file = file.unwrap_or_else(|| "".as_ref());
-        let message = format!("--api-key-file {} cannot be read: {error}", file.display());
+        let message = format!("{flag}-file {} cannot be read: {error}", file.display());
         Failure::new(Exit::Config, message)
     })?;
     if wanted && keys.is_empty() {
         // Open to all is not what was meant.
-        let message = "--api-key or --api-key-file is given, but holds no key";
+        let message = format!("{flag} or {flag}-file is given, but holds no key");
         return Err(Failure::new(Exit::Config, message));
     }
     Ok(keys)
 }
 
 /// Where others reach this process, when they are not told: gateways are only shown, not called.
-fn default_url(address: SocketAddr) -> String {
+fn default_url(address: SocketAddr, tls: bool) -> String {
+    let scheme = if tls { "https" } else { "http" };
     match address.ip().is_unspecified() {
-        true => format!("http://127.0.0.1:{}", address.port()),
-        false => format!("http://{address}"),
+        true => format!("{scheme}://127.0.0.1:{}", address.port()),
+        false => format!("{scheme}://{address}"),
     }
 }

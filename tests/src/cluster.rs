@@ -68,6 +68,7 @@ pub struct Builder {
     worker_args: Vec<OsString>,
     gateway_args: Vec<OsString>,
     gateway_env: Vec<(OsString, OsString)>,
+    worker_env: Vec<(OsString, OsString)>,
 }
 
 impl Builder {
@@ -134,10 +135,32 @@ impl Builder {
         self
     }
 
+    /// Another flag of the gateway that takes no value.
+    pub fn gateway_flag(mut self, flag: &str) -> Self {
+        self.gateway_args.push(flag.into());
+        self
+    }
+
     /// A key that clients must send, given to the gateway by its environment.
     pub fn api_key_from_env(mut self, key: &str) -> Self {
         self.keys.push(key.to_owned());
         self.gateway_env.push(("VLLM_API_KEY".into(), key.into()));
+        self
+    }
+
+    /// Has the gateway and the workers log everything of their own, as JSON.
+    pub fn verbose(mut self) -> Self {
+        let filter = ("RUST_LOG", "info,baton_gateway=debug,baton_worker=debug");
+        for env in [&mut self.gateway_env, &mut self.worker_env] {
+            env.push((filter.0.into(), filter.1.into()));
+            env.push(("BATON_LOG_FORMAT".into(), "json".into()));
+        }
+        self
+    }
+
+    /// Another flag of the gateway that takes no value.
+    pub fn gateway_switch(mut self, flag: &str) -> Self {
+        self.gateway_args.push(flag.into());
         self
     }
 
@@ -155,7 +178,8 @@ impl Builder {
         for (role, count) in roles {
             for n in 0..count {
                 let name = format!("{}-{n}", role.as_str());
-                let spec = worker_spec(name, role, &common, &self.worker_args);
+                let mut spec = worker_spec(name, role, &common, &self.worker_args);
+                spec.env = self.worker_env.clone();
                 let process = Process::start(&spec, dir.path());
                 workers.push(Worker { role, process, address: String::new() });
             }
@@ -212,6 +236,7 @@ impl Cluster {
             worker_args: Vec::new(),
             gateway_args: Vec::new(),
             gateway_env: Vec::new(),
+            worker_env: Vec::new(),
         };
         builder.worker_arg("--threads", "2").kv_memory("512MiB")
     }
@@ -225,7 +250,8 @@ impl Cluster {
     pub async fn add_worker(&mut self, role: Role) -> &Worker {
         let name = format!("{}-{}", role.as_str(), self.workers.len());
         let common = common_args(&self.etcd, self.builder.lease_ttl);
-        let spec = worker_spec(name, role, &common, &self.builder.worker_args);
+        let mut spec = worker_spec(name, role, &common, &self.builder.worker_args);
+        spec.env = self.builder.worker_env.clone();
         let mut process = Process::start(&spec, self.dir.path());
         let address = process.ready().await;
         self.workers.push(Worker { role, process, address });

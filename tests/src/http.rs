@@ -58,6 +58,28 @@ impl Api {
         Ok(Reply { status, headers, text })
     }
 
+    /// Sends a request with these headers, and the client's key.
+    pub async fn send_with(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Reply {
+        let mut request = self.client.request(method, format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(key) = &self.key {
+            request = request.header(AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let reply = request.body(body.to_owned()).send().await;
+        let reply = reply.unwrap_or_else(|e| panic!("{path}: {e:?}"));
+        let (status, headers) = (reply.status(), reply.headers().clone());
+        let text = reply.text().await.unwrap_or_else(|e| panic!("{path}: {e:?}"));
+        Reply { status, headers, text }
+    }
+
     /// `GET path`.
     pub async fn get(&self, path: &str) -> Reply {
         let reply = self.send(Method::GET, path, None, "").await;

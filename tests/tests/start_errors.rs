@@ -225,6 +225,36 @@ async fn a_bad_flag_is_exit_code_2_and_named() {
 }
 
 #[tokio::test]
+async fn keys_and_certificates_that_cannot_be_are_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        fs::write(&path, text).expect("write");
+        path
+    };
+    let (empty, text) = (file("empty", "# none\n"), file("text", "no certificate\n"));
+    let (empty, text) = (path(&empty), path(&text));
+    let cases: [(&[&str], &[&str]); 12] = [
+        (&["--admin-key-file", "/no/such/file"], &["--admin-key-file", "/no/such/file"]),
+        (&["--admin-key-file", empty], &["--admin-key-file", "no key"]),
+        (&["--guard-all"], &["--guard-all", "--api-key"]),
+        (&["--ssl-certfile", "/no/such/file"], &["--ssl-certfile", "/no/such/file"]),
+        (&["--ssl-certfile", text], &["--ssl-certfile", text]),
+        (&["--ssl-keyfile", text], &["--ssl-certfile"]),
+        (&["--ssl-cert-reqs", "2"], &["--ssl-cert-reqs", "--ssl-ca-certs"]),
+        (&["--ssl-cert-reqs", "3"], &["--ssl-cert-reqs"]),
+        (&["--allowed-origins", "page.example"], &["--allowed-origins", "page.example"]),
+        (&["--allowed-methods", "[1]"], &["--allowed-methods"]),
+        (&["--head-timeout", "0"], &["--head-timeout"]),
+        (&["--key-requests-per-minute=-1"], &["--key-requests-per-minute"]),
+    ];
+    for (flags, names) in cases {
+        let flags: Vec<OsString> = flags.iter().map(Into::into).collect();
+        fails(&dir, "baton-gateway", &flags, 2, names).await;
+    }
+}
+
+#[tokio::test]
 async fn every_program_explains_itself() {
     let dir = tempfile::tempdir().expect("a folder");
     for name in DAEMONS.into_iter().chain(["baton"]) {

@@ -31,6 +31,11 @@ pub struct Settings {
     #[arg(long, env = "BATON_SERVED_MODEL_NAME")]
     pub served_model_name: Option<String>,
 
+    /// A file with a Jinja chat template in place of the model's own, as vLLM takes one: for a base
+    /// model, or to give tools to a model whose template knows none.
+    #[arg(long, env = "BATON_CHAT_TEMPLATE")]
+    pub chat_template: Option<PathBuf>,
+
     /// Address to serve gRPC on; port 0 takes any free one.
     #[arg(long, env = "BATON_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,

@@ -80,13 +80,20 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     let speculation =
         settings.speculation().map_err(|message| Failure::new(Exit::Config, message))?;
     let (path, activations) = (settings.model.clone(), settings.activation_bits.into());
-    let loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
+    let template = settings.chat_template.as_ref().map(std::fs::read_to_string).transpose();
+    let template = template.map_err(|error| {
+        let file = settings.chat_template.as_deref().unwrap_or_else(|| "".as_ref());
+        let message = format!("--chat-template {} cannot be read: {error}", file.display());
+        Failure::new(Exit::Config, message)
+    })?;
+    let mut loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?
         .map_err(|error| match error {
             LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
             _ => Failure::new(Exit::BadModel, error),
         })?;
+    loaded.tokenizer.chat_template = template.or(loaded.tokenizer.chat_template);
     let config = loaded.model.config().clone();
     let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
     let blocks = settings.kv_memory / layout.block_bytes as usize;

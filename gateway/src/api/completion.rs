@@ -4,8 +4,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::schema::PromptInput;
 use super::sampling::{MAX_SEQUENCES, Wish};
+use super::schema::PromptInput;
 use super::structured::StructuredFields;
 use super::token_ids;
 use crate::error::ApiError;
@@ -41,7 +41,7 @@ impl CompletionFields {
     /// What these fields ask of the answer.
     pub fn wish(&self, structured: &StructuredFields) -> Result<Wish, ApiError> {
         let echo = self.echo.unwrap_or(false);
-        let constraint = structured.constraint()?;
+        let constraint = structured.constraint()?.map(|it| (it, structured.field()));
         Ok(Wish { logprobs: self.logprobs, echo, prompt_alone: echo, constraint })
     }
 

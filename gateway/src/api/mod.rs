@@ -10,8 +10,10 @@ pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
 pub mod messages;
+pub mod requests;
 pub mod sampling;
 pub mod schema;
+pub mod sse;
 pub mod structured;
 pub mod tokenize;
 pub mod tools;
@@ -85,7 +87,9 @@ impl Body {
         let refused = self.unknown.iter().find(|field| {
             let unsupported = UNSUPPORTED.iter().find(|(name, _)| name == field);
             let value = self.get(field);
-            unsupported.zip(value).is_some_and(|((_, harmless), value)| !asks_nothing(harmless, value))
+            unsupported
+                .zip(value)
+                .is_some_and(|((_, harmless), value)| !asks_nothing(harmless, value))
         });
         if let Some(field) = refused {
             return Err(ApiError::not_supported(field));

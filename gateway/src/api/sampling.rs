@@ -160,8 +160,8 @@ pub struct Wish {
     pub echo: bool,
     /// Whether `max_tokens` may be 0: the prompt alone is wanted.
     pub prompt_alone: bool,
-    /// What the answer must be like.
-    pub constraint: Option<Constraint>,
+    /// What the answer must be like, and the field that says so.
+    pub constraint: Option<(Constraint, &'static str)>,
 }
 
 /// The fields, checked, with defaults filled in.
@@ -179,6 +179,8 @@ pub struct Sampling {
     pub salt: String,
     /// Lower is sooner.
     pub priority: i32,
+    /// The field that asks for `params.constraint`.
+    pub constraint_field: Option<&'static str>,
 }
 
 impl SamplingFields {
@@ -263,6 +265,7 @@ impl SamplingFields {
             let message = "`allowed_token_ids` must not be empty; leave it out to allow all.";
             return Err(ApiError::bad_value("allowed_token_ids", message));
         }
+        let (constraint, constraint_field) = wish.constraint.clone().unzip();
         let params = SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
@@ -285,7 +288,7 @@ impl SamplingFields {
             )?,
             bad_words: self.bad_words(bounds)?,
             prompt_logprobs: self.prompt_logprobs(bounds, &wish, logprobs)?,
-            constraint: wish.constraint,
+            constraint,
         };
         let text = TextSettings {
             stop,
@@ -293,7 +296,15 @@ impl SamplingFields {
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
         };
         let salt = self.cache_salt.clone().unwrap_or_default();
-        Ok(Sampling { params, max_tokens, n, text, salt, priority: priority as i32 })
+        Ok(Sampling {
+            params,
+            max_tokens,
+            n,
+            text,
+            salt,
+            priority: priority as i32,
+            constraint_field,
+        })
     }
 
     /// Cuts a prompt as `truncate_prompt_tokens` says.

@@ -160,19 +160,6 @@ pub struct StructuredOutputs {
     pub whitespace_pattern: Option<String>,
 }
 
-/// The fields of a chat about tools.
-#[derive(ToSchema)]
-pub struct ToolFields {
-    /// Functions that the model may call.
-    #[schema(min_items = 1, max_items = 128)]
-    pub tools: Option<Vec<Tool>>,
-    /// Whether it may, must or must not call: none, auto, required, or an object that names one.
-    /// auto when there are tools.
-    pub tool_choice: Option<ToolChoiceInput>,
-    /// Whether an answer may hold several calls; true when it is absent.
-    pub parallel_tool_calls: Option<bool>,
-}
-
 /// A tool.
 #[derive(ToSchema)]
 pub struct Tool {
@@ -480,6 +467,16 @@ pub struct TextChoice {
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// The reply of `POST /invocations`.
+#[derive(ToSchema)]
+#[serde(untagged)]
+pub enum Invoked {
+    /// A chat's.
+    Chat(ChatCompletion),
+    /// A completion's.
+    Text(TextCompletion),
+}
+
 /// Log-probabilities of a completion: lists of one length.
 #[derive(ToSchema)]
 pub struct TextLogprobs {
@@ -569,6 +566,16 @@ pub struct Version {
 pub struct ServerLoad {
     /// Requests in progress.
     pub server_load: u64,
+}
+
+/// How `GET /server_info` shows settings.
+#[derive(ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum ConfigFormat {
+    /// As one line.
+    Text,
+    /// As an object.
+    Json,
 }
 
 /// What Anthropic's API has.

@@ -47,6 +47,16 @@ fn wrong(field: &str, what: &str) -> ApiError {
 }
 
 impl StructuredFields {
+    /// The field that a constraint comes from, to be named when the worker refuses it.
+    pub fn field(&self) -> &'static str {
+        let format = self.response_format.as_ref().is_some_and(|it| it["type"] != "text");
+        match (format, &self.structured_outputs) {
+            (true, _) => "response_format",
+            (false, Some(_)) => "structured_outputs",
+            (false, None) => "guided_json",
+        }
+    }
+
     /// The constraint; `None` when the text is free. `response_format` comes before
     /// `structured_outputs`, as in vLLM.
     pub fn constraint(&self) -> Result<Option<Constraint>, ApiError> {

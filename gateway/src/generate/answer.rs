@@ -1,13 +1,13 @@
 //! One choice of an answer: tokens become text, stop strings end it.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_proto::v1::{FinishReason, PromptTokenLogprob, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
-use crate::metrics::Metrics;
+use crate::metrics::{Ended, Metrics};
 use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
 use crate::text::stop::{StopWatch, Watched};
@@ -78,6 +78,8 @@ struct Times {
     arrived: Instant,
     first: Option<Instant>,
     last: Instant,
+    /// From admission to the first token, as the worker says.
+    prefill: Duration,
 }
 
 impl Answer {
@@ -100,7 +102,7 @@ impl Answer {
             include_stop: text.include_stop,
             count: 0,
             cached: 0,
-            times: Times { arrived, first: None, last: arrived },
+            times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
             done: false,
         })
     }
@@ -132,7 +134,8 @@ impl Answer {
                 Some(Update::Started(started)) => {
                     self.cached = started.cached_tokens as usize;
                     let job = &self.generation.job;
-                    self.metrics.started(&job.served.card.name, job.prompt.len(), &started);
+                    self.metrics.started(&job.served.card, job.prompt.len(), &started);
+                    self.times.prefill = Duration::from_micros(started.prefill_us);
                 }
                 Some(Update::PromptLogprobs(prompt)) => {
                     return Ok(Some(Delta { prompt, ..Delta::default() }));
@@ -204,9 +207,17 @@ impl Answer {
             return;
         }
         let now = Instant::now();
-        let decode = self.times.first.map(|first| now - first);
-        let model = &self.generation.job.served.card.name;
-        self.metrics.finished(model, reason, self.count, now - self.times.arrived, decode);
+        let job = &self.generation.job;
+        let ended = Ended {
+            reason,
+            tokens: self.count,
+            max_tokens: job.sampling.max_tokens,
+            took: now - self.times.arrived,
+            prefill: self.times.prefill,
+            decode: self.times.first.map(|first| now - first),
+        };
+        self.metrics.finished(&job.served.card, &ended);
+        job.siblings.ended(self.count);
     }
 }
 

@@ -21,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
+use crate::metrics::Siblings;
 use crate::workers::{Registry, Served, Ticket};
 
 /// Failures in a row, without a token between them, after which a request is given up: it may be
@@ -56,10 +57,14 @@ pub struct Job {
     pub salt: String,
     /// Lower is sooner.
     pub priority: i32,
+    /// The request's field that asks for `sampling.constraint`.
+    pub constraint_field: Option<&'static str>,
     /// When to give up.
     pub deadline: Instant,
     /// Uncached prompt tokens from which a prefill worker is used.
     pub handoff_min_tokens: u32,
+    /// The other sequences of the prompt, for metrics.
+    pub siblings: Arc<Siblings>,
 }
 
 impl Job {
@@ -224,7 +229,7 @@ impl Generation {
                 Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
                 Ok(Err(status)) => status,
             };
-            let failure = judge(&self.attempt.ticket, status, &mut self.avoid);
+            let failure = judge(&self.job, &self.attempt.ticket, status, &mut self.avoid);
             if let Some(end) = self.ended_unsaid() {
                 return Ok(Some(end));
             }
@@ -361,16 +366,19 @@ async fn open(
             asked.push(ticket.worker.record.id.clone());
             continue;
         }
-        return Err(judge(&ticket, status, avoid));
+        return Err(judge(job, &ticket, status, avoid));
     }
 }
 
 /// What a worker's error means for the request, and for the worker.
-fn judge(ticket: &Ticket, status: Status, avoid: &mut Vec<String>) -> Failure {
+fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) -> Failure {
     let worker = &ticket.worker;
     match status.code() {
         Code::InvalidArgument => {
-            Failure::Final(ApiError::bad_value("prompt", capitalized(status.message())))
+            // Lengths and tokens were checked here: what is left for a worker to refuse is mostly
+            // a constraint.
+            let field = job.constraint_field.unwrap_or("prompt");
+            Failure::Final(ApiError::bad_value(field, capitalized(status.message())))
         }
         Code::DeadlineExceeded => Failure::Final(ApiError::timed_out()),
         // The worker lives, and says that the step failed: it would fail elsewhere too.

@@ -1,17 +1,14 @@
 //! Reads a request's body, within bounds of size and time.
 
-use std::time::Duration;
-
 use actix_web::http::header::{CONTENT_LENGTH, CONTENT_TYPE, WARNING};
 use actix_web::web::{BytesMut, Payload};
-use actix_web::{HttpRequest, HttpResponseBuilder};
+use actix_web::{HttpRequest, HttpResponseBuilder, web};
 use futures::StreamExt as _;
 
+use super::Shared;
 use crate::api::Body;
 use crate::error::ApiError;
 
-/// How long a client may take to send a body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Names in the `warning` header, and characters of each.
 const MAX_NAMES: usize = 8;
 const MAX_NAME: usize = 48;
@@ -35,7 +32,10 @@ pub(super) async fn read(
     {
         return Err(ApiError::body_too_large(max_bytes));
     }
-    let bytes = tokio::time::timeout(BODY_TIMEOUT, collect(payload, max_bytes))
+    let Some(shared) = request.app_data::<web::Data<Shared>>() else {
+        return Err(ApiError::internal("The server is not set up."));
+    };
+    let bytes = tokio::time::timeout(shared.limits.body_timeout, collect(payload, max_bytes))
         .await
         .map_err(|_| ApiError::slow_body())??;
     Body::parse(&bytes)

@@ -19,7 +19,8 @@ use crate::api::structured::{Reasoned, StructuredFields, after_reasoning, by_sch
 use crate::api::tools::{ToolChoice, ToolSchema, Tools};
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
-use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax, constraint};
+use crate::output::constraint::constraint;
+use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax};
 use crate::text::TextModel;
 use crate::workers::Served;
 
@@ -58,54 +59,42 @@ impl Call {
         let tools = Tools::read(body)?;
         body.refuse_unsupported()?;
         let served = model(shared, fields.model.as_deref())?;
-        let (choice, list, raw, parallel) = match tools {
-            Some(Tools { choice, list, raw, parallel }) => (choice, list, raw, parallel),
-            None => (ToolChoice::None, Vec::new(), Vec::new(), true),
-        };
         let mut wish = Wish {
             logprobs: chat.logprobs()?,
             echo: chat.echo.unwrap_or(false),
             prompt_alone: false,
-            constraint: structured.constraint()?,
+            constraint: structured.constraint()?.map(|it| (it, structured.field())),
         };
-        let tools = match &choice {
-            ToolChoice::None => None,
-            ToolChoice::Auto => shared.parsers.tools(&served.text),
-            ToolChoice::Required => {
-                wish.constraint = Some(by_schema(constraint::required(&list, parallel)));
-                Some(ToolSyntax::JsonList)
-            }
-            ToolChoice::Named(name) => {
-                if wish.constraint.is_some() {
-                    let message = "`tool_choice` names a function, whose parameters the answer \
-                                   will be: leave `structured_outputs` out.";
-                    return Err(ApiError::malformed(message).param("tool_choice"));
-                }
-                wish.constraint = Some(by_schema(constraint::named(&list, name)));
-                Some(ToolSyntax::Named(name.clone()))
-            }
-        };
+        let forced = tools.as_ref().and_then(constraint);
+        if let Some(Tools { choice: ToolChoice::Named(_), .. }) = &tools
+            && wish.constraint.is_some()
+        {
+            let message = "`tool_choice` names a function, whose parameters the answer will be: \
+                           leave `structured_outputs` and `response_format` out.";
+            return Err(ApiError::malformed(message).param("tool_choice"));
+        }
+        let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
+        if let Some(schema) = forced {
+            wish.constraint = Some((by_schema(schema), "tools"));
+        }
         let logprobs = wish.logprobs.is_some();
         let mut sampling = check(shared, &served, &fields, wish)?;
-        if matches!(choice, ToolChoice::Auto) && tools.is_some() {
-            // Some formats mark calls with special tokens.
-            sampling.text.skip_special_tokens = false;
-        }
-        let offered = (!raw.is_empty()).then_some(raw.as_slice());
+        let offered = tools.as_ref().map(|tools| tools.raw.as_slice());
         let trusted = shared.limits.trust_request_chat_template;
         let text = conversation.render(&served.text, offered, trusted)?;
         if !fields.truncates() {
             check_length(&served, &text)?;
         }
         let reasoning = shared.parsers.reasoning(&served.text);
+        let syntax = shared.parsers.tools(&served.text);
+        let format = OutputFormat::new(tools.as_ref(), syntax.as_ref(), reasoning, &text);
+        if reasoning.is_some() || (format.tools.is_some() && choice == ToolChoice::Auto) {
+            // Some models mark reasoning and calls with special tokens.
+            sampling.text.skip_special_tokens = false;
+        }
         let reading = Reading {
-            format: OutputFormat {
-                tools,
-                reasoning,
-                in_reasoning: reasoning.and_then(|syntax| syntax.state_after(&text)),
-                parallel_tool_calls: parallel,
-            },
-            tools: list,
+            format,
+            tools: tools.map_or_else(Vec::new, |tools| tools.list),
             choice,
             include_reasoning: chat.include_reasoning.unwrap_or(true),
         };

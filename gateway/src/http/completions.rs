@@ -14,13 +14,23 @@ use super::tokenize::{encode, model};
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::{Columns, Naming};
+use crate::api::requests::CompletionRequest;
 use crate::api::sampling::SamplingFields;
+use crate::api::schema::TextCompletion;
 use crate::api::structured::StructuredFields;
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
 
+/// Completes texts or tokens.
+#[utoipa::path(
+    post, path = "/v1/completions", tag = "generation", request_body = CompletionRequest,
+    responses((
+        status = 200, description = "The answers; a stream of events if `stream` is true.",
+        content((TextCompletion = "application/json"), (String = "text/event-stream")),
+    )),
+)]
 pub(super) async fn create(
     request: HttpRequest,
     payload: Payload,

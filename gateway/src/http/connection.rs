@@ -1,19 +1,23 @@
-//! Notices when a client has gone.
+//! Notices when a client has gone, or no longer reads.
 //!
 //! actix-web polls a handler without looking at its socket, so a client that leaves while its
 //! prompt is computed would be noticed with the answer only. Each connection is therefore watched
 //! through a second descriptor of the same socket: it becomes readable, with nothing to read, when
 //! the client has closed its side. As with uvicorn, a client that closes only its sending side
-//! counts as gone.
+//! counts as gone. Under TLS it is the socket below that is watched.
+//!
+//! A client that stays and does not read is the kernel's to notice: a connection on which sent
+//! data is not taken for too long is cut (`TCP_USER_TIMEOUT`), and then the client has gone.
 
-use std::any::Any;
 use std::io::{Error, ErrorKind};
 use std::net::TcpStream as StdTcpStream;
 use std::os::fd::AsFd as _;
 use std::rc::Rc;
+use std::time::Duration;
 
 use actix_web::dev::Extensions;
 use actix_web::rt::net::TcpStream;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::io::Interest;
 use tracing::warn;
 
@@ -22,8 +26,15 @@ use tracing::warn;
 pub(super) struct Connection(Rc<TcpStream>);
 
 /// Called by the server for every new connection.
-pub(super) fn watch(stream: &dyn Any, extensions: &mut Extensions) {
-    let Some(stream) = stream.downcast_ref::<TcpStream>() else { return };
+pub(super) fn watch(stream: &TcpStream, send_timeout: Duration, extensions: &mut Extensions) {
+    // Else an event waits for the acknowledgement of the one before: 40 ms.
+    let set = stream.set_nodelay(true).and_then(|()| {
+        let millis = send_timeout.as_millis().try_into().unwrap_or(u32::MAX);
+        Ok(set_tcp_user_timeout(stream, millis)?)
+    });
+    if let Err(error) = set {
+        warn!(%error, "a connection cannot be set up as it should be");
+    }
     let second = stream
         .as_fd()
         .try_clone_to_owned()

@@ -1,8 +1,8 @@
-//! Server-sent events, and what a route must say to turn answers into them.
+//! What a route must say to turn answers into a reply or into events.
 
-use actix_web::web::Bytes;
 use serde_json::Value;
 
+pub(super) use crate::api::sse::Frames;
 use crate::api::usage::Usage;
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
@@ -23,43 +23,5 @@ pub(super) trait Shape {
     fn failed(&mut self, error: &ApiError, frames: &mut Frames) {
         frames.data(&error.body());
         frames.done();
-    }
-}
-
-/// Events that are to be sent, in the framing of server-sent events (WHATWG HTML, 9.2).
-#[derive(Debug, Default)]
-pub(super) struct Frames(String);
-
-impl Frames {
-    /// An event without a name.
-    pub(super) fn data(&mut self, event: &Value) {
-        self.0.push_str("data: ");
-        self.0.push_str(&event.to_string());
-        self.0.push_str("\n\n");
-    }
-
-    /// An event with a name, which must not contain a line feed.
-    pub(super) fn event(&mut self, name: &str, event: &Value) {
-        self.0.push_str("event: ");
-        self.0.push_str(name);
-        self.0.push('\n');
-        self.data(event);
-    }
-
-    /// What readers skip.
-    pub(super) fn comment(&mut self, text: &str) {
-        self.0.push_str(": ");
-        self.0.push_str(text);
-        self.0.push_str("\n\n");
-    }
-
-    /// OpenAI's last event.
-    pub(super) fn done(&mut self) {
-        self.0.push_str("data: [DONE]\n\n");
-    }
-
-    /// The bytes so far; `None` when there are none, since an empty chunk would end a response.
-    pub(super) fn take(&mut self) -> Option<Bytes> {
-        (!self.0.is_empty()).then(|| std::mem::take(&mut self.0).into())
     }
 }

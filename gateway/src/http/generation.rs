@@ -13,11 +13,12 @@ use futures::{Stream, StreamExt as _};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::Instrument as _;
 
 use super::connection::{Connection, closed};
 use super::frames::{Frames, Shape};
 use super::load::Place;
-use super::{Shared, body, connection};
+use super::{Shared, body, connection, request_id};
 use crate::api::Body;
 use crate::api::sampling::{Bounds, MAX_SEQUENCES, Sampling, SamplingFields, Wish};
 use crate::api::usage::{Budget, Usage, room};
@@ -40,7 +41,7 @@ pub(super) struct Intake {
     pub(super) place: Place,
     pub(super) body: Body,
     pub(super) client: Option<Connection>,
-    /// The id that the client gave the request.
+    /// The request's id, the client's own if it gave one.
     pub(super) own_id: Option<String>,
 }
 
@@ -56,10 +57,9 @@ impl Intake {
             return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
         }
         let place = shared.load.enter()?;
-        let body = body::read(request, payload, shared.limits.max_body_bytes).await?;
-        let header = request.headers().get("x-request-id").and_then(|id| id.to_str().ok());
-        let own = || body.get("request_id").and_then(Value::as_str);
-        let own_id = header.or_else(own).map(str::to_owned);
+        let body = body::read(request, payload, &shared.limits).await?;
+        let own_id = body.get("request_id").and_then(Value::as_str);
+        let own_id = request_id::settle(request, own_id);
         Ok(Self { arrived, place, body, client: connection(request), own_id })
     }
 }
@@ -124,6 +124,7 @@ impl Order {
         for prompt in &prompts {
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
+            let siblings = shared.metrics.siblings(&served.card, sampling.n);
             let hashes: Arc<[_]> = block_hashes(&sampling.salt, prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
@@ -134,8 +135,10 @@ impl Order {
                     sampling: sampling.params_for(index, max_tokens),
                     salt: sampling.salt.clone(),
                     priority: sampling.priority,
+                    constraint_field: sampling.constraint_field,
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
+                    siblings: siblings.clone(),
                 });
             }
         }
@@ -185,7 +188,7 @@ impl Answers {
     ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> + use<S> {
         let (sender, frames) = mpsc::channel(STREAM_DEPTH);
         let until = self.deadline + LAST_WORDS;
-        actix_web::rt::spawn(async move {
+        let task = async move {
             tokio::select! {
                 biased;
                 () = closed(client.as_ref()) => {}
@@ -193,7 +196,8 @@ impl Answers {
                 () = tokio::time::sleep_until(until.into()) => {}
                 () = self.pump(shape, &sender) => {}
             }
-        });
+        };
+        actix_web::rt::spawn(task.in_current_span());
         ReceiverStream::new(frames).map(Ok)
     }
 
@@ -216,8 +220,8 @@ impl Answers {
             .collect();
         let mut over = false;
         loop {
-            if let Some(bytes) = frames.take()
-                && sender.send(bytes).await.is_err()
+            if let Some(text) = frames.take()
+                && sender.send(text.into()).await.is_err()
             {
                 return;
             }

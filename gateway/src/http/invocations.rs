@@ -5,11 +5,25 @@ use actix_web::{HttpRequest, HttpResponse, web};
 
 use super::generation::Intake;
 use super::{Shared, chat, completions};
+use crate::api::requests::InvocationRequest;
+use crate::api::schema::Invoked;
 use crate::error::ApiError;
 
 /// SageMaker's header for the adapter, which is a model here.
 const ADAPTER: &str = "x-amzn-sagemaker-adapter-identifier";
 
+/// Answers a chat or completes a text, by what the body holds.
+#[utoipa::path(
+    post, path = "/invocations", tag = "generation", request_body = InvocationRequest,
+    params((
+        "X-Amzn-SageMaker-Adapter-Identifier" = Option<String>, Header,
+        description = "Wins over `model`.",
+    )),
+    responses((
+        status = 200, description = "The reply of the route that takes such bodies.",
+        content((Invoked = "application/json"), (String = "text/event-stream")),
+    )),
+)]
 pub(super) async fn invoke(
     request: HttpRequest,
     payload: Payload,

@@ -2,7 +2,6 @@
 
 use actix_web::body::{EitherBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::middleware::Next;
 use actix_web::web::Payload;
 use actix_web::{Error, HttpRequest, HttpResponse, ResponseError as _, web};
@@ -17,14 +16,24 @@ use crate::api::envelope::Envelope;
 use crate::api::messages::{
     Blocks, IGNORED, MessagesFields, assemble, error, stop_reason, usage as usage_json,
 };
+use crate::api::requests::{CountTokensRequest, MessagesRequest};
+use crate::api::schema::anthropic;
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::{Delta, End};
 use crate::output::OutputParser;
 
 /// The routes whose errors have Anthropic's shape.
-const PATHS: [&str; 2] = ["/v1/messages", "/v1/messages/count_tokens"];
+pub(super) const PATHS: [&str; 2] = ["/v1/messages", "/v1/messages/count_tokens"];
 
+/// Answers a chat in Anthropic's form.
+#[utoipa::path(
+    post, path = "/v1/messages", tag = "generation", request_body = MessagesRequest,
+    responses((
+        status = 200, description = "The answer; a stream of events if `stream` is true.",
+        content((anthropic::Reply = "application/json"), (String = "text/event-stream")),
+    )),
+)]
 pub(super) async fn create(
     request: HttpRequest,
     payload: Payload,
@@ -43,6 +52,11 @@ pub(super) async fn create(
     order.respond(message, fields.streams(), &body, client).await
 }
 
+/// Counts the tokens of a chat's prompt.
+#[utoipa::path(
+    post, path = "/v1/messages/count_tokens", tag = "generation", request_body = CountTokensRequest,
+    responses((status = 200, description = "How many.", body = anthropic::TokenCount)),
+)]
 pub(super) async fn count_tokens(
     request: HttpRequest,
     payload: Payload,
@@ -159,20 +173,15 @@ fn send(frames: &mut Frames, event: &Value) {
 pub(super) async fn reword_errors(
     request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
-) -> Result<ServiceResponse<EitherBody<impl MessageBody>>, Error> {
+) -> Result<ServiceResponse<EitherBody<impl MessageBody, String>>, Error> {
     let ours = PATHS.contains(&request.path());
     let response = next.call(request).await?;
     let failure = response.response().error().and_then(|error| error.as_error::<ApiError>());
-    let Some(failure) = failure.filter(|_| ours) else {
-        return Ok(response.map_into_left_body());
-    };
-    let status = response.status();
-    let mut reworded = HttpResponse::build(status);
-    for name in [RETRY_AFTER, WWW_AUTHENTICATE] {
-        if let Some(value) = response.headers().get(&name) {
-            reworded.insert_header((name, value.clone()));
+    match failure.filter(|_| ours) {
+        None => Ok(response.map_into_left_body()),
+        Some(failure) => {
+            let body = error(failure.status_code().as_u16(), &failure.body()).to_string();
+            Ok(response.map_body(|_, _| body).map_into_right_body())
         }
     }
-    let reworded = reworded.json(error(status.as_u16(), &failure.body()));
-    Ok(response.into_response(reworded).map_into_right_body())
 }

@@ -1,39 +1,48 @@
 //! The HTTP server: what is served where, by whom, and who may.
 
+mod around;
 mod body;
 mod call;
 mod chat;
 mod completions;
 mod connection;
+mod cors;
 mod frames;
 mod generation;
 mod invocations;
 mod load;
 mod messages;
+mod openapi;
 mod ops;
+mod request_id;
 mod routes;
+mod server_info;
 mod tokenize;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use actix_web::body::MessageBody;
-use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::Method;
-use actix_web::http::header::{AUTHORIZATION, CONNECTION, HeaderValue};
-use actix_web::middleware::{Next, from_fn};
-use actix_web::{App, Error, HttpRequest, HttpResponse, HttpServer, Resource, web};
-use tracing::debug;
+use actix_http::HttpService;
+use actix_service::map_config;
+use actix_tls::accept::rustls_0_23::TlsStream;
+use actix_web::dev::{AppConfig, Server};
+use actix_web::http::header::{ALLOW, HeaderValue};
+use actix_web::middleware::from_fn;
+use actix_web::rt::net::TcpStream;
+use actix_web::{App, HttpRequest, HttpResponse, Resource, web};
+use rustls::ServerConfig;
+use serde_json::Value;
 
 use crate::auth::Keys;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+use crate::quota::Quota;
 use crate::workers::Registry;
 use connection::Connection;
 
 pub use call::Parsers;
+pub use cors::Policy;
 pub use load::Load;
 
 /// What the handlers share.
@@ -44,6 +53,10 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// The keys.
     pub keys: Keys,
+    /// What each client may ask for.
+    pub quota: Arc<Quota>,
+    /// The settings, as they may be shown.
+    pub settings: Value,
     /// Requests in progress.
     pub load: Arc<Load>,
     /// Limits.
@@ -59,6 +72,8 @@ pub struct Shared {
 pub struct Limits {
     /// Largest body, in bytes.
     pub max_body_bytes: usize,
+    /// Longest time for a body to arrive.
+    pub body_timeout: Duration,
     /// Longest time for a request.
     pub request_timeout: Duration,
     /// Uncached prompt tokens from which a prefill worker is used.
@@ -71,77 +86,64 @@ pub struct Limits {
     pub prompt_tokens_details: bool,
 }
 
-/// How long a client may take to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an idle connection is kept.
-const KEEP_ALIVE: Duration = Duration::from_secs(75);
+/// How the server listens.
+pub struct Listening {
+    /// Where.
+    pub listener: std::net::TcpListener,
+    /// HTTPS in place of HTTP.
+    pub tls: Option<ServerConfig>,
+    /// Threads that serve.
+    pub threads: usize,
+    /// How long a client may take to send a request's head.
+    pub head_timeout: Duration,
+    /// How long a client may leave unread what it was sent.
+    pub send_timeout: Duration,
+    /// How long an idle connection is kept.
+    pub keep_alive: Duration,
+    /// Which pages of browsers may call.
+    pub cors: Policy,
+}
 
 /// Binds the server; it serves when the returned future is polled.
-pub fn server(
-    shared: Arc<Shared>,
-    listener: std::net::TcpListener,
-    threads: usize,
-) -> std::io::Result<actix_web::dev::Server> {
+pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Server> {
     let shared = web::Data::from(shared);
-    let server = HttpServer::new(move || {
-        App::new()
+    let Listening { listener, tls, threads, head_timeout, send_timeout, keep_alive, cors } =
+        listening;
+    let app = move || {
+        let app = App::new()
             .app_data(shared.clone())
-            .wrap(from_fn(around))
+            .wrap(from_fn(around::guard))
             .wrap(from_fn(messages::reword_errors))
+            .wrap(cors.middleware())
+            .wrap(from_fn(around::record))
             .configure(routes::register)
-            .default_service(web::to(unknown_route))
-    });
-    Ok(server
-        .on_connect(connection::watch)
-        .workers(threads)
-        .client_request_timeout(HEAD_TIMEOUT)
-        .keep_alive(KEEP_ALIVE)
-        // Else an event waits for the acknowledgement of the one before: 40 ms.
-        .tcp_nodelay(true)
-        .disable_signals()
-        .listen(listener)?
-        .run())
-}
-
-/// Around every request: the key, the count, the goodbye.
-async fn around(
-    request: ServiceRequest,
-    next: Next<impl MessageBody + 'static>,
-) -> Result<ServiceResponse<impl MessageBody>, Error> {
-    let Some(shared) = request.app_data::<web::Data<Shared>>().cloned() else {
-        return Err(ApiError::internal("The server is not set up.").into());
+            .default_service(web::to(unknown_route));
+        map_config(app, |()| AppConfig::default())
     };
-    let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let admitted = shared.keys.admit(request.path(), header);
-    let method = request.method().clone();
-    // The pattern, not the path: a series for each odd path would be a leak.
-    let handler = request.match_pattern().unwrap_or_else(|| "none".to_owned());
-    let mut response = if admitted {
-        next.call(request).await?.map_into_left_body()
-    } else {
-        request.error_response(ApiError::unauthorized()).map_into_right_body()
+    let server = Server::build().workers(threads).disable_signals();
+    let server = match tls {
+        None => server.listen("http", listener, move || {
+            HttpService::build()
+                .client_request_timeout(head_timeout)
+                .keep_alive(keep_alive)
+                .on_connect_ext(move |stream: &TcpStream, extensions| {
+                    connection::watch(stream, send_timeout, extensions);
+                })
+                .h1(app())
+                .tcp()
+        }),
+        Some(config) => server.listen("https", listener, move || {
+            HttpService::build()
+                .client_request_timeout(head_timeout)
+                .keep_alive(keep_alive)
+                .on_connect_ext(move |stream: &TlsStream<TcpStream>, extensions| {
+                    connection::watch(stream.get_ref().0, send_timeout, extensions);
+                })
+                .h1(app())
+                .rustls_0_23(config.clone())
+        }),
     };
-    let status = response.status();
-    shared.metrics.answered(&handler, known(&method), status.as_u16());
-    debug!(%method, handler, %status, "answered");
-    if shared.draining.load(Relaxed) {
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    }
-    Ok(response)
-}
-
-/// A method as a label: clients may make up any number of them.
-fn known(method: &Method) -> &str {
-    match *method {
-        Method::GET
-        | Method::POST
-        | Method::PUT
-        | Method::DELETE
-        | Method::HEAD
-        | Method::OPTIONS
-        | Method::PATCH => method.as_str(),
-        _ => "other",
-    }
+    Ok(server?.run())
 }
 
 /// A path whose unknown methods are answered in the API's own words.
@@ -149,8 +151,14 @@ fn at(path: &str) -> Resource {
     web::resource(path).default_service(web::to(wrong_method))
 }
 
-async fn wrong_method(request: HttpRequest) -> Result<HttpResponse, ApiError> {
-    Err(ApiError::wrong_method(request.method().as_str(), request.path()))
+async fn wrong_method(request: HttpRequest) -> HttpResponse {
+    let error = ApiError::wrong_method(request.method().as_str(), request.path());
+    let mut response = HttpResponse::from_error(error);
+    let allowed = routes::allowed(request.match_pattern().as_deref());
+    if let Ok(allowed) = HeaderValue::from_str(&allowed) {
+        response.headers_mut().insert(ALLOW, allowed);
+    }
+    response
 }
 
 async fn unknown_route(request: HttpRequest) -> Result<HttpResponse, ApiError> {

@@ -8,10 +8,20 @@ use serde_json::json;
 
 use super::Shared;
 use crate::api::envelope::unix_seconds;
+use crate::api::schema::{Models, ServerLoad, Version};
 use crate::error::ApiError;
 
-/// 200 when a request would be served, 503 when no worker that generates answers: what a load
-/// balancer must know, and what vLLM says when its engine is dead.
+/// Says whether a request would be served.
+///
+/// 503 when no worker that generates answers: what a load balancer must know, and what vLLM says
+/// when its engine is dead.
+#[utoipa::path(
+    get, path = "/health", tag = "operation",
+    responses(
+        (status = 200, description = "It would."),
+        (status = 503, description = "No worker that generates answers."),
+    ),
+)]
 pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     match shared.registry.ready() && !shared.draining.load(Relaxed) {
         true => HttpResponse::Ok().finish(),
@@ -19,19 +29,44 @@ pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     }
 }
 
-/// The same, for SageMaker.
+/// Says whether a request would be served, for SageMaker.
+#[utoipa::path(
+    method(get, post), path = "/ping", tag = "operation",
+    responses(
+        (status = 200, description = "It would."),
+        (status = 503, description = "No worker that generates answers."),
+    ),
+)]
 pub(super) async fn ping(shared: web::Data<Shared>) -> HttpResponse {
     health(shared).await
 }
 
+/// Tells the gateway's version.
+#[utoipa::path(
+    get, path = "/version", tag = "operation",
+    responses((status = 200, description = "The version.", body = Version)),
+)]
 pub(super) async fn version() -> HttpResponse {
     HttpResponse::Ok().json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
+/// Tells how many requests are in progress.
+#[utoipa::path(
+    get, path = "/load", tag = "operation",
+    responses((status = 200, description = "How many.", body = ServerLoad)),
+)]
 pub(super) async fn load(shared: web::Data<Shared>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"server_load": shared.load.now()}))
 }
 
+/// Tells everything that is counted, for Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "operation",
+    responses((
+        status = 200, description = "Prometheus' text format.", content_type = "text/plain",
+        body = String,
+    )),
+)]
 pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, ApiError> {
     let text = shared
         .metrics
@@ -40,6 +75,11 @@ pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, A
     Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text))
 }
 
+/// Lists the models that are served.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "operation",
+    responses((status = 200, description = "The models.", body = Models)),
+)]
 pub(super) async fn models(shared: web::Data<Shared>) -> HttpResponse {
     let created = unix_seconds();
     let cards: Vec<_> = shared

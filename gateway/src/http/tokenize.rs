@@ -9,6 +9,8 @@ use serde_json::json;
 
 use super::{Shared, body};
 use crate::api::chat::Conversation;
+use crate::api::requests::{DetokenizeRequest, TokenizeRequest};
+use crate::api::schema::{Detokenized, Tokenized, TokenizerInfo};
 use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
 use crate::api::tools::Tools;
 use crate::error::ApiError;
@@ -18,6 +20,11 @@ use crate::workers::Served;
 /// Texts from this length on are tokenized off the threads that serve.
 const LONG_TEXT: usize = 16 * 1024;
 
+/// Turns a text or a chat into tokens.
+#[utoipa::path(
+    post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest,
+    responses((status = 200, description = "The tokens.", body = Tokenized)),
+)]
 pub(super) async fn tokenize(
     request: HttpRequest,
     payload: Payload,
@@ -56,6 +63,11 @@ pub(super) async fn tokenize(
     })))
 }
 
+/// Turns tokens into a text.
+#[utoipa::path(
+    post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest,
+    responses((status = 200, description = "The text.", body = Detokenized)),
+)]
 pub(super) async fn detokenize(
     request: HttpRequest,
     payload: Payload,
@@ -86,6 +98,12 @@ pub(super) struct OfModel {
     model: Option<String>,
 }
 
+/// Shows a tokenizer's configuration.
+#[utoipa::path(
+    get, path = "/tokenizer_info", tag = "tokens",
+    params(("model" = Option<String>, Query, description = "Served model; any without it.")),
+    responses((status = 200, description = "The configuration.", body = TokenizerInfo)),
+)]
 pub(super) async fn info(
     request: HttpRequest,
     shared: web::Data<Shared>,

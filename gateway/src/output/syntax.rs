@@ -2,8 +2,6 @@
 
 use std::str::FromStr;
 
-use rand::RngExt;
-
 /// How a model writes tool calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolSyntax {
@@ -42,28 +40,19 @@ impl ToolSyntax {
     /// Guesses from a chat template how its model writes calls.
     pub fn detect(chat_template: &str) -> Option<Self> {
         let has = |text: &str| chat_template.contains(text);
+        let llama = ["<|python_tag|>", "<|start_header_id|>", "<|header_start|>"];
         if has("<function=") && has("<parameter=") {
             Some(Self::Qwen3Coder)
         } else if has("<tool_call>") {
-            Some(Self::Hermes)
+            // GLM has the tag too, but other things in it.
+            (!has("<arg_key>")).then_some(Self::Hermes)
         } else if has("[TOOL_CALLS]") {
             Some(Self::Mistral)
-        } else if has("<|python_start|>") || has("[func_name1(") {
+        } else if has("[func_name1(") {
+            // What the templates of Llama 3.2 and 4 tell the model to write.
             Some(Self::Pythonic)
-        } else if has("<|python_tag|>") || (has("<|start_header_id|>") && has("\"parameters\"")) {
-            Some(Self::Llama3Json)
         } else {
-            None
-        }
-    }
-
-    /// A fresh id for a call: Mistral's templates take nine letters and digits alone.
-    pub fn random_id(&self) -> String {
-        if *self == Self::Mistral {
-            let mut random = rand::rng();
-            (0..9).map(|_| char::from(random.sample(rand::distr::Alphanumeric))).collect()
-        } else {
-            format!("chatcmpl-tool-{}", uuid::Uuid::new_v4().simple())
+            (llama.into_iter().any(has) && has("\"parameters\"")).then_some(Self::Llama3Json)
         }
     }
 }
@@ -126,4 +115,48 @@ fn find<T: Clone>(known: &[(&str, T)], name: &str, what: &str) -> Result<T, Stri
         let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
         format!("unknown {what} `{name}`: known are {}", names.join(", "))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_vllm() {
+        assert_eq!("hermes".parse(), Ok(ToolSyntax::Hermes));
+        assert_eq!("qwen3_xml".parse(), Ok(ToolSyntax::Qwen3Coder));
+        assert_eq!("qwen3".parse(), Ok(ReasoningSyntax::Qwen3));
+        let error = "r1".parse::<ReasoningSyntax>().unwrap_err();
+        assert_eq!(error, "unknown reasoning parser `r1`: known are deepseek_r1, qwen3");
+        assert!("x".parse::<ToolSyntax>().unwrap_err().contains("llama3_json, "));
+    }
+
+    #[test]
+    fn templates_tell_their_syntax() {
+        use ToolSyntax::{Hermes, Llama3Json, Mistral, Pythonic, Qwen3Coder};
+        for (template, syntax) in [
+            ("{{- '\\n<tool_call>\\n{\"name\": \"' }}…</tool_call>", Some(Hermes)),
+            ("<tool_call>\n<function=example>\n<parameter=a>", Some(Qwen3Coder)),
+            ("{{- '[TOOL_CALLS][' }}", Some(Mistral)),
+            ("'<|start_header_id|>' … {{- '\"parameters\": ' }}", Some(Llama3Json)),
+            ("<|python_tag|> … {\"name\": name, \"parameters\": dictionary}", Some(Llama3Json)),
+            ("<|header_start|> … \"[func_name1(params_name1=value)]\"", Some(Pythonic)),
+            ("<tool_call>{function-name}\\n<arg_key>", None),
+            ("<|start_header_id|>{{ message['role'] }}", None),
+            ("<|im_start|>{{ message['role'] }}", None),
+        ] {
+            assert_eq!(ToolSyntax::detect(template), syntax, "{template}");
+        }
+        let thinks = "{% set content = content.split('</think>')[-1] %}";
+        assert_eq!(ReasoningSyntax::detect(thinks), Some(ReasoningSyntax::Qwen3));
+        assert_eq!(ReasoningSyntax::detect("<|im_start|>"), None);
+    }
+
+    #[test]
+    fn a_prompt_may_open_or_close_the_reasoning() {
+        let state = |prompt| ReasoningSyntax::Qwen3.state_after(prompt);
+        assert_eq!(state("<|im_start|>assistant\n<think>\n"), Some(true));
+        assert_eq!(state("<|im_start|>assistant\n<think>\n\n</think>\n\n"), Some(false));
+        assert_eq!(state("Say <think>!<|im_end|>\n<|im_start|>assistant\n"), None);
+    }
 }

@@ -10,6 +10,7 @@ use baton_proto::v1::{
 };
 use tokio::sync::mpsc;
 use tonic::Status;
+use tracing::{Instrument as _, debug, info_span};
 
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
@@ -44,7 +45,9 @@ pub(super) fn start(
             deadline,
         })
         .map_err(refused)?;
-    Ok(Owned::spawn(move |sender| async move {
+    let span = info_span!("generate", request_id = request.request_id);
+    let task = move |sender| async move {
+        debug!(prompt_tokens = request.prompt_token_ids.len(), "accepted");
         let mut driver = Driver {
             shared,
             request,
@@ -55,7 +58,8 @@ pub(super) fn start(
             admitted: Instant::now(),
         };
         driver.run(handle).await;
-    }))
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
 }
 
 struct Driver {

@@ -7,6 +7,7 @@ use baton_proto::v1::prefill_event::Event as Out;
 use baton_proto::v1::{PrefillEvent, PrefillFinished, PrefillRequest, Role};
 use tokio::sync::mpsc;
 use tonic::Status;
+use tracing::{Instrument as _, debug, info_span};
 
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
@@ -56,11 +57,14 @@ pub(super) fn start(
         })
         .map_err(refused)?;
     let first_wanted = have / block_size;
-    Ok(Owned::spawn(move |sender| async move {
+    let span = info_span!("prefill", request_id = request.request_id);
+    let task = move |sender: Sender| async move {
+        debug!(tokens = len, have, "accepted");
         if let Err(status) = publish(&shared, &*transport, handle, first_wanted, &sender).await {
             let _ = sender.send(Err(status)).await;
         }
-    }))
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
 }
 
 type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;

@@ -3,44 +3,31 @@
 //! Requests are counted here, as they pass. What workers count comes with their status and is
 //! added up at each scrape, by growth, so that a sum does not fall when a worker leaves.
 
-use std::collections::{HashMap, HashSet};
+mod families;
+mod http;
+mod tokens;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_proto::v1::{Started, Transport, WorkerStatus};
-use parking_lot::Mutex;
-use prometheus::core::{AtomicF64, AtomicU64, Collector, GenericCounterVec, GenericGaugeVec};
-use prometheus::{Encoder as _, HistogramOpts, HistogramVec, Opts, Registry, TextEncoder};
+use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerStatus};
+use parking_lot::{Mutex, RwLock};
+use prometheus::{Encoder as _, HistogramVec, Registry, TextEncoder};
 
 use crate::workers::Registry as Workers;
+use families::{
+    CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, TTFT, counter, gauge,
+    histogram,
+};
+use http::HttpMetrics;
+pub use tokens::Siblings;
+use tokens::TokenHistograms;
 
-type CounterVec = GenericCounterVec<AtomicU64>;
-type GaugeVec = GenericGaugeVec<AtomicF64>;
-
-/// vLLM's labels. `engine` is the index of a data-parallel engine; seen from outside, a Baton
-/// cluster is one.
-const LABELS: [&str; 2] = ["model_name", "engine"];
-const ENGINE: &str = "0";
-
-/// Buckets of the time to the first token, in seconds.
-const TTFT: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-];
-/// Buckets of the time between tokens, in seconds.
-const ITL: &[f64] = &[
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
-    40.0, 80.0,
-];
-/// Buckets of a request's phases, in seconds.
-const LATENCY: &[f64] = &[
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
-    480.0, 960.0, 1920.0, 7680.0,
-];
-/// Buckets of token counts.
-const TOKENS: &[f64] = &[
-    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0,
-    20_000.0, 50_000.0, 100_000.0,
-];
+/// Why a sequence may end, as vLLM has it.
+const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
+/// Where a prompt's KV may come from, as vLLM has it.
+const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_transfer"];
 
 /// Workers whose last counters are remembered after they have left.
 const MAX_SEEN: usize = 4096;
@@ -48,7 +35,7 @@ const MAX_SEEN: usize = 4096;
 /// All metrics of this process.
 pub struct Metrics {
     registry: Registry,
-    http_requests: CounterVec,
+    http: HttpMetrics,
     prompt_tokens: CounterVec,
     cached_tokens: CounterVec,
     generation_tokens: CounterVec,
@@ -61,8 +48,15 @@ pub struct Metrics {
     queue: HistogramVec,
     prefill: HistogramVec,
     decode: HistogramVec,
-    request_prompt_tokens: HistogramVec,
-    request_generation_tokens: HistogramVec,
+    inference: HistogramVec,
+    per_token: HistogramVec,
+    params_n: HistogramVec,
+    /// By model, because the buckets are the model's own.
+    tokens: RwLock<HashMap<String, Arc<TokenHistograms>>>,
+    by_source: CounterVec,
+    external_queries: CounterVec,
+    external_hits: CounterVec,
+    cache_config: GaugeVec,
     handoffs: CounterVec,
     handoff_tokens: CounterVec,
     running: GaugeVec,
@@ -87,12 +81,7 @@ impl Metrics {
         let r = Registry::new();
         let with = |extra: &'static str| [LABELS[0], LABELS[1], extra];
         Ok(Self {
-            http_requests: counter(
-                &r,
-                "http_requests_total",
-                "HTTP requests answered.",
-                &["handler", "method", "status"],
-            )?,
+            http: HttpMetrics::new(&r)?,
             prompt_tokens: counter(
                 &r,
                 "vllm:prompt_tokens_total",
@@ -139,7 +128,7 @@ impl Metrics {
                 &r,
                 "vllm:inter_token_latency_seconds",
                 "From one token to the next.",
-                ITL,
+                INTER_TOKEN,
             )?,
             e2e: histogram(
                 &r,
@@ -165,17 +154,48 @@ impl Metrics {
                 "From a sequence's first token to its end.",
                 LATENCY,
             )?,
-            request_prompt_tokens: histogram(
+            inference: histogram(
                 &r,
-                "vllm:request_prompt_tokens",
-                "Tokens of a sequence's prompt.",
-                TOKENS,
+                "vllm:request_inference_time_seconds",
+                "From a sequence's admission to its end.",
+                LATENCY,
             )?,
-            request_generation_tokens: histogram(
+            per_token: histogram(
                 &r,
-                "vllm:request_generation_tokens",
-                "Tokens generated for a sequence.",
-                TOKENS,
+                "vllm:request_time_per_output_token_seconds",
+                "Of each sequence, the mean time from one token to the next.",
+                INTER_TOKEN,
+            )?,
+            params_n: histogram(
+                &r,
+                "vllm:request_params_n",
+                "Sequences asked for by `n`, of each prompt.",
+                SEQUENCES,
+            )?,
+            tokens: RwLock::default(),
+            by_source: counter(
+                &r,
+                "vllm:prompt_tokens_by_source_total",
+                "Prompt tokens, by where their KV came from.",
+                &with("source"),
+            )?,
+            external_queries: counter(
+                &r,
+                "vllm:external_prefix_cache_queries_total",
+                "Prompt tokens that the generating worker had not cached.",
+                &LABELS,
+            )?,
+            external_hits: counter(
+                &r,
+                "vllm:external_prefix_cache_hits_total",
+                "Prompt tokens of those whose KV was pulled from a prefill worker.",
+                &LABELS,
+            )?,
+            cache_config: gauge(
+                &r,
+                "vllm:cache_config_info",
+                "How KV caches are laid out; 1 for each kind of worker that generates.",
+                &["engine", "block_size", "cache_dtype", "num_gpu_blocks", "enable_prefix_caching"],
             )?,
             handoffs: counter(
                 &r,
@@ -268,26 +288,53 @@ impl Metrics {
 
     /// Counts an HTTP answer. `handler` is the route's pattern.
     pub fn answered(&self, handler: &str, method: &str, status: u16) {
-        let status = status.to_string();
-        self.http_requests.with_label_values(&[handler, method, &status]).inc();
+        self.http.answered(handler, method, status);
+    }
+
+    /// An answer's last byte was taken, or its client has left: how long it took, and the bytes of
+    /// both bodies.
+    pub fn exchanged(
+        &self,
+        handler: &str,
+        method: &str,
+        took: Duration,
+        request: u64,
+        response: u64,
+    ) {
+        self.http.exchanged(handler, method, took, request, response);
+    }
+
+    /// The sequences of one prompt, about to be generated.
+    pub fn siblings(self: &Arc<Self>, model: &ModelCard, n: usize) -> Arc<Siblings> {
+        let params_n = self.params_n.with_label_values(&[&*model.name, ENGINE]);
+        Arc::new(Siblings::new(self.tokens(model), params_n, n))
     }
 
     /// A sequence's prompt has been computed.
-    pub fn started(&self, model: &str, prompt_tokens: usize, started: &Started) {
-        let labels = [model, ENGINE];
+    pub fn started(&self, model: &ModelCard, prompt_tokens: usize, started: &Started) {
+        let name = model.name.as_str();
+        let labels = [name, ENGINE];
         let (prompt, cached) = (prompt_tokens as u64, u64::from(started.cached_tokens));
+        let pulled = u64::from(started.handed_off_tokens);
+        let computed = prompt.saturating_sub(cached + pulled);
         self.prompt_tokens.with_label_values(&labels).inc_by(prompt);
         self.prefix_queries.with_label_values(&labels).inc_by(prompt);
-        self.cached_tokens.with_label_values(&labels).inc_by(cached);
+        self.cached_tokens.with_label_values(&labels).inc_by(cached + pulled);
         self.prefix_hits.with_label_values(&labels).inc_by(cached);
-        self.request_prompt_tokens.with_label_values(&labels).observe(prompt as f64);
+        self.external_queries.with_label_values(&labels).inc_by(prompt.saturating_sub(cached));
+        self.external_hits.with_label_values(&labels).inc_by(pulled);
+        for (source, tokens) in SOURCES.into_iter().zip([computed, cached, pulled]) {
+            self.by_source.with_label_values(&[name, ENGINE, source]).inc_by(tokens);
+        }
+        let tokens = self.tokens(model);
+        tokens.prompt.observe(prompt as f64);
+        tokens.computed.observe(computed as f64);
         self.queue.with_label_values(&labels).observe(started.queue_us as f64 / 1e6);
         self.prefill.with_label_values(&labels).observe(started.prefill_us as f64 / 1e6);
         if started.handed_off_tokens > 0 {
-            let labels = [model, ENGINE, transport(started.transport())];
+            let labels = [name, ENGINE, transport(started.transport())];
             self.handoffs.with_label_values(&labels).inc();
-            let tokens = u64::from(started.handed_off_tokens);
-            self.handoff_tokens.with_label_values(&labels).inc_by(tokens);
+            self.handoff_tokens.with_label_values(&labels).inc_by(pulled);
         }
     }
 
@@ -303,22 +350,31 @@ impl Metrics {
         self.itl.with_label_values(&[model, ENGINE]).observe(after.as_secs_f64());
     }
 
-    /// A sequence ended: why, with how many tokens, after how long, and how long it decoded.
-    pub fn finished(
-        &self,
-        model: &str,
-        reason: &str,
-        tokens: usize,
-        took: Duration,
-        decode: Option<Duration>,
-    ) {
-        let labels = [model, ENGINE];
-        self.finished.with_label_values(&[model, ENGINE, reason]).inc();
-        self.e2e.with_label_values(&labels).observe(took.as_secs_f64());
-        self.request_generation_tokens.with_label_values(&labels).observe(tokens as f64);
-        if let Some(decode) = decode {
+    /// A sequence ended.
+    pub fn finished(&self, model: &ModelCard, end: &Ended<'_>) {
+        let name = model.name.as_str();
+        let labels = [name, ENGINE];
+        self.finished.with_label_values(&[name, ENGINE, end.reason]).inc();
+        self.e2e.with_label_values(&labels).observe(end.took.as_secs_f64());
+        let tokens = self.tokens(model);
+        tokens.generation.observe(end.tokens as f64);
+        tokens.max_tokens.observe(end.max_tokens.into());
+        if let Some(decode) = end.decode {
             self.decode.with_label_values(&labels).observe(decode.as_secs_f64());
+            let inference = end.prefill + decode;
+            self.inference.with_label_values(&labels).observe(inference.as_secs_f64());
+            let gaps = end.tokens.saturating_sub(1).max(1) as f64;
+            self.per_token.with_label_values(&labels).observe(decode.as_secs_f64() / gaps);
         }
+    }
+
+    fn tokens(&self, model: &ModelCard) -> Arc<TokenHistograms> {
+        if let Some(known) = self.tokens.read().get(&model.name) {
+            return known.clone();
+        }
+        let mut all = self.tokens.write();
+        let make = || Arc::new(TokenHistograms::new(&self.registry, model));
+        all.entry(model.name.clone()).or_insert_with(make).clone()
     }
 
     /// The text that Prometheus reads, with what workers last said.
@@ -332,10 +388,18 @@ impl Metrics {
     }
 
     fn take_in(&self, workers: &Workers, seen: &mut HashMap<String, WorkerStatus>) {
-        let gauges = [&self.running, &self.waiting, &self.kv_usage, &self.workers, &self.kv_blocks];
+        let gauges = [
+            &self.running,
+            &self.waiting,
+            &self.kv_usage,
+            &self.cache_config,
+            &self.workers,
+            &self.kv_blocks,
+        ];
         gauges.iter().for_each(|gauge| gauge.reset());
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();
+        let mut layouts: BTreeMap<(u32, &str), u64> = BTreeMap::new();
         for worker in workers.workers() {
             let role = worker.record.role.as_str();
             let state = if worker.alive() { "up" } else { "down" };
@@ -343,7 +407,7 @@ impl Metrics {
             let (Some(served), Some(status)) = (worker.served(), worker.status()) else { continue };
             let model = served.card.name.as_str();
             let id = worker.record.id.as_str();
-            self.preset(model);
+            self.preset(&served.card);
             if worker.alive() {
                 let labels = [model, ENGINE];
                 self.running.with_label_values(&labels).add(status.running.into());
@@ -362,6 +426,9 @@ impl Metrics {
                     let sum = blocks.entry(model.to_owned()).or_default();
                     sum.0 += status.kv_blocks_requests + status.kv_blocks_handoff;
                     sum.1 += status.kv_blocks_total;
+                    let layout = served.description.kv_layout.unwrap_or_default();
+                    *layouts.entry((layout.block_size, dtype(&layout))).or_default() +=
+                        status.kv_blocks_total;
                 }
             }
             let before = seen.get(id).copied().unwrap_or_default();
@@ -371,6 +438,11 @@ impl Metrics {
         for (model, (used, total)) in blocks {
             let share = used as f64 / total.max(1) as f64;
             self.kv_usage.with_label_values(&[model.as_str(), ENGINE]).set(share);
+        }
+        for ((block_size, dtype), blocks) in layouts {
+            let (block_size, blocks) = (block_size.to_string(), blocks.to_string());
+            let labels = [ENGINE, &*block_size, dtype, &*blocks, "True"];
+            self.cache_config.with_label_values(&labels).set(1.0);
         }
         // Workers that are away may come back; those of long ago do not.
         if seen.len() > MAX_SEEN {
@@ -402,13 +474,67 @@ impl Metrics {
     }
 
     /// Series that dashboards expect to be there at zero.
-    fn preset(&self, model: &str) {
-        for counter in [&self.prompt_tokens, &self.generation_tokens] {
-            counter.with_label_values(&[model, ENGINE]);
+    fn preset(&self, model: &ModelCard) {
+        let labels = [model.name.as_str(), ENGINE];
+        let [name, engine] = labels;
+        let counters = [
+            &self.prompt_tokens,
+            &self.cached_tokens,
+            &self.generation_tokens,
+            &self.prefix_queries,
+            &self.prefix_hits,
+            &self.external_queries,
+            &self.external_hits,
+        ];
+        counters.iter().for_each(|counter| drop(counter.with_label_values(&labels)));
+        let histograms = [
+            &self.ttft,
+            &self.itl,
+            &self.e2e,
+            &self.queue,
+            &self.prefill,
+            &self.decode,
+            &self.inference,
+            &self.per_token,
+            &self.params_n,
+        ];
+        histograms.iter().for_each(|histogram| drop(histogram.with_label_values(&labels)));
+        self.tokens(model);
+        for reason in REASONS {
+            self.finished.with_label_values(&[name, engine, reason]);
         }
-        for reason in ["stop", "length", "abort", "error"] {
-            self.finished.with_label_values(&[model, ENGINE, reason]);
+        for source in SOURCES {
+            self.by_source.with_label_values(&[name, engine, source]);
         }
+        for kind in [Transport::SharedMemory, Transport::Grpc] {
+            for counter in [&self.handoffs, &self.handoff_tokens] {
+                counter.with_label_values(&[name, engine, transport(kind)]);
+            }
+        }
+    }
+}
+
+/// How a sequence ended.
+pub struct Ended<'a> {
+    /// Why.
+    pub reason: &'a str,
+    /// Tokens generated.
+    pub tokens: usize,
+    /// Tokens that there might have been.
+    pub max_tokens: u32,
+    /// From the request's arrival.
+    pub took: Duration,
+    /// From admission to the first token.
+    pub prefill: Duration,
+    /// From the first token, if there was one.
+    pub decode: Option<Duration>,
+}
+
+fn dtype(layout: &KvLayout) -> &'static str {
+    match layout.dtype() {
+        KvDtype::I16 => "int16",
+        KvDtype::I8 => "int8",
+        KvDtype::Unspecified => "unknown",
     }
 }
 
@@ -418,40 +544,4 @@ fn transport(kind: Transport) -> &'static str {
         Transport::Grpc => "grpc",
         Transport::Unspecified => "none",
     }
-}
-
-fn register<T: Collector + Clone + 'static>(
-    registry: &Registry,
-    metric: T,
-) -> Result<T, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
-}
-
-fn counter(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<CounterVec, prometheus::Error> {
-    register(registry, CounterVec::new(Opts::new(name, help), labels)?)
-}
-
-fn gauge(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<GaugeVec, prometheus::Error> {
-    register(registry, GaugeVec::new(Opts::new(name, help), labels)?)
-}
-
-fn histogram(
-    registry: &Registry,
-    name: &str,
-    help: &str,
-    buckets: &[f64],
-) -> Result<HistogramVec, prometheus::Error> {
-    let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
-    register(registry, HistogramVec::new(opts, &LABELS)?)
 }
