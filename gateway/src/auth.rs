@@ -11,7 +11,8 @@ use subtle::{Choice, ConstantTimeEq as _};
 
 use crate::error::ApiError;
 
-/// Routes that answer without a key.
+/// Routes that answer without a key. `/` is the chat page: it is the same for all, holds nothing
+/// of the cluster, and asks its user for a key.
 const OPEN: [&str; 8] =
     ["/", "/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
 
@@ -22,6 +23,7 @@ const PROBES: [&str; 2] = ["/health", "/ping"];
 /// Routes for operators. A route that is not served yet may be listed: it is guarded from its
 /// first day.
 const ADMIN: [&str; 21] = [
+    "/abort_requests",
     "/collective_rpc",
     "/drain",
     "/finish_weight_update",
@@ -42,7 +44,6 @@ const ADMIN: [&str; 21] = [
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/wake_up",
-    "/abort_requests",
 ];
 
 /// Of a key, only this is kept.
@@ -141,6 +142,11 @@ fn presented(headers: &HeaderMap) -> Vec<KeyDigest> {
         .map(|(_, key)| key);
     let other = headers.get("x-api-key").and_then(|value| value.to_str().ok());
     bearer.into_iter().chain(other).map(|key| digest(key.trim())).collect()
+}
+
+/// Whether a route is for operators.
+pub fn is_for_admins(path: &str) -> bool {
+    ADMIN.contains(&path)
 }
 
 /// Whether a route answers without a key, unless everything is guarded.

@@ -65,6 +65,16 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "NotFoundError", message).param("model")
     }
 
+    /// 400: an adapter cannot be loaded as the request says.
+    pub fn adapter_refused(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "InvalidUserInput", message)
+    }
+
+    /// 404: no such adapter, or nothing at its path.
+    pub fn unknown_adapter(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "NotFoundError", message)
+    }
+
     /// 404: no such route.
     pub fn unknown_route(path: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, "Not Found", format!("No route {path}."))

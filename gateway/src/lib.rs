@@ -1,5 +1,6 @@
 //! HTTP in, gRPC out.
 //!
+//! * [`adapters`]: LoRA adapters are loaded and unloaded on all workers of a model.
 //! * [`http`]: routes, bodies, streams of events, clients that leave.
 //! * [`api`]: what clients send and get, without I/O.
 //! * [`generate`]: one sequence's life over the workers.
@@ -13,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapters;
 pub mod api;
 pub mod auth;
 pub mod config;

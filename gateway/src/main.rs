@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use baton_gateway::adapters::Catalog;
 use baton_gateway::auth::{KeySet, Keys};
 use baton_gateway::config::{AccessArgs, Settings};
 use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Shared};
@@ -18,7 +19,7 @@ use baton_gateway::quota::Quota;
 use baton_gateway::tls::Tls;
 use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
-use baton_membership::{ClusterWatch, InstanceRole, Registration};
+use baton_membership::{AdapterStore, ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use mimalloc::MiMalloc;
 use tracing::info;
@@ -50,8 +51,11 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let etcd = settings.cluster.etcd_settings();
     let watch = ClusterWatch::start(&etcd).await?;
     let metrics = Metrics::new().map_err(|error| Failure::new(Exit::Failure, error))?;
+    let registry = Registry::start(watch);
+    let store = AdapterStore::connect(&etcd).await?;
     let shared = Arc::new(Shared {
-        registry: Registry::start(watch),
+        adapters: Catalog::start(registry.clone(), store),
+        registry,
         metrics: Arc::new(metrics),
         keys,
         quota: Quota::new(

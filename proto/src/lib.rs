@@ -2,6 +2,7 @@
 //!
 //! * [`v1`]: the gRPC contract, generated from `proto/baton/v1/*.proto`.
 //! * [`prefix`]: how a prompt's KV blocks are addressed by content.
+//! * [`adapter`]: LoRA adapters of a whole cluster, as etcd keeps them.
 //! * [`instance`]: the records that processes keep in etcd.
 //! * [`channel`]: how processes call each other.
 //! * [`bundle`]: the tokenizer and chat template as a worker hands them out.
@@ -10,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod bundle;
 pub mod channel;
 pub mod instance;
@@ -21,6 +23,7 @@ pub mod v1 {
     tonic::include_proto!("baton.v1");
 }
 
+pub use adapter::AdapterRecord;
 pub use bundle::TokenizerBundle;
 pub use channel::endpoint;
 pub use instance::{InstanceRecord, InstanceRole};

@@ -4,6 +4,9 @@
 //! the hash of block *i* covers block *i − 1*'s hash and the tokens of block *i*. Two prompts
 //! share block *i* exactly when they share all tokens through it. Gateways use the addresses to
 //! route, workers to find blocks they hold.
+//!
+//! Keys and values depend on the LoRA adapter too, so each adapter has chains of its own, which
+//! start at [`BlockHash::with_adapter`].
 
 use std::fmt;
 
@@ -19,6 +22,25 @@ impl BlockHash {
     /// Requests share blocks only when their salts are equal (vLLM's `cache_salt`).
     pub fn root(salt: &str) -> Self {
         Self::digest(&[b"baton-kv-root", salt.as_bytes()])
+    }
+
+    /// The start of the chains of an adapter, after the root `self` of a salt. No salt makes a root
+    /// that equals it.
+    pub fn with_adapter(self, digest: &str) -> Self {
+        Self::digest(&[b"baton-kv-adapter", &self.0, digest.as_bytes()])
+    }
+
+    /// The addresses of all full blocks of `tokens` after `self`, in order. A part-filled last
+    /// block has none.
+    pub fn chain(self, tokens: &[u32], block_size: usize) -> Vec<Self> {
+        let mut parent = self;
+        tokens
+            .chunks_exact(block_size)
+            .map(|block| {
+                parent = parent.child(block);
+                parent
+            })
+            .collect()
     }
 
     /// The address of the block that holds `tokens` after the block `self`.
@@ -53,16 +75,9 @@ impl fmt::Debug for BlockHash {
     }
 }
 
-/// The addresses of all full blocks of `tokens`, in order. A part-filled last block has none.
+/// The addresses of all full blocks of `tokens`, in order, without an adapter.
 pub fn block_hashes(salt: &str, tokens: &[u32], block_size: usize) -> Vec<BlockHash> {
-    let mut parent = BlockHash::root(salt);
-    tokens
-        .chunks_exact(block_size)
-        .map(|block| {
-            parent = parent.child(block);
-            parent
-        })
-        .collect()
+    BlockHash::root(salt).chain(tokens, block_size)
 }
 
 #[cfg(test)]
@@ -92,5 +107,25 @@ mod tests {
     #[test]
     fn salts_keep_equal_prompts_apart() {
         assert_ne!(block_hashes("a", &[1, 2], 2), block_hashes("b", &[1, 2], 2));
+    }
+
+    #[test]
+    fn adapters_keep_equal_prompts_apart_under_every_salt() {
+        let chain = |salt: &str, adapter: Option<&str>| {
+            let root = BlockHash::root(salt);
+            adapter.map_or(root, |digest| root.with_adapter(digest)).chain(&[1, 2], 2)
+        };
+        let all = [
+            chain("", None),
+            chain("", Some("a")),
+            chain("", Some("b")),
+            chain("a", None),
+            chain("a", Some("a")),
+            chain("s", Some("a")),
+        ];
+        for (i, one) in all.iter().enumerate() {
+            assert!(all[..i].iter().all(|other| other != one), "{i}");
+        }
+        assert_eq!(chain("s", Some("a")), chain("s", Some("a")));
     }
 }

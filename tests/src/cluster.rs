@@ -248,14 +248,40 @@ impl Cluster {
 
     /// Starts another worker and waits for its `ready` line.
     pub async fn add_worker(&mut self, role: Role) -> &Worker {
+        self.add_worker_with(role, &[]).await
+    }
+
+    /// The same, with more flags, which win over the builder's.
+    pub async fn add_worker_with(&mut self, role: Role, flags: &[(&str, &str)]) -> &Worker {
         let name = format!("{}-{}", role.as_str(), self.workers.len());
         let common = common_args(&self.etcd, self.builder.lease_ttl);
-        let mut spec = worker_spec(name, role, &common, &self.builder.worker_args);
+        let mut extra = self.builder.worker_args.clone();
+        extra.extend(flags.iter().flat_map(|(flag, value)| [(*flag).into(), (*value).into()]));
+        let mut spec = worker_spec(name, role, &common, &extra);
         spec.env = self.builder.worker_env.clone();
         let mut process = Process::start(&spec, self.dir.path());
         let address = process.ready().await;
         self.workers.push(Worker { role, process, address });
         self.workers.last().expect("the worker just added")
+    }
+
+    /// Starts another gateway with the same flags; the cluster's own client asks the first.
+    pub async fn add_gateway(&self) -> (Process, Api) {
+        let common = common_args(&self.etcd, self.builder.lease_ttl);
+        let spec = Spec::new(
+            "baton-gateway-2",
+            program("baton-gateway"),
+            common.iter().chain(&self.builder.gateway_args).cloned(),
+        );
+        let mut process = Process::start(&spec, self.dir.path());
+        let address = process.ready().await;
+        let api = Api::new(&address, self.builder.keys.first().map(String::as_str));
+        (process, api)
+    }
+
+    /// Waits until the gateway has found all workers, those added later too.
+    pub async fn all_found(&self) {
+        self.serves().await;
     }
 
     /// Kills a worker with no chance to say goodbye, and forgets it.
@@ -350,8 +376,10 @@ fn common_args(etcd: &Etcd, lease_ttl: u64) -> Vec<OsString> {
 
 fn worker_spec(name: String, role: Role, common: &[OsString], extra: &[OsString]) -> Spec {
     let mut args = common.to_vec();
-    args.extend(["--role".into(), role.as_str().into(), "--model".into(), model().into()]);
-    args.extend(["--served-model-name".into(), MODEL_NAME.into()]);
+    args.extend(["--role".into(), role.as_str().into()]);
+    let defaults =
+        ["--model".into(), model().into(), "--served-model-name".into(), MODEL_NAME.into()];
+    let extra: Vec<OsString> = defaults.into_iter().chain(extra.iter().cloned()).collect();
     // Later flags must win over the builder's defaults: clap refuses a flag given twice.
     let pairs: Vec<&[OsString]> = extra.chunks(2).collect();
     for (i, pair) in pairs.iter().enumerate() {

@@ -9,6 +9,8 @@
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
 //! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
+//! * [`lora`]: adapters of random weights.
+//! * [`python`]: clients in Python, with pinned packages.
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
@@ -27,10 +29,12 @@ pub mod grpc;
 pub mod http;
 pub mod leftovers;
 pub mod load;
+pub mod lora;
 pub mod poll;
 pub mod ports;
 pub mod process;
 pub mod prometheus;
+pub mod python;
 pub mod reference;
 
 pub use binaries::MODEL_NAME;

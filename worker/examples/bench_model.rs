@@ -104,6 +104,7 @@ impl Bench {
                 tokens: &self.tokens[start..end],
                 blocks: &self.tables[sequence],
                 logits: usize::from(end == length),
+                adapter: None,
             };
             self.model.forward(&[slice], &self.kv, &mut self.logits)?;
         }
@@ -120,6 +121,7 @@ impl Bench {
                 tokens: &self.tokens[position..=position],
                 blocks,
                 logits: 1,
+                adapter: None,
             })
             .collect();
         Ok(self.model.forward(&batch, &self.kv, &mut self.logits)?)

@@ -88,6 +88,7 @@ fn measure(
                     tokens: &window[at..=at],
                     blocks,
                     logits: 1,
+                    adapter: None,
                 })
                 .collect();
             model.forward(&batch, &kv, &mut logits)?;

@@ -27,9 +27,23 @@ pub struct Settings {
     #[arg(long, env = "BATON_MODEL")]
     pub model: PathBuf,
 
-    /// Name that clients use in `model`; by default the file's name without its ending.
-    #[arg(long, env = "BATON_SERVED_MODEL_NAME")]
-    pub served_model_name: Option<String>,
+    /// Names that clients may use in `model`, separated by spaces or commas; the first is the one
+    /// in replies. By default the file's name without its ending.
+    #[arg(long, env = "BATON_SERVED_MODEL_NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
+
+    /// LoRA adapters to serve: name=path, or as JSON {"name": …, "path": …}; several are separated
+    /// by spaces, or in a JSON list. A path is a folder as PEFT saves it.
+    #[arg(long, env = "BATON_LORA_MODULES", num_args = 1.., value_parser = parse_lora_modules)]
+    pub lora_modules: Vec<LoraModules>,
+
+    /// LoRA adapters that may be loaded at once.
+    #[arg(long, env = "BATON_MAX_LORAS", default_value_t = 8)]
+    pub max_loras: usize,
+
+    /// The highest rank that an adapter may have. Memory and time grow with the rank.
+    #[arg(long, env = "BATON_MAX_LORA_RANK", default_value = "64", value_parser = parse_positive)]
+    pub max_lora_rank: usize,
 
     /// A file with a Jinja chat template in place of the model's own, as vLLM takes one: for a base
     /// model, or to give tools to a model whose template knows none.
@@ -84,6 +98,10 @@ pub struct Settings {
     #[arg(long, env = "BATON_MAX_WAITING", default_value_t = 256)]
     pub max_waiting: usize,
 
+    /// Seconds of waiting that count as one step of a request's `priority`, so that none starves.
+    #[arg(long, env = "BATON_PRIORITY_AGING_SECONDS", default_value = "30", value_parser = parse_positive)]
+    pub priority_aging_seconds: usize,
+
     /// Tokens guessed ahead of each sequence in a step, from what it holds already; 0 is off.
     /// Answers stay the same, those that repeat their prompt come faster.
     #[arg(long, env = "BATON_SPECULATIVE_TOKENS", default_value_t = 0)]
@@ -113,6 +131,23 @@ pub struct Settings {
     #[arg(long, env = "BATON_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
 }
+
+/// A LoRA adapter to serve from the start.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraModule {
+    /// The name that clients use in `model`.
+    pub name: String,
+    /// The folder.
+    pub path: String,
+    /// A name of the model that it is for.
+    #[serde(default)]
+    pub base_model_name: Option<String>,
+}
+
+/// What one value of `--lora-modules` names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraModules(Vec<LoraModule>);
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -173,10 +208,25 @@ pub enum Transport {
 }
 
 impl Settings {
-    /// The name that clients use.
-    pub fn model_name(&self) -> String {
+    /// The names that clients may use, each once, at least one; or what is wrong with them.
+    pub fn model_names(&self) -> Result<Vec<String>, String> {
         let from_file = || self.model.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-        self.served_model_name.clone().or_else(from_file).unwrap_or_default()
+        let given = self.served_model_name.iter().map(|name| name.trim().to_owned());
+        let mut names: Vec<String> = Vec::new();
+        for name in given.chain(from_file().filter(|_| self.served_model_name.is_empty())) {
+            if name.is_empty() {
+                return Err("--served-model-name holds an empty name".into());
+            }
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        if names.is_empty() { Err("--served-model-name is needed".into()) } else { Ok(names) }
+    }
+
+    /// The adapters to serve from the start.
+    pub fn lora_modules(&self) -> impl Iterator<Item = &LoraModule> {
+        self.lora_modules.iter().flat_map(|modules| &modules.0)
     }
 
     /// How much is guessed ahead, or what is wrong with it.
@@ -227,6 +277,21 @@ fn parse_bytes(text: &str) -> Result<usize, String> {
     count.checked_mul(unit).ok_or_else(|| format!("`{text}` is too much"))
 }
 
+fn parse_lora_modules(text: &str) -> Result<LoraModules, String> {
+    let text = text.trim();
+    let json = |error: serde_json::Error| error.to_string();
+    if text.starts_with('{') {
+        return serde_json::from_str(text).map(|module| LoraModules(vec![module])).map_err(json);
+    }
+    if text.starts_with('[') {
+        return serde_json::from_str(text).map(LoraModules).map_err(json);
+    }
+    let pair = text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty());
+    let (name, path) = pair.ok_or("give name=path, or JSON with `name` and `path`")?;
+    let (name, path) = (name.to_owned(), path.to_owned());
+    Ok(LoraModules(vec![LoraModule { name, path, base_model_name: None }]))
+}
+
 fn parse_positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "must be a whole number above 0".into())
 }
@@ -241,6 +306,37 @@ fn parse_block_size(text: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_and_adapters_come_in_the_forms_that_vllm_takes() {
+        let settings = |flags: &[&str]| {
+            let start = ["baton-worker", "--role", "unified", "--model", "a/b.gguf"];
+            Settings::try_parse_from(start.iter().chain(flags)).map_err(|error| error.to_string())
+        };
+        let names = |flags: &[&str]| settings(flags).unwrap().model_names();
+        assert_eq!(names(&[]).unwrap(), ["b"]);
+        assert_eq!(
+            names(&["--served-model-name", "x", "y", "--threads", "1"]).unwrap(),
+            ["x", "y"]
+        );
+        assert_eq!(names(&["--served-model-name", "x,y,x"]).unwrap(), ["x", "y"]);
+        assert!(names(&["--served-model-name", "x,,y"]).is_err());
+        let adapters = |flags: &[&str]| -> Vec<(String, String)> {
+            let settings = settings(flags).unwrap();
+            settings.lora_modules().map(|it| (it.name.clone(), it.path.clone())).collect()
+        };
+        let pair = |name: &str, path: &str| (name.to_owned(), path.to_owned());
+        assert_eq!(
+            adapters(&["--lora-modules", "a=/x/a", r#"{"name":"b","path":"/x/b=1, c"}"#]),
+            [pair("a", "/x/a"), pair("b", "/x/b=1, c")]
+        );
+        let list = r#"[{"name":"a","path":"/a"},{"name":"b","path":"/b","base_model_name":"x"}]"#;
+        assert_eq!(adapters(&["--lora-modules", list]), [pair("a", "/a"), pair("b", "/b")]);
+        for bad in ["a", "=/x", "a=", "{", r#"{"name":"a"}"#, r#"{"name":"a","path":"b","c":1}"#] {
+            let error = settings(&["--lora-modules", bad]).unwrap_err();
+            assert!(error.contains("--lora-modules"), "{bad}: {error}");
+        }
+    }
 
     #[test]
     fn sizes_have_units() {

@@ -1,14 +1,17 @@
 //! The worker: one engine, its role chosen at start.
 //!
-//! Data flows down: [`service`] takes gRPC calls, [`engine`] schedules and samples, [`model`]
-//! computes what a [`checkpoint`] holds, [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them
-//! share, [`transfer`] moves it between workers.
+//! Data flows down: [`service`] takes gRPC calls, [`engine`] schedules and samples, under a
+//! [`constraint`] where there is one, [`model`] computes what a [`checkpoint`] holds, with or without
+//! an adapter of [`lora`], [`kernels`] do the arithmetic. [`kv`] owns the cache that all of them share,
+//! [`transfer`] moves it between workers.
 
 pub mod checkpoint;
 pub mod config;
+pub mod constraint;
 pub mod engine;
 pub mod kernels;
 pub mod kv;
+pub mod lora;
 pub mod model;
 mod recycle;
 pub mod sampler;

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
-use baton_proto::v1::ModelCard;
+use baton_proto::v1::{LoadAdapterRequest, ModelCard};
 use baton_worker::checkpoint::LoadError;
 use baton_worker::config::Settings;
 use baton_worker::engine::{self, Engine};
 use baton_worker::kv::pool::KvPool;
+use baton_worker::lora::{self, AdapterError, Adapters};
 use baton_worker::model;
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Parts, WorkerService};
@@ -115,6 +116,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         max_waiting: settings.max_waiting,
         max_model_len: settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
         speculation,
+        priority_aging: Duration::from_secs(settings.priority_aging_seconds as u64),
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
     let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })
@@ -122,7 +124,11 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
             Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
         })?;
     let (role, instance_role) = settings.role.names();
-    let name = settings.model_name();
+    let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
+    let bounds = lora::Bounds { adapters: settings.max_loras, rank: settings.max_lora_rank };
+    let adapters = Adapters::new(config.clone(), names.clone(), bounds);
+    let adapters = load_adapters(settings, adapters, &names).await?;
+    let (name, aliases) = (names[0].clone(), names[1..].to_vec());
     let instance = daemon::new_record(instance_role, address, name.clone());
     let model = ModelCard {
         name,
@@ -133,15 +139,54 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         eos_token_ids: loaded.eos_token_ids,
         weights_digest: loaded.weights_digest,
         tokenizer_digest: String::new(),
+        aliases,
     };
     let parts = Parts {
         instance_id: instance.id.clone(),
         role,
         model,
         tokenizer: loaded.tokenizer,
+        adapters,
         transports: settings.transports.iter().map(|&transport| transport.into()).collect(),
         hold_lease: Duration::from_secs(settings.hold_lease),
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
+}
+
+/// Reads the adapters that the flags name.
+async fn load_adapters(
+    settings: &Settings,
+    adapters: Adapters,
+    names: &[String],
+) -> Result<Adapters, Failure> {
+    let mut requests = Vec::new();
+    for module in settings.lora_modules() {
+        if let Some(base) = module.base_model_name.as_ref().filter(|base| !names.contains(base)) {
+            let message =
+                format!("--lora-modules: `{}` is for `{base}`, not this model", module.name);
+            return Err(Failure::new(Exit::Config, message));
+        }
+        requests.push(LoadAdapterRequest {
+            name: module.name.clone(),
+            path: module.path.clone(),
+            ..LoadAdapterRequest::default()
+        });
+    }
+    let load = move || {
+        requests.iter().try_for_each(|request| adapters.load(request, true)).map(|()| adapters)
+    };
+    tokio::task::spawn_blocking(load)
+        .await
+        .map_err(|error| Failure::new(Exit::BadModel, error))?
+        .map_err(|error| {
+            let exit = match error {
+                AdapterError::Missing { .. } => Exit::NoModel,
+                AdapterError::Name { .. } | AdapterError::Exists(_) | AdapterError::Full(_) => {
+                    Exit::Config
+                }
+                _ => Exit::BadModel,
+            };
+            Failure::new(exit, format!("--lora-modules: {error}"))
+        })
 }

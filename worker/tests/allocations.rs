@@ -14,11 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::{KvDtype, SamplingParams};
+use baton_proto::v1::constraint::Kind;
+use baton_proto::v1::{Constraint, KvDtype, SamplingParams, TokenSequence};
+use baton_worker::constraint::{Compiled, Compiler};
 use baton_worker::engine::{Engine, Event, NewRequest, Purpose, RequestHandle, Settings};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{
-    Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
+    LoadedModel, Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
 };
 use baton_worker::scheduler::{Limits, Speculation};
 
@@ -104,9 +106,13 @@ const BATCH: usize = 4;
 const WARM: usize = 150;
 const COUNTED_TOKENS: usize = 300;
 
-fn engine(speculative: usize) -> Engine {
+fn small() -> LoadedModel {
     let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small/qwen3");
-    let model = Box::new(Marking(load(&small, 1, Precision::Sixteen).unwrap().model));
+    load(&small, 1, Precision::Sixteen).unwrap()
+}
+
+fn engine(speculative: usize) -> Engine {
+    let model = Box::new(Marking(small().model));
     let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 400).unwrap();
     let limits = Limits {
         block_size: 16,
@@ -116,18 +122,26 @@ fn engine(speculative: usize) -> Engine {
         max_waiting: 8,
         max_model_len: 1000,
         speculation: Speculation { tokens: speculative, ..Speculation::OFF },
+        priority_aging: Duration::from_secs(30),
     };
     Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new() }).unwrap()
 }
 
 /// Starts a batch, reads it past the warm-up, and counts.
-fn allocations(engine: &Engine, sampling: &SamplingParams) -> usize {
+fn allocations(
+    engine: &Engine,
+    sampling: &SamplingParams,
+    constraint: Option<&Arc<Compiled>>,
+) -> usize {
     let start = |prompt: Vec<u32>, max_tokens| {
         let request = NewRequest {
             prompt,
             output: Vec::new(),
             sampling: SamplingParams { max_tokens, ..sampling.clone() },
+            constraint: constraint.cloned(),
+            priority: 0,
             salt: String::new(),
+            adapter: None,
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
         };
@@ -177,14 +191,31 @@ fn steps_allocate_nothing() {
     let sampled = SamplingParams { temperature: 1.0, top_p: 0.9, seed: 3, ..greedy.clone() };
     let filtered = SamplingParams { top_k: 40, min_p: 0.01, ..sampled.clone() };
     let reported = SamplingParams { logprobs: Some(0), ..sampled.clone() };
+    let restricted = SamplingParams {
+        allowed_token_ids: (0..200).collect(),
+        bad_words: [vec![9], vec![8, 7], vec![6, 5, 4]]
+            .map(|token_ids| TokenSequence { token_ids })
+            .into(),
+        ..sampled.clone()
+    };
+    let LoadedModel { model, tokenizer, .. } = small();
+    let compiler = Compiler::new(&tokenizer, model.config().vocab, &[]);
+    let kind = Some(Kind::Regex("[a-zA-Z0-9 ]*".into()));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let letters = runtime.block_on(compiler.compile(&Constraint { kind })).unwrap();
     let plain = engine(0);
-    for (what, sampling) in
-        [("greedy", &greedy), ("top-p", &sampled), ("top-k", &filtered), ("logprobs", &reported)]
-    {
-        let count = allocations(&plain, sampling);
+    for (what, sampling, constraint) in [
+        ("greedy", &greedy, None),
+        ("top-p", &sampled, None),
+        ("top-k", &filtered, None),
+        ("logprobs", &reported, None),
+        ("allowed tokens and bad words", &restricted, None),
+        ("a constraint", &sampled, Some(&letters)),
+    ] {
+        let count = allocations(&plain, sampling, constraint);
         assert_eq!(count, 0, "{what}: in {COUNTED_TOKENS} steps of {BATCH} sequences");
     }
     // Each sequence's two tables double once or twice while it grows threefold, no more.
-    let count = allocations(&engine(4), &greedy);
+    let count = allocations(&engine(4), &greedy, None);
     assert!(count <= BATCH * 2 * 4, "greedy with drafts: {count}");
 }

@@ -46,7 +46,7 @@ fn feed(
 ) {
     let mut at = start;
     for tokens in tokens.chunks(chunk) {
-        let slice = SequenceSlice { start: at, tokens, blocks, logits: 1 };
+        let slice = SequenceSlice { start: at, tokens, blocks, logits: 1, adapter: None };
         model.model.forward(&[slice], kv, logits).unwrap();
         at += tokens.len();
     }
@@ -147,7 +147,13 @@ fn logits_do_not_depend_on_chunks_batch_or_blocks() {
     let batch: Vec<_> = prompts
         .iter()
         .zip(&tables)
-        .map(|(tokens, blocks)| SequenceSlice { start: 0, tokens, blocks, logits: 1 })
+        .map(|(tokens, blocks)| SequenceSlice {
+            start: 0,
+            tokens,
+            blocks,
+            logits: 1,
+            adapter: None,
+        })
         .collect();
     model.model.forward(&batch, &kv, &mut together).unwrap();
     for (i, prompt) in prompts.iter().enumerate() {

@@ -28,6 +28,7 @@ fn engine(tokens: usize, blocks: usize) -> Engine {
         max_waiting: 64,
         max_model_len: 120,
         speculation: Speculation { tokens, ngram_min: 1, ngram_max: 3 },
+        priority_aging: Duration::from_secs(30),
     };
     Engine::start(model, pool, Settings { limits, eos_token_ids: vec![7, 8] }).unwrap()
 }
@@ -111,7 +112,10 @@ fn request() -> impl Strategy<Value = NewRequest> {
                 prompt,
                 output,
                 sampling,
+                constraint: None,
+                priority: 0,
                 salt: String::new(),
+                adapter: None,
                 purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
             }
@@ -173,7 +177,10 @@ fn what_repeats_is_guessed_and_counted() {
         prompt: vec![1, 2, 3],
         output: Vec::new(),
         sampling,
+        constraint: None,
+        priority: 0,
         salt: String::new(),
+        adapter: None,
         purpose: Purpose::Generate { pull_from: None },
         deadline: Instant::now() + Duration::from_secs(60),
     };

@@ -2,6 +2,7 @@
 //!
 //! * [`Registration`]: keeps this process's [`InstanceRecord`] in etcd, whatever etcd does.
 //! * [`ClusterWatch`]: keeps a [`Membership`], the last view known, whatever etcd does.
+//! * [`AdapterStore`]: the LoRA adapters that the cluster serves.
 //! * [`daemon`]: the flags, logs, signals and exit codes that all daemons share.
 //!
 //! Neither is on the path of a request: when etcd is away, processes go on with the last view, and
@@ -10,13 +11,15 @@
 
 #![forbid(unsafe_code)]
 
+mod adapters;
 pub mod daemon;
 mod registration;
 mod settings;
 mod watch;
 
+pub use adapters::AdapterStore;
 pub use registration::{Registration, keep_alive};
 pub use settings::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
 pub use watch::{ClusterWatch, Membership};
 
-pub use baton_proto::{InstanceRecord, InstanceRole};
+pub use baton_proto::{AdapterRecord, InstanceRecord, InstanceRole};

@@ -18,7 +18,7 @@ pub enum OneOrMany {
     /// One.
     One(String),
     /// Several.
-    Many(#[schema(max_items = 256)] Vec<String>),
+    Many(Vec<String>),
 }
 
 /// What completions begin with.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::{FinishReason, PromptTokenLogprob, Token};
+use baton_proto::v1::{FinishReason, PromptTokenLogprob, Started, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
@@ -12,6 +12,7 @@ use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
 use crate::text::stop::{StopWatch, Watched};
 use crate::workers::Registry;
+use crate::workers::recent::Placement;
 
 /// Text settings of an answer.
 #[derive(Clone, Debug)]
@@ -70,6 +71,8 @@ pub struct Answer {
     /// Prompt tokens that were found in a prefix cache.
     cached: usize,
     times: Times,
+    /// Among the sequences that are remembered.
+    number: Option<u64>,
     done: bool,
 }
 
@@ -103,6 +106,7 @@ impl Answer {
             count: 0,
             cached: 0,
             times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
+            number: None,
             done: false,
         })
     }
@@ -136,6 +140,13 @@ impl Answer {
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card, job.prompt.len(), &started);
                     self.times.prefill = Duration::from_micros(started.prefill_us);
+                    let placement = self.placement(&started);
+                    self.number = Some(self.generation.registry.recent.started(placement));
+                }
+                Some(Update::Resumed(started)) => {
+                    if let Some(number) = self.number {
+                        self.generation.registry.recent.moved(number, self.placement(&started));
+                    }
                 }
                 Some(Update::PromptLogprobs(prompt)) => {
                     return Ok(Some(Delta { prompt, ..Delta::default() }));
@@ -153,6 +164,13 @@ impl Answer {
                 None => return Ok(Some(self.end("abort", serde_json::Value::Null))),
             }
         }
+    }
+
+    /// Where the sequence is computed, by what the worker says.
+    fn placement(&self, started: &Started) -> Placement {
+        let Generation { job, attempt, .. } = &self.generation;
+        let (worker, ttft) = (&attempt.ticket.worker, self.times.arrived.elapsed());
+        Placement::new(&job.request_id, &job.served, job.prompt.len(), worker, started, ttft)
     }
 
     fn token(&mut self, token: Token) -> Delta {

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
-    FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob, SamplingParams,
-    Started, Token,
+    AdapterRef, FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob,
+    SamplingParams, Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::{timeout, timeout_at};
@@ -80,11 +80,14 @@ impl Job {
     }
 }
 
-/// What happens to a sequence: `Started` first, then tokens, then one `Finished`.
+/// What happens to a sequence: `Started` first, then tokens, then one `Finished`. A `Resumed` may
+/// come between.
 #[derive(Debug)]
 pub enum Update {
     /// The prompt has been computed.
     Started(Started),
+    /// Another worker has computed prompt and tokens so far, and goes on.
+    Resumed(Started),
     /// Log-probabilities of some prompt tokens, in order.
     PromptLogprobs(Vec<PromptTokenLogprob>),
     /// A token was drawn.
@@ -195,10 +198,10 @@ impl Generation {
                     Some(Event::Started(started)) => {
                         self.attempt.ticket.answered();
                         self.attempt.prefill = None;
-                        if !std::mem::replace(&mut self.started, true) {
-                            return Ok(Some(Update::Started(started)));
-                        }
-                        continue;
+                        return Ok(Some(match std::mem::replace(&mut self.started, true) {
+                            false => Update::Started(started),
+                            true => Update::Resumed(started),
+                        }));
                     }
                     Some(Event::PromptLogprobs(prompt)) => {
                         // After a failure another worker begins again.
@@ -311,7 +314,11 @@ async fn open(
         let Some(ticket) = registry.choose_decode(&job.served, tokens, &job.hashes, &asked) else {
             return Err(match asked.len() > avoid.len() {
                 true => Failure::Full(full()),
-                false => Failure::Absent(nobody(&job.served.card.name)),
+                // Gone, or on its way to another worker.
+                false if registry.served(job.served.name()).is_none() => {
+                    Failure::Absent(ApiError::unknown_model(job.served.name()))
+                }
+                false => Failure::Absent(nobody(job.served.name())),
             });
         };
         // The decode worker knows what it has cached; here it is only guessed. So the peer is
@@ -342,6 +349,10 @@ async fn open(
                 as u64,
             cache_salt: job.salt.clone(),
             priority: job.priority,
+            adapter: job.served.adapter.as_ref().map(|adapter| AdapterRef {
+                name: adapter.name.clone(),
+                digest: adapter.digest.clone(),
+            }),
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
         let mut client = ticket.worker.client();
@@ -364,6 +375,15 @@ async fn open(
             // Not a failure: look for one with room.
             ticket.worker.mark_full();
             asked.push(ticket.worker.record.id.clone());
+            continue;
+        }
+        if status.code() == Code::NotFound
+            && let Some(adapter) = &job.served.adapter
+        {
+            // It was unloaded a moment ago.
+            ticket.worker.forget_adapter(&adapter.name);
+            asked.push(ticket.worker.record.id.clone());
+            avoid.push(ticket.worker.record.id.clone());
             continue;
         }
         return Err(judge(job, &ticket, status, avoid));

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use actix_web::web::{Bytes, Payload};
 use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
-use baton_proto::block_hashes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use serde_json::Value;
@@ -57,7 +56,7 @@ impl Intake {
             return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
         }
         let place = shared.load.enter()?;
-        let body = body::read(request, payload, &shared.limits).await?;
+        let body = body::read(request, payload, shared.limits.max_body_bytes).await?;
         let own_id = body.get("request_id").and_then(Value::as_str);
         let own_id = request_id::settle(request, own_id);
         Ok(Self { arrived, place, body, client: connection(request), own_id })
@@ -125,7 +124,8 @@ impl Order {
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
             let siblings = shared.metrics.siblings(&served.card, sampling.n);
-            let hashes: Arc<[_]> = block_hashes(&sampling.salt, prompt, served.block_size()).into();
+            let hashes: Arc<[_]> =
+                served.root(&sampling.salt).chain(prompt, served.block_size()).into();
             for index in 0..sampling.n {
                 jobs.push(Job {
                     served: served.clone(),

@@ -45,7 +45,7 @@ pub(super) async fn create(
     fields.check_max_tokens()?;
     let call = Call::read(&shared, &mut fields.to_chat()?).await?;
     let Envelope { id, model, .. } =
-        Envelope::new("chatcmpl", own_id.as_deref(), &call.served.card.name);
+        Envelope::new("chatcmpl", own_id.as_deref(), call.served.name());
     let order = call.order(shared.into_inner(), id.clone(), Budget::default(), arrived, place);
     let parser = call.reading.parser();
     let message = Message { id, model, parser, blocks: Blocks::default(), end: None };

@@ -4,6 +4,7 @@ mod around;
 mod body;
 mod call;
 mod chat;
+mod cluster;
 mod completions;
 mod connection;
 mod cors;
@@ -11,9 +12,11 @@ mod frames;
 mod generation;
 mod invocations;
 mod load;
+mod lora;
 mod messages;
 mod openapi;
 mod ops;
+mod page;
 mod request_id;
 mod routes;
 mod server_info;
@@ -34,6 +37,7 @@ use actix_web::{App, HttpRequest, HttpResponse, Resource, web};
 use rustls::ServerConfig;
 use serde_json::Value;
 
+use crate::adapters::Catalog;
 use crate::auth::Keys;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -49,6 +53,8 @@ pub use load::Load;
 pub struct Shared {
     /// The workers.
     pub registry: Arc<Registry>,
+    /// The LoRA adapters of the cluster.
+    pub adapters: Arc<Catalog>,
     /// The metrics.
     pub metrics: Arc<Metrics>,
     /// The keys.

@@ -1,14 +1,15 @@
 //! Routes for operators and probes.
 
+use std::collections::HashSet;
 use std::sync::atomic::Ordering::Relaxed;
 
 use actix_web::http::header::ContentType;
 use actix_web::{HttpResponse, web};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Shared;
 use crate::api::envelope::unix_seconds;
-use crate::api::schema::{Models, ServerLoad, Version};
+use crate::api::schema::{ModelCard, Models, ServerLoad, Version};
 use crate::error::ApiError;
 
 /// Says whether a request would be served.
@@ -81,38 +82,66 @@ pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, A
     responses((status = 200, description = "The models.", body = Models)),
 )]
 pub(super) async fn models(shared: web::Data<Shared>) -> HttpResponse {
+    let list = json!({"object": "list", "data": cards(&shared)});
+    HttpResponse::Ok().insert_header(ContentType::json()).json(list)
+}
+
+/// Shows one model, as OpenAI has it.
+#[utoipa::path(
+    get, path = "/v1/models/{name}", tag = "operation",
+    params(("name" = String, Path, description = "A name of the model; it may have slashes.")),
+    responses((status = 200, description = "The model.", body = ModelCard)),
+)]
+pub(super) async fn model(
+    shared: web::Data<Shared>,
+    name: web::Path<String>,
+) -> Result<HttpResponse, ApiError> {
+    let card = cards(&shared).into_iter().find(|card| card["id"] == **name);
+    let card = card.ok_or_else(|| ApiError::unknown_model(&name))?;
+    Ok(HttpResponse::Ok().insert_header(ContentType::json()).json(card))
+}
+
+/// A card for each name of each model, then for each adapter.
+fn cards(shared: &Shared) -> Vec<Value> {
     let created = unix_seconds();
-    let cards: Vec<_> = shared
-        .registry
-        .models()
-        .iter()
-        .map(|served| {
-            json!({
-                "id": served.card.name,
-                "object": "model",
-                "created": created,
-                "owned_by": "vllm",
-                "root": served.card.root,
-                "parent": null,
-                "max_model_len": served.card.max_model_len,
-                "permission": [{
-                    "id": format!("modelperm-{}", uuid::Uuid::new_v4().simple()),
-                    "object": "model_permission",
-                    "created": created,
-                    "allow_create_engine": false,
-                    "allow_sampling": true,
-                    "allow_logprobs": true,
-                    "allow_search_indices": false,
-                    "allow_view": true,
-                    "allow_fine_tuning": false,
-                    "organization": "*",
-                    "group": null,
-                    "is_blocking": false,
-                }],
-            })
-        })
-        .collect();
-    HttpResponse::Ok()
-        .insert_header(ContentType::json())
-        .json(json!({"object": "list", "data": cards}))
+    let mut cards = Vec::new();
+    for served in shared.registry.models() {
+        let names = std::iter::once(&served.card.name).chain(&served.card.aliases);
+        let (root, len) = (&served.card.root, Some(served.card.max_model_len));
+        cards.extend(names.map(|name| card(name, root, None, len, created)));
+    }
+    for served in shared.registry.adapters() {
+        let path = served.adapter.as_ref().map_or("", |adapter| &adapter.path);
+        cards.push(card(served.name(), path, Some(&served.card.name), None, created));
+    }
+    // Two models may share a name: whoever asks for it gets the first.
+    let mut seen = HashSet::new();
+    cards.retain(|card| seen.insert(card["id"].to_string()));
+    cards
+}
+
+fn card(name: &str, root: &str, parent: Option<&str>, len: Option<u32>, created: u64) -> Value {
+    json!({
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "root": root,
+        "parent": parent,
+        "max_model_len": len,
+        "permission": [{
+            "id": format!("modelperm-{}", uuid::Uuid::new_v4().simple()),
+            "object": "model_permission",
+            "created": created,
+            "allow_create_engine": false,
+            "allow_sampling": true,
+            "allow_logprobs": true,
+            "allow_search_indices": false,
+            "allow_view": true,
+            "allow_fine_tuning": false,
+            "organization": "*",
+            "group": null,
+            "is_blocking": false,
+        }],
+    })
 }

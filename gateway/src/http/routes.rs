@@ -6,14 +6,14 @@ use utoipa::OpenApi;
 use super::at;
 
 macro_rules! routes {
-    ($($path:literal: $($method:ident $module:ident::$handler:ident),+;)+) => {
+    ($($path:literal: $($($method:ident)|+ $module:ident::$handler:ident),+;)+) => {
         /// Every route's path and methods.
         pub(super) const ROUTES: &[(&str, &[&str])] =
-            &[$(($path, &[$(stringify!($method)),+])),+];
+            &[$(($path, &[$($(stringify!($method)),+),+])),+];
 
         /// Puts every route in place.
         pub(super) fn register(config: &mut ServiceConfig) {
-            $(config.service(at($path)$(.$method(super::$module::$handler))+);)+
+            $(config.service(at($path)$($(.$method(super::$module::$handler))+)+);)+
         }
 
         /// The operations, each as its handler's annotation describes it.
@@ -33,12 +33,18 @@ routes! {
     "/detokenize": post tokenize::detokenize;
     "/tokenizer_info": get tokenize::info;
     "/v1/models": get ops::models;
+    // Names may have slashes.
+    "/v1/models/{name:.+}": get ops::model;
+    "/v1/load_lora_adapter": post lora::load;
+    "/v1/unload_lora_adapter": post lora::unload;
     "/health": get ops::health;
-    "/ping": get ops::ping, post ops::ping;
+    "/ping": get|post ops::ping;
     "/version": get ops::version;
     "/load": get ops::load;
     "/metrics": get ops::metrics;
     "/server_info": get server_info::show;
+    "/cluster": get cluster::show;
+    "/": get|head page::show;
     "/openapi.json": get openapi::json;
     "/docs": get openapi::index;
     "/docs/{file}": get openapi::page;

@@ -5,9 +5,11 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use baton_membership::InstanceRecord;
-use baton_proto::v1::{DescribeRequest, FetchTokenizerRequest, WatchStatusRequest};
+use baton_proto::v1::{
+    DescribeRequest, FetchTokenizerRequest, ListAdaptersRequest, WatchStatusRequest,
+};
 use baton_proto::{TokenizerBundle, endpoint};
 use parking_lot::Mutex;
 use thread_local::ThreadLocal;
@@ -16,6 +18,7 @@ use tokio::task::AbortHandle;
 use tonic::Status;
 use tracing::{debug, warn};
 
+use super::adapters::Loaded;
 use super::{Registry, Served, Worker};
 use crate::routing::prefix_index::PrefixIndex;
 use crate::text::TextModel;
@@ -59,6 +62,7 @@ pub(super) fn start(
         channels: ThreadLocal::new(),
         control,
         served: ArcSwapOption::empty(),
+        adapters: ArcSwap::from_pointee(Loaded::default()),
         status: ArcSwapOption::empty(),
         alive: AtomicBool::new(false),
         listed: AtomicBool::new(true),
@@ -106,6 +110,11 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
             () = worker.suspect.notified() => return Err(Status::unavailable("a request failed")),
         };
         let Some(status) = status else { return Ok(()) };
+        if worker.adapters.load().version() != Some(status.adapters_version) {
+            let list = within(worker.control().list_adapters(ListAdaptersRequest {})).await?;
+            worker.set_adapters(&served, list.into_inner());
+            registry.adapters_changed.notify_one();
+        }
         let mut prefixes = worker.prefixes.lock();
         if prefixes.is_none() {
             let blocks = usize::try_from(status.kv_blocks_total).unwrap_or(DEFAULT_PREFIXES);
@@ -137,7 +146,7 @@ async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
             text
         }
     };
-    Ok(Served { description, card, text })
+    Ok(Served { description, card, text, adapter: None })
 }
 
 async fn fetch_text(worker: &Worker) -> Result<TextModel, Status> {

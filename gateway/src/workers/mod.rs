@@ -1,11 +1,15 @@
 //! The workers as this gateway sees them.
 //!
 //! * [`Registry`]: all workers, by instance; what models they serve.
+//! * `adapters`: the LoRA adapters of each worker.
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+//! * [`recent`]: where the last sequences were computed.
 
+mod adapters;
 mod connection;
+pub mod recent;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
@@ -13,10 +17,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership};
 use baton_proto::v1::worker_client::WorkerClient;
-use baton_proto::v1::{ModelCard, WorkerDescription, WorkerStatus};
+use baton_proto::v1::{Adapter, ModelCard, WorkerDescription, WorkerStatus};
 use baton_proto::{BlockHash, MAX_MESSAGE_BYTES};
 use parking_lot::{Mutex, RwLock};
 use thread_local::ThreadLocal;
@@ -28,6 +32,8 @@ use tracing::info;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::{Candidate, choose};
 use crate::text::TextModel;
+use adapters::Loaded;
+use recent::Recent;
 
 /// How long a worker that refused for want of room is passed over.
 const FULL_FOR: Duration = Duration::from_millis(250);
@@ -45,6 +51,8 @@ pub struct Worker {
     control: Channel,
     /// What it serves; known once it has answered.
     served: ArcSwapOption<Served>,
+    /// What else it serves: the model with each of its adapters.
+    adapters: ArcSwap<Loaded>,
     /// Its last status.
     status: ArcSwapOption<WorkerStatus>,
     /// Whether the status stream flows.
@@ -69,6 +77,8 @@ pub struct Served {
     pub card: ModelCard,
     /// The model's tokenizer and template, shared by all workers that have the same.
     pub text: Arc<TextModel>,
+    /// The adapter that the model is run with.
+    pub adapter: Option<Adapter>,
 }
 
 impl Worker {
@@ -161,6 +171,10 @@ pub struct Registry {
     tasks: Mutex<HashMap<String, AbortHandle>>,
     texts: Mutex<HashMap<String, Weak<TextModel>>>,
     etcd_connected: AtomicBool,
+    /// Where the last sequences were computed.
+    pub recent: Recent,
+    /// Woken when a worker joins or its adapters change.
+    pub adapters_changed: Notify,
 }
 
 impl Registry {
@@ -171,6 +185,8 @@ impl Registry {
             tasks: Mutex::default(),
             texts: Mutex::default(),
             etcd_connected: AtomicBool::new(true),
+            recent: Recent::default(),
+            adapters_changed: Notify::new(),
         });
         let follower = registry.clone();
         let mut view = watch.subscribe();
@@ -198,20 +214,24 @@ impl Registry {
         self.workers.read().values().cloned().collect()
     }
 
-    /// What serves `model`; with an empty name, whatever was there first.
+    /// What serves `model`, which is a name of a model or of an adapter; with an empty name,
+    /// whatever was there first.
     pub fn served(&self, model: &str) -> Option<Arc<Served>> {
-        let mut found: Vec<_> = self
-            .workers()
-            .iter()
-            .filter(|worker| worker.record.role.generates())
-            .filter_map(|worker| {
-                let served = worker.served()?;
-                let wanted = model.is_empty() || served.card.name == model;
-                wanted.then_some((!worker.alive(), worker.record.started_ms, served))
-            })
-            .collect();
-        found.sort_by_key(|(down, started, _)| (*down, *started));
-        found.into_iter().next().map(|(_, _, served)| served)
+        self.find(|worker| {
+            worker.served().filter(|served| model.is_empty() || served.answers_to(model))
+        })
+        .or_else(|| self.find(|worker| worker.with_adapter(model)))
+    }
+
+    /// What a worker that generates has to offer: of one that answers, if there is one, and of the
+    /// one that was there first.
+    fn find(&self, offer: impl Fn(&Worker) -> Option<Arc<Served>>) -> Option<Arc<Served>> {
+        let workers = self.workers();
+        let generating = workers.iter().filter(|worker| worker.record.role.generates());
+        generating
+            .filter_map(|worker| Some((!worker.alive(), worker.record.started_ms, offer(worker)?)))
+            .min_by_key(|(down, started, _)| (*down, *started))
+            .map(|(_, _, served)| served)
     }
 
     /// One of each model that can be asked, by name.
@@ -249,6 +269,13 @@ impl Registry {
         Some(ticket)
     }
 
+    /// The workers of a model that answer, of every role.
+    pub fn of_model(&self, served: &Served) -> Vec<Arc<Worker>> {
+        let mut workers = self.workers();
+        workers.retain(|worker| worker.alive() && worker.serves(served));
+        workers
+    }
+
     /// Chooses the worker that computes a prompt for another.
     pub fn choose_prefill(&self, served: &Served, prompt_tokens: usize) -> Option<Ticket> {
         self.choose(served, prompt_tokens, &[], |worker| {
@@ -267,7 +294,7 @@ impl Registry {
             .workers()
             .into_iter()
             .filter(|worker| worker.alive() && eligible(worker))
-            .filter(|worker| worker.served.load().as_ref().is_some_and(|it| it.equals(served)))
+            .filter(|worker| worker.serves(served))
             .collect();
         let block_size = served.block_size();
         let candidates: Vec<Candidate> =
@@ -324,6 +351,22 @@ impl Registry {
 }
 
 impl Served {
+    /// The name in replies: the adapter's, or the model's first.
+    pub fn name(&self) -> &str {
+        self.adapter.as_ref().map_or(&self.card.name, |adapter| &adapter.name)
+    }
+
+    /// Whether the model has this name.
+    fn answers_to(&self, name: &str) -> bool {
+        self.card.name == name || self.card.aliases.iter().any(|alias| alias == name)
+    }
+
+    /// Where the addresses of its KV blocks start, under a salt.
+    pub fn root(&self, salt: &str) -> BlockHash {
+        let root = BlockHash::root(salt);
+        self.adapter.as_ref().map_or(root, |adapter| root.with_adapter(&adapter.digest))
+    }
+
     /// Whether an answer may go on there: the same name, weights and tokenizer.
     fn equals(&self, other: &Self) -> bool {
         let (one, two) = (&self.card, &other.card);
@@ -335,5 +378,16 @@ impl Served {
     /// Tokens in a KV block.
     pub fn block_size(&self) -> usize {
         self.description.kv_layout.as_ref().map_or(16, |layout| layout.block_size.max(1) as usize)
+    }
+
+    /// Size of the KV blocks that hold this many tokens, in bytes.
+    pub fn kv_bytes(&self, tokens: u32) -> u64 {
+        let blocks = (tokens as usize).div_ceil(self.block_size()) as u64;
+        blocks * self.block_bytes()
+    }
+
+    /// Size of a KV block over all layers, in bytes; 0 when the worker does not say.
+    pub fn block_bytes(&self) -> u64 {
+        self.description.kv_layout.as_ref().map_or(0, |layout| layout.block_bytes)
     }
 }

@@ -13,8 +13,9 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
-    DescribeRequest, FetchTokenizerRequest, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    ModelChunk, PrefillEvent, PrefillRequest, Started, Token, Tokens, WatchStatusRequest,
+    AdapterList, DescribeRequest, FetchTokenizerRequest, FinishReason, Finished, GenerateEvent,
+    GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PrefillEvent,
+    PrefillRequest, Started, Token, Tokens, UnloadAdapterRequest, WatchStatusRequest,
     WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
@@ -133,6 +134,27 @@ impl Worker for NullWorker {
         _request: Request<PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
         Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn load_adapter(
+        &self,
+        _request: Request<LoadAdapterRequest>,
+    ) -> Result<Response<AdapterList>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn unload_adapter(
+        &self,
+        _request: Request<UnloadAdapterRequest>,
+    ) -> Result<Response<AdapterList>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn list_adapters(
+        &self,
+        _request: Request<ListAdaptersRequest>,
+    ) -> Result<Response<AdapterList>, Status> {
+        Ok(Response::new(AdapterList::default()))
     }
 
     async fn watch_status(

@@ -14,12 +14,14 @@ mod run;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::{SamplingParams, Token, WorkerStatus};
+use baton_proto::v1::{PromptTokenLogprob, SamplingParams, Token, WorkerStatus};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
+use crate::constraint::Compiled;
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 use crate::model::Model;
 use crate::scheduler::{Limits, Refusal, SequenceId};
 use inbox::{Command, Inbox};
@@ -33,8 +35,14 @@ pub struct NewRequest {
     pub output: Vec<u32>,
     /// How to draw tokens.
     pub sampling: SamplingParams,
+    /// `sampling.constraint`, compiled.
+    pub constraint: Option<Arc<Compiled>>,
+    /// Lower is sooner.
+    pub priority: i32,
     /// Requests share cached blocks only when their salts are equal.
     pub salt: String,
+    /// What to compute with, beside the model's own weights.
+    pub adapter: Option<Arc<Adapter>>,
     /// What is wanted.
     pub purpose: Purpose,
     /// When to give up.
@@ -55,7 +63,8 @@ pub enum Purpose {
     Prefill,
 }
 
-/// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `Token`s, `Finished`.
+/// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `Prompt`s, `Token`s,
+/// `Finished`.
 #[derive(Debug)]
 pub enum Event {
     /// It has its blocks.
@@ -74,6 +83,8 @@ pub enum Event {
         /// The blocks, and the generation of each.
         blocks: Vec<(BlockId, u64)>,
     },
+    /// The next prompt tokens and how likely they were, from the second on.
+    Prompt(Vec<PromptTokenLogprob>),
     /// A token was drawn.
     Token(Token),
     /// It is over.
@@ -150,16 +161,29 @@ impl Engine {
         let tokens = request.prompt.iter().chain(&request.output);
         let stops = &request.sampling.stop_token_ids;
         let biased = request.sampling.logit_bias.keys();
-        if let Some(&id) = tokens.chain(stops).chain(biased).find(|id| **id as usize >= self.vocab)
-        {
+        let allowed = &request.sampling.allowed_token_ids;
+        let bad = request.sampling.bad_words.iter().flat_map(|word| &word.token_ids);
+        let mut named = tokens.chain(stops).chain(biased).chain(allowed).chain(bad);
+        if let Some(&id) = named.find(|id| **id as usize >= self.vocab) {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.vocab });
+        }
+        if request.sampling.bad_words.iter().any(|word| word.token_ids.is_empty()) {
+            return Err(SubmitError::EmptyBadWord);
+        }
+        let scored = scored(&request);
+        if let Some(count) = request.sampling.prompt_logprobs
+            && scored.saturating_mul(count.min(self.vocab as u32) as usize + 1)
+                > MAX_PROMPT_LOGPROBS
+        {
+            return Err(SubmitError::PromptLogprobs { tokens: scored, count });
         }
         let done = request.output.len();
         let new = most_new(&request.sampling, done, request.purpose);
         let len = request.prompt.len() + done;
         self.limits.check_fits(len, new)?;
         // Room for every event there can be: one for each token, and a few more.
-        let most = new.min(self.limits.max_model_len - len) + len / self.limits.block_size + 8;
+        let most =
+            new.min(self.limits.max_model_len - len) + len / self.limits.block_size + scored + 8;
         let (sender, events) = mpsc::channel(most);
         let id = self.inbox.add(request, sender)?;
         Ok(RequestHandle { id, events, inbox: self.inbox.clone() })
@@ -177,6 +201,18 @@ impl Engine {
         if let Some(thread) = self.thread.lock().take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Alternatives of prompt tokens that one request may ask for, in all: some 200 MB as they wait for
+/// a slow reader.
+const MAX_PROMPT_LOGPROBS: usize = 1 << 24;
+
+/// The positions of a request's prompt whose logits are wanted.
+fn scored(request: &NewRequest) -> usize {
+    match (request.purpose, request.sampling.prompt_logprobs) {
+        (Purpose::Generate { .. }, Some(_)) => request.prompt.len().saturating_sub(1),
+        _ => 0,
     }
 }
 
@@ -207,6 +243,20 @@ pub enum SubmitError {
         id: u32,
         /// How many there are.
         vocab: usize,
+    },
+    /// A bad word that would forbid nothing.
+    #[error("an entry of `bad_words` has no tokens")]
+    EmptyBadWord,
+    /// More of `prompt_logprobs` than is kept in memory.
+    #[error(
+        "`prompt_logprobs` of {count} for {tokens} tokens are more than {MAX_PROMPT_LOGPROBS} in \
+         all; ask for fewer or send a shorter prompt"
+    )]
+    PromptLogprobs {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// What is asked for each.
+        count: u32,
     },
 }
 

@@ -5,17 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_proto::BlockHash;
 use baton_proto::v1::{Token, WorkerStatus};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::{error, warn};
 
 use super::inbox::{Command, Inbox};
-use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new};
+use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new, scored};
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
 use crate::recycle::recycle;
-use crate::sampler::{Sampler, Scratch};
+use crate::sampler::{Draw, Sampler, Scratch, score};
 use crate::scheduler::{Limits, NewSequence, Plan, Scheduler, SequenceId, Slice};
 
 /// The longest sleep: deadlines are looked at this often when nothing else happens.
@@ -26,6 +28,7 @@ struct Active {
     events: mpsc::Sender<Event>,
     sampler: Sampler,
     purpose: Purpose,
+    adapter: Option<Arc<Adapter>>,
     arrived: Instant,
     deadline: Instant,
     /// [`Purpose::Prefill`]: leading blocks announced as complete.
@@ -41,6 +44,8 @@ pub(super) struct Running {
     status: Arc<Mutex<WorkerStatus>>,
     scheduler: Scheduler,
     requests: HashMap<SequenceId, Active>,
+    /// From when arrivals are counted.
+    start: Instant,
     prompt_tokens: u64,
     generation_tokens: u64,
     logits: Vec<f32>,
@@ -68,6 +73,7 @@ impl Running {
             status: status.clone(),
             scheduler: Scheduler::new(limits),
             requests: HashMap::new(),
+            start: Instant::now(),
             prompt_tokens: 0,
             generation_tokens: 0,
             logits: Vec::new(),
@@ -138,18 +144,49 @@ impl Running {
         events: mpsc::Sender<Event>,
         arrived: Instant,
     ) {
-        let NewRequest { prompt, output, sampling, salt, purpose, deadline } = request;
+        let scored = scored(&request);
+        let NewRequest {
+            prompt,
+            output,
+            sampling,
+            salt,
+            adapter,
+            purpose,
+            deadline,
+            constraint,
+            priority,
+        } = request;
+        let root = BlockHash::root(&salt);
+        let root = adapter.as_ref().map_or(root, |adapter| root.with_adapter(adapter.digest()));
         let new = most_new(&sampling, output.len(), purpose);
-        let sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
+        let mut sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
+        // Every next token of a constrained sequence would have to be waited for: nothing is
+        // guessed ahead of it.
+        let drafts = constraint.is_none();
+        if let Some(constraint) = constraint {
+            sampler.constrain(constraint.session(&output));
+        }
         let mut tokens = prompt;
         tokens.extend(&output);
         let (pull_from, hold) = match purpose {
-            Purpose::Generate { pull_from } => (pull_from, false),
+            Purpose::Generate { pull_from } => (pull_from.filter(|_| scored == 0), false),
             Purpose::Prefill => (None, true),
         };
         let longest = tokens.len().saturating_add(new).min(self.limits.max_model_len);
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
-        let active = Active { events, sampler, purpose, arrived, deadline, announced: 0 };
+        let arrived_at = arrived.saturating_duration_since(self.start);
+        self.scheduler.add(NewSequence {
+            id,
+            tokens,
+            root,
+            pull_from,
+            hold,
+            longest,
+            priority,
+            arrived: arrived_at,
+            scored,
+            drafts,
+        });
+        let active = Active { events, sampler, purpose, adapter, arrived, deadline, announced: 0 };
         self.requests.insert(id, active);
     }
 
@@ -214,18 +251,20 @@ impl Running {
 
     /// Computes a plan. True when it was interrupted: then nothing has changed.
     fn step(&mut self, plan: &Plan) -> bool {
-        let scheduler = &self.scheduler;
+        let (scheduler, requests) = (&self.scheduler, &self.requests);
         let mut drafts = &plan.drafts[..];
         let mut batch: Vec<SequenceSlice<'_>> = recycle(std::mem::take(&mut self.batch));
         batch.extend(plan.slices.iter().filter_map(|slice| {
             let drafted = take_drafts(&mut drafts, slice);
             let sequence = scheduler.get(slice.id)?;
+            let adapter = requests.get(&slice.id).and_then(|active| active.adapter.as_deref());
             let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
             Some(SequenceSlice {
                 start: slice.start,
                 tokens: drafted.unwrap_or_else(own),
                 blocks: sequence.blocks(),
                 logits: slice.logits,
+                adapter,
             })
         }));
         let (model, logits) = (&mut self.model, &mut self.logits);
@@ -251,6 +290,7 @@ impl Running {
         for slice in &plan.slices {
             let own = rows.split_off_mut(..slice.logits * vocab).unwrap_or_default();
             match take_drafts(&mut drafts, slice) {
+                None if slice.scored > 0 => self.score(slice, own.chunks_exact(vocab)),
                 None if slice.logits == 0 => self.announce_blocks(slice.id, false),
                 None => self.after(slice, own),
                 Some(tokens) => self.verify(slice.id, own.chunks_exact_mut(vocab), &tokens[1..]),
@@ -263,8 +303,9 @@ impl Running {
     /// Goes on with one sequence after the last of its tokens was computed.
     fn after(&mut self, slice: &Slice, logits: &mut [f32]) {
         let Some(active) = self.requests.get_mut(&slice.id) else { return };
-        let token = active.sampler.draw(logits, &mut self.scratch);
-        match active.purpose {
+        let purpose = active.purpose;
+        let Some(token) = self.draw(slice.id, logits) else { return };
+        match purpose {
             Purpose::Generate { .. } => {
                 self.accept(slice.id, token);
             }
@@ -278,6 +319,30 @@ impl Running {
         }
     }
 
+    /// Draws a sequence's next token, or ends it where there is none.
+    fn draw(&mut self, id: SequenceId, logits: &mut [f32]) -> Option<Token> {
+        let active = self.requests.get_mut(&id)?;
+        match active.sampler.draw(logits, &mut self.scratch) {
+            Draw::Token(token) => return Some(token),
+            Draw::Over => self.end(id, Finish::Stop(None)),
+            Draw::Stuck(reason) => self.end(id, Finish::Failed(reason)),
+        }
+        None
+    }
+
+    /// Gives out how likely the prompt's tokens after these positions were.
+    fn score<'a>(&mut self, slice: &Slice, rows: impl Iterator<Item = &'a [f32]>) {
+        let Some(active) = self.requests.get(&slice.id) else { return };
+        let Some(sequence) = self.scheduler.get(slice.id) else { return };
+        let count = active.sampler.params().prompt_logprobs.unwrap_or(0) as usize;
+        let end = slice.start + slice.len;
+        let tokens = &sequence.tokens()[end - slice.scored + 1..=end];
+        let scratch = &mut self.scratch;
+        let scores = rows.zip(tokens).map(|(row, &token)| score(row, token, count, scratch));
+        let scores = scores.collect();
+        self.send(slice.id, Event::Prompt(scores));
+    }
+
     /// Draws tokens for as long as they are those that were drafted, so that they are the same as
     /// without drafts: each is drawn from the logits after all tokens before it.
     fn verify<'a>(
@@ -288,8 +353,7 @@ impl Running {
     ) {
         let mut accepted = 0;
         for (i, row) in rows.enumerate() {
-            let Some(active) = self.requests.get_mut(&id) else { break };
-            let token = active.sampler.draw(row, &mut self.scratch);
+            let Some(token) = self.draw(id, row) else { break };
             let right = drafts.get(i) == Some(&token.id);
             accepted += usize::from(right);
             if !self.accept(id, token) || !right {
@@ -306,8 +370,7 @@ impl Running {
         let Some(active) = self.requests.get(&id) else { return false };
         let sampler = &active.sampler;
         let positions = self.scheduler.get(id).map_or(0, |sequence| sequence.tokens().len()) + 1;
-        let finish = if sampler.ends_with(token_id) && sampler.drawn() > sampler.params().min_tokens
-        {
+        let finish = if sampler.ends_with(token_id) {
             let stops = &sampler.params().stop_token_ids;
             Some(Finish::Stop(stops.contains(&token_id).then_some(token_id)))
         } else if sampler.drawn() >= sampler.params().max_tokens
@@ -361,6 +424,8 @@ impl Running {
         status.spec_decode_drafts = stats.drafts;
         status.spec_decode_draft_tokens = stats.draft_tokens;
         status.spec_decode_accepted_tokens = stats.accepted_tokens;
+        status.constrained_tokens = self.scratch.constrained;
+        status.constraint_wait_us = self.scratch.waited.as_micros() as u64;
     }
 }
 

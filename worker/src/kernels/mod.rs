@@ -8,6 +8,7 @@
 //! * [`packed`]: quantized weights, repacked for integer products.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
+//! * [`low_rank`]: `y += (x Aᵀ) Bᵀ` for the rows of each LoRA adapter.
 //! * [`page`]: how keys and values lie in a KV block.
 //! * [`attention`]: softmax attention that walks those pages.
 //! * [`rope`]: rotary position embedding.
@@ -36,6 +37,7 @@ mod float;
 mod integer;
 pub mod lanes;
 pub mod linear;
+pub mod low_rank;
 mod packed;
 pub mod page;
 pub mod pool;

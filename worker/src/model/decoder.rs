@@ -16,10 +16,12 @@ use crate::kernels::attention::{self, Queries};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{add_to, gated, rms_norm, rms_norm_in_place};
 use crate::kernels::linear::multiply;
+use crate::kernels::low_rank::{self, Groups};
 use crate::kernels::page::{self, Shape};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::Rope;
 use crate::kv::pool::KvPool;
+use crate::lora::{Adapter, Module};
 use crate::recycle::recycle;
 
 /// A model and what else its file tells.
@@ -100,6 +102,10 @@ struct Scratch {
     places: Vec<(u32, u32)>,
     /// Rows whose logits are wanted.
     wanted: Vec<usize>,
+    /// The step's adapters, each once; empty between steps.
+    adapters: Vec<&'static Adapter>,
+    /// Which rows they are for.
+    groups: Groups,
     attention: attention::Scratch,
 }
 
@@ -177,6 +183,8 @@ impl Model for Decoder {
             queries: spare,
             places,
             wanted,
+            adapters: spare_adapters,
+            groups,
             attention: buffers,
         } = scratch;
         x.resize(rows * hidden, 0.0);
@@ -209,6 +217,19 @@ impl Model for Decoder {
         for (i, q) in queries.iter().enumerate() {
             places.extend((q.start..q.start + q.count).map(|at| (i as u32, at as u32)));
         }
+        let mut adapters: Vec<&Adapter> = recycle(std::mem::take(spare_adapters));
+        groups.clear();
+        for slice in batch {
+            let owner = slice.adapter.map(|adapter| {
+                let known = adapters.iter().position(|known| std::ptr::eq(*known, adapter));
+                known.unwrap_or_else(|| {
+                    adapters.push(adapter);
+                    adapters.len() - 1
+                })
+            });
+            groups.push(owner, slice.tokens.len());
+        }
+        groups.arrange(adapters.len());
         let positions = queries.iter().map(|q| q.start + q.count).max().unwrap_or(0);
         rope.reach(positions);
         if let Some(rope) = window_rope {
@@ -224,6 +245,11 @@ impl Model for Decoder {
         for (i, layer) in weights.layers.iter().enumerate() {
             let window = config.window_of(i);
             let rope = window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(rope);
+            // What the rows' adapters add to the products of some modules.
+            let of = |modules: &'static [Module]| {
+                let adapters = &adapters;
+                move |adapter: usize, at: usize| adapters[adapter].update(i, modules[at])
+            };
             go_on()?;
             input.fill(isa, threads, rows, hidden, |row, out| {
                 rms_norm(isa, &x[row * hidden..][..hidden], &layer.attention_norm, eps, out);
@@ -234,6 +260,9 @@ impl Model for Decoder {
                 layer.value.weight.set(value),
             ];
             multiply(isa, threads, input, products);
+            let results = [(&mut query[..], q_width), (key, kv_width), (value, kv_width)];
+            let modules = of(&[Module::Query, Module::Key, Module::Value]);
+            low_rank::add(isa, threads, input, groups, modules, results);
             if let Some(bias) = &layer.value.bias {
                 value.chunks_exact_mut(kv_width).for_each(|value| add_to(value, bias));
             }
@@ -265,10 +294,15 @@ impl Model for Decoder {
                         add_to(x, branch);
                     });
                 };
+            let modules = of(&[Module::Output]);
             match &layer.post_attention_norm {
-                None => multiply(isa, threads, input, [layer.output.add_to(x)]),
+                None => {
+                    multiply(isa, threads, input, [layer.output.add_to(x)]);
+                    low_rank::add(isa, threads, input, groups, modules, [(x, hidden)]);
+                }
                 Some(norm) => {
                     multiply(isa, threads, input, [layer.output.set(branch)]);
+                    low_rank::add(isa, threads, input, groups, modules, [(branch, hidden)]);
                     join(threads, x, branch, norm);
                 }
             }
@@ -277,15 +311,23 @@ impl Model for Decoder {
             });
             go_on()?;
             multiply(isa, threads, input, [layer.gate.set(gate), layer.up.set(up)]);
+            let (modules, results) =
+                (of(&[Module::Gate, Module::Up]), [(&mut gate[..], ffn), (up, ffn)]);
+            low_rank::add(isa, threads, input, groups, modules, results);
             go_on()?;
             input.fill(isa, threads, rows, ffn, |row, out| {
                 let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
                 gated(isa, config.activation, gate, up, out);
             });
+            let modules = of(&[Module::Down]);
             match &layer.post_ffn_norm {
-                None => multiply(isa, threads, input, [layer.down.add_to(x)]),
+                None => {
+                    multiply(isa, threads, input, [layer.down.add_to(x)]);
+                    low_rank::add(isa, threads, input, groups, modules, [(x, hidden)]);
+                }
                 Some(norm) => {
                     multiply(isa, threads, input, [layer.down.set(branch)]);
+                    low_rank::add(isa, threads, input, groups, modules, [(branch, hidden)]);
                     join(threads, x, branch, norm);
                 }
             }
@@ -298,6 +340,7 @@ impl Model for Decoder {
             wanted.extend(end - slice.logits..end);
         }
         *spare = recycle(queries);
+        *spare_adapters = recycle(adapters);
         input.fill(isa, threads, wanted.len(), hidden, |row, out| {
             let x = &x[wanted[row] * hidden..][..hidden];
             rms_norm(isa, x, &weights.norm, eps, out);

@@ -17,6 +17,7 @@ use std::sync::atomic::AtomicBool;
 
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
+use crate::lora::Adapter;
 
 /// The new tokens of one sequence in one step.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +31,8 @@ pub struct SequenceSlice<'a> {
     pub blocks: &'a [BlockId],
     /// Of how many of the last tokens the logits are wanted.
     pub logits: usize,
+    /// What the sequence is computed with, beside the model's own weights.
+    pub adapter: Option<&'a Adapter>,
 }
 
 /// A failed step. The engine fails the step's requests and goes on.

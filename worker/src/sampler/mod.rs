@@ -1,7 +1,7 @@
 //! Draws the next token from a row of logits.
 //!
-//! The order is vLLM's: penalties and bias, temperature, min-p, top-k, top-p, draw. The draw for
-//! output token *i* depends on `(seed, i)` alone, so a request that is resumed, preempted or handed
+//! The order is vLLM's: penalties and bias, forbidden tokens, temperature, min-p, top-k, top-p,
+//! draw. The draw for output token *i* depends on `(seed, i)` alone, so a request that is resumed, preempted or handed
 //! over draws what it would have drawn. The vocabulary is never sorted: top-k and top-p work on the
 //! candidates that a selection or a threshold leaves.
 
@@ -9,8 +9,11 @@
 mod tests;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use baton_proto::v1::{SamplingParams, Token, TokenLogprob};
+use baton_proto::v1::{PromptTokenLogprob, SamplingParams, Token, TokenLogprob};
+
+use crate::constraint::{Session, State};
 
 /// Memory that draws work in; any sampler may use it. Grown to the vocabulary and kept.
 #[derive(Default)]
@@ -21,6 +24,21 @@ pub struct Scratch {
     raw: Vec<f32>,
     /// Tokens, to be put in order.
     order: Vec<u32>,
+    /// Draws under a constraint.
+    pub constrained: u64,
+    /// Time that they stood still until what may follow was known.
+    pub waited: Duration,
+}
+
+/// What comes of a draw.
+#[derive(Debug)]
+pub enum Draw {
+    /// The next token.
+    Token(Token),
+    /// The constraint is fulfilled, nothing can follow, and the model has no token that says so.
+    Over,
+    /// There is no token that may come, for this reason.
+    Stuck(String),
 }
 
 /// How one sequence is sampled: its parameters and what the penalties must remember.
@@ -28,6 +46,14 @@ pub struct Sampler {
     params: SamplingParams,
     /// Tokens that end the sequence; kept off until `min_tokens`.
     ends: Vec<u32>,
+    /// The model's own among them, those of `ignore_eos` included.
+    eos: Vec<u32>,
+    /// The tokens of `allowed_token_ids`, a bit for each. Empty when all are allowed.
+    allowed: Vec<u32>,
+    /// The last output tokens, as many as the longest of `bad_words` looks back.
+    tail: Vec<u32>,
+    look_back: usize,
+    constraint: Option<Session>,
     /// Prompt tokens, once each: for the repetition penalty. Empty when that is off.
     prompt: Vec<u32>,
     /// Output tokens and how often. Empty when no penalty is on.
@@ -40,8 +66,20 @@ impl Sampler {
     pub fn new(params: SamplingParams, eos: &[u32], prompt: &[u32], output: &[u32]) -> Self {
         let mut ends = params.stop_token_ids.clone();
         ends.extend(eos.iter().filter(|_| !params.ignore_eos));
-        let mut sampler =
-            Self { params, ends, prompt: Vec::new(), output: HashMap::new(), drawn: 0 };
+        let look_back = params.bad_words.iter().map(|word| word.token_ids.len()).max();
+        let look_back = look_back.unwrap_or(0).saturating_sub(1);
+        let mut sampler = Self {
+            ends,
+            eos: eos.to_vec(),
+            allowed: bits(&params.allowed_token_ids),
+            tail: Vec::with_capacity(look_back),
+            look_back,
+            constraint: None,
+            prompt: Vec::new(),
+            output: HashMap::new(),
+            drawn: 0,
+            params,
+        };
         if sampler.repetition() {
             sampler.prompt = prompt.to_vec();
             sampler.prompt.sort_unstable();
@@ -51,9 +89,15 @@ impl Sampler {
         sampler
     }
 
-    /// Whether a token ends the sequence.
+    /// Draws under a constraint, which has seen the output so far. Its end is the sequence's,
+    /// whatever `min_tokens` and `ignore_eos` say.
+    pub fn constrain(&mut self, constraint: Session) {
+        self.constraint = Some(constraint);
+    }
+
+    /// Whether a token that was drawn ends the sequence.
     pub fn ends_with(&self, token: u32) -> bool {
-        self.ends.contains(&token)
+        self.ends.contains(&token) || (self.constraint.is_some() && self.eos.contains(&token))
     }
 
     /// Output tokens so far.
@@ -72,11 +116,26 @@ impl Sampler {
         if self.penalized() {
             *self.output.entry(token).or_default() += 1;
         }
+        if self.look_back > 0 {
+            if self.tail.len() == self.look_back {
+                self.tail.remove(0);
+            }
+            self.tail.push(token);
+        }
+        if let Some(constraint) = &self.constraint
+            && self.drawn < self.params.max_tokens
+            && !self.ends_with(token)
+        {
+            constraint.advance(token);
+        }
     }
 
     /// Draws the next token. `logits` is scratch afterwards.
-    pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Token {
-        let Scratch { candidates, raw, order } = scratch;
+    ///
+    /// Where the parameters leave no token, the sequence ends: under a constraint if the output is
+    /// complete, else if `min_tokens` alone kept its end off. If it cannot, the draw is stuck.
+    pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Draw {
+        let Scratch { candidates, raw, order, constrained, waited } = scratch;
         // Log-probabilities before any adjustment, as vLLM reports them by default.
         let reported = self.params.logprobs.map(|count| {
             raw.clear();
@@ -84,8 +143,28 @@ impl Sampler {
             (count as usize, log_sum(logits))
         });
         self.adjust(logits);
-        let greedy = self.params.temperature <= 0.0;
-        let id = if greedy { argmax(logits) } else { self.choose(logits, candidates) };
+        let mut state = None;
+        if let Some(session) = &self.constraint {
+            let (next, time) = session.next();
+            *constrained += 1;
+            *waited += time;
+            match next {
+                Ok(next) => keep_only(logits, state.insert(next).allowed()),
+                Err(reason) => return Draw::Stuck(reason),
+            }
+        }
+        let largest = largest(logits);
+        let id = if largest == f32::NEG_INFINITY {
+            match self.end(state.as_deref()) {
+                Ok(id) => id,
+                Err(end) => return end,
+            }
+        } else if self.params.temperature <= 0.0 {
+            argmax(logits, largest)
+        } else {
+            self.choose(logits, largest, candidates)
+        };
+        drop(state);
         self.record(id);
         let mut token = Token { id, ..Token::default() };
         if let Some((count, log_sum)) = reported {
@@ -94,7 +173,41 @@ impl Sampler {
             let top = most_likely(raw, count, order).iter();
             token.top = top.map(|&id| TokenLogprob { id, logprob: logprob(id) }).collect();
         }
-        token
+        Draw::Token(token)
+    }
+
+    /// The token that ends a sequence for which there is no other.
+    fn end(&self, state: Option<&State>) -> Result<u32, Draw> {
+        let reason = match state {
+            Some(state) => {
+                if let Some(&id) = self.eos.iter().find(|id| state.allows(**id)) {
+                    return Ok(id);
+                }
+                if state.over() {
+                    return Err(Draw::Over);
+                }
+                "`allowed_token_ids`, `bad_words` and `min_tokens` forbid all that the constraint \
+                 allows"
+            }
+            None => {
+                let may = |id: &&u32| {
+                    is_in(&self.allowed, **id) && !self.forbidden().any(|it| it == **id)
+                };
+                if let Some(&id) = self.ends.iter().find(may) {
+                    return Ok(id);
+                }
+                "`allowed_token_ids` and `bad_words` forbid every token"
+            }
+        };
+        Err(Draw::Stuck(reason.to_owned()))
+    }
+
+    /// The tokens that would end one of `bad_words`.
+    fn forbidden(&self) -> impl Iterator<Item = u32> {
+        self.params.bad_words.iter().filter_map(|word| {
+            let (&last, before) = word.token_ids.split_last()?;
+            self.tail.ends_with(before).then_some(last)
+        })
     }
 
     fn repetition(&self) -> bool {
@@ -107,7 +220,7 @@ impl Sampler {
             || self.params.frequency_penalty != 0.0
     }
 
-    /// Penalties, bias and the minimum length.
+    /// Penalties, bias, and what may not come.
     fn adjust(&self, logits: &mut [f32]) {
         if self.repetition() {
             // Keskar et al. 2019: once for each token seen, in the prompt or the output.
@@ -130,18 +243,28 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        if self.drawn < self.params.min_tokens {
-            for &token in &self.ends {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+        let mut forbid = |token: u32| {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = f32::NEG_INFINITY;
             }
+        };
+        if self.drawn < self.params.min_tokens {
+            self.ends.iter().for_each(|&token| forbid(token));
+        }
+        // Without a constraint it is a token like others.
+        if self.constraint.is_some()
+            && (self.params.ignore_eos || self.drawn < self.params.min_tokens)
+        {
+            self.eos.iter().for_each(|&token| forbid(token));
+        }
+        self.forbidden().for_each(forbid);
+        if !self.allowed.is_empty() {
+            keep_only(logits, &self.allowed);
         }
     }
 
-    fn choose(&self, logits: &[f32], candidates: &mut Vec<(u32, f32)>) -> u32 {
+    fn choose(&self, logits: &[f32], largest: f32, candidates: &mut Vec<(u32, f32)>) -> u32 {
         let scale = 1.0 / self.params.temperature;
-        let largest = largest(logits);
         // Unnormalized probabilities: the most likely token has exactly one.
         let weight = |logit: f32| ((logit - largest) * scale).exp();
         let min_p = self.params.min_p;
@@ -213,9 +336,58 @@ fn pick(weights: impl Iterator<Item = (usize, f32)>, target: f64) -> u32 {
     last as u32
 }
 
+/// A bit for each token, those of `tokens` set. No list when there are none.
+fn bits(tokens: &[u32]) -> Vec<u32> {
+    let words = tokens.iter().max().map_or(0, |&last| last as usize / 32 + 1);
+    let mut bits = vec![0; words];
+    tokens.iter().for_each(|token| bits[*token as usize / 32] |= 1 << (token % 32));
+    bits
+}
+
+/// Whether a token's bit is set, or there are no bits.
+fn is_in(bits: &[u32], token: u32) -> bool {
+    bits.is_empty() || bits.get(token as usize / 32).is_some_and(|it| it >> (token % 32) & 1 == 1)
+}
+
+/// Leaves only the tokens whose bits are set.
+fn keep_only(logits: &mut [f32], bits: &[u32]) {
+    let bits = bits.iter().copied().chain(std::iter::repeat(0));
+    for (logits, bits) in logits.chunks_mut(32).zip(bits) {
+        match bits {
+            u32::MAX => {}
+            0 => logits.fill(f32::NEG_INFINITY),
+            _ => {
+                for (i, logit) in logits.iter_mut().enumerate() {
+                    if bits >> i & 1 == 0 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Where `token` stands in a row of the prompt's logits, and the `count` tokens most likely in its
+/// place. As in vLLM its rank counts those that are as likely.
+pub fn score(
+    logits: &[f32],
+    token: u32,
+    count: usize,
+    scratch: &mut Scratch,
+) -> PromptTokenLogprob {
+    let log_sum = log_sum(logits);
+    let own = logits[token as usize];
+    let top = most_likely(logits, count, &mut scratch.order).iter();
+    PromptTokenLogprob {
+        id: token,
+        logprob: own - log_sum,
+        rank: logits.iter().filter(|logit| **logit >= own).count() as u32,
+        top: top.map(|&id| TokenLogprob { id, logprob: logits[id as usize] - log_sum }).collect(),
+    }
+}
+
 /// The lowest token with the largest logit.
-fn argmax(logits: &[f32]) -> u32 {
-    let largest = largest(logits);
+fn argmax(logits: &[f32], largest: f32) -> u32 {
     logits.iter().position(|&logit| logit == largest).unwrap_or(0) as u32
 }
 

@@ -1,3 +1,4 @@
+use baton_proto::v1::TokenSequence;
 use proptest::prelude::*;
 
 use super::*;
@@ -13,7 +14,14 @@ fn params() -> SamplingParams {
 }
 
 fn draw(params: SamplingParams, logits: &[f32]) -> u32 {
-    Sampler::new(params, &[], &[], &[]).draw(&mut logits.to_vec(), &mut Scratch::default()).id
+    next(&mut Sampler::new(params, &[], &[], &[]), logits).id
+}
+
+fn next(sampler: &mut Sampler, logits: &[f32]) -> Token {
+    match sampler.draw(&mut logits.to_vec(), &mut Scratch::default()) {
+        Draw::Token(token) => token,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// The tokens that may be drawn and their probabilities, by sorting everything.
@@ -68,7 +76,7 @@ proptest! {
     #[test]
     fn log_probabilities_are_a_log_softmax(logits in prop::collection::vec(-20f32..20.0, 5..200), count in 0u32..5) {
         let mut sampler = Sampler::new(SamplingParams { logprobs: Some(count), ..params() }, &[], &[], &[]);
-        let token = sampler.draw(&mut logits.clone(), &mut Scratch::default());
+        let token = next(&mut sampler, &logits);
         let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
         let expected = |id: u32| f64::from(logits[id as usize]) - sum.ln();
         prop_assert!((f64::from(token.logprob.unwrap()) - expected(token.id)).abs() < 1e-4);
@@ -98,7 +106,7 @@ fn draws_follow_the_distribution() {
             let mut sampler =
                 Sampler::new(SamplingParams { seed: i / 2, ..settings.clone() }, &[], &[], &[]);
             sampler.drawn = (i % 2) as u32;
-            counts[sampler.draw(&mut logits.to_vec(), &mut Scratch::default()).id as usize] += 1;
+            counts[next(&mut sampler, &logits).id as usize] += 1;
         }
         let expected = reference(&settings, &logits);
         let mut chi_square = 0.0;
@@ -117,11 +125,9 @@ fn a_draw_depends_on_seed_and_index_alone() {
     let logits = vec![0.0; 50_000];
     let settings = SamplingParams { seed: 7, ..params() };
     let mut whole = Sampler::new(settings.clone(), &[], &[], &[]);
-    let drawn: Vec<u32> =
-        (0..10).map(|_| whole.draw(&mut logits.clone(), &mut Scratch::default()).id).collect();
+    let drawn: Vec<u32> = (0..10).map(|_| next(&mut whole, &logits).id).collect();
     let mut resumed = Sampler::new(settings, &[], &[], &drawn[..4]);
-    let rest: Vec<u32> =
-        (0..6).map(|_| resumed.draw(&mut logits.clone(), &mut Scratch::default()).id).collect();
+    let rest: Vec<u32> = (0..6).map(|_| next(&mut resumed, &logits).id).collect();
     assert_eq!(rest, drawn[4..]);
     assert_ne!(drawn[0], drawn[1]);
 }
@@ -130,9 +136,7 @@ fn a_draw_depends_on_seed_and_index_alone() {
 fn penalties_bias_and_minimum_length() {
     let greedy = SamplingParams { temperature: 0.0, ..params() };
     let after = |params: SamplingParams, prompt: &[u32], output: &[u32], logits: &[f32]| {
-        Sampler::new(params, &[9], prompt, output)
-            .draw(&mut logits.to_vec(), &mut Scratch::default())
-            .id
+        next(&mut Sampler::new(params, &[9], prompt, output), logits).id
     };
     // Repetition: prompt and output, positive logits divided, negative multiplied.
     let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy.clone() };
@@ -155,4 +159,89 @@ fn penalties_bias_and_minimum_length() {
     let minimum = SamplingParams { min_tokens: 2, stop_token_ids: vec![8], ..greedy };
     assert_eq!(after(minimum.clone(), &[], &[1], &logits), 3);
     assert_eq!(after(minimum, &[], &[1, 2], &logits), 9);
+}
+
+fn words(words: &[&[u32]]) -> Vec<TokenSequence> {
+    words.iter().map(|word| TokenSequence { token_ids: word.to_vec() }).collect()
+}
+
+#[test]
+fn only_allowed_tokens_are_drawn() {
+    let logits: Vec<f32> = (0..100).map(|i| (i % 7) as f32).collect();
+    let allowed_token_ids = vec![3, 31, 32, 64, 95];
+    for temperature in [0.0, 1.0] {
+        for top_k in [0, 50] {
+            let mut seen = std::collections::BTreeSet::new();
+            for seed in 0..300 {
+                let allowed_token_ids = allowed_token_ids.clone();
+                let params =
+                    SamplingParams { temperature, top_k, seed, allowed_token_ids, ..params() };
+                seen.insert(draw(params, &logits));
+            }
+            // Of their logits, 3, 3, 4, 1 and 4, the first of the largest.
+            let expected = if temperature == 0.0 { vec![32] } else { allowed_token_ids.clone() };
+            assert_eq!(seen.into_iter().collect::<Vec<_>>(), expected);
+        }
+    }
+    // The logprob is the model's own, over all tokens.
+    let params = SamplingParams { allowed_token_ids, logprobs: Some(1), ..params() };
+    let token = next(&mut Sampler::new(params, &[], &[], &[]), &logits);
+    assert_eq!(logits[token.top[0].id as usize], 6.0);
+}
+
+#[test]
+fn a_bad_word_is_forbidden_where_it_would_be_completed() {
+    let greedy = SamplingParams { temperature: 0.0, ..params() };
+    let logits = [1.0, 2.0, 3.0, 4.0];
+    let after = |bad: &[&[u32]], output: &[u32]| {
+        let params = SamplingParams { bad_words: words(bad), ..greedy.clone() };
+        // The prompt does not count.
+        next(&mut Sampler::new(params, &[], &[0, 1, 2], output), &logits).id
+    };
+    assert_eq!(after(&[&[3]], &[]), 2, "one token: always");
+    assert_eq!(after(&[&[2, 3]], &[]), 3);
+    assert_eq!(after(&[&[2, 3]], &[2]), 2);
+    assert_eq!(after(&[&[2, 3]], &[2, 1]), 3);
+    assert_eq!(after(&[&[0, 1, 2, 3]], &[0, 1, 2]), 2);
+    assert_eq!(after(&[&[0, 1, 2, 3]], &[1, 2]), 3, "not the prompt's");
+    assert_eq!(after(&[&[0, 1, 2, 3], &[2, 2], &[3]], &[9, 0, 1, 2]), 1);
+    // As it is drawn, too.
+    let params = SamplingParams { bad_words: words(&[&[3, 3], &[2, 2, 2]]), ..greedy };
+    let mut sampler = Sampler::new(params, &[], &[], &[]);
+    let drawn: Vec<u32> = (0..6).map(|_| next(&mut sampler, &logits).id).collect();
+    assert_eq!(drawn, [3, 2, 3, 2, 3, 2]);
+}
+
+#[test]
+fn where_nothing_may_come_the_sequence_ends_or_says_why_it_cannot() {
+    let settings = SamplingParams { allowed_token_ids: vec![9], min_tokens: 5, ..params() };
+    // Only the end is allowed, and `min_tokens` holds it off: it comes all the same.
+    let mut sampler = Sampler::new(settings.clone(), &[9], &[], &[]);
+    let token = next(&mut sampler, &[0.0; 10]);
+    assert!(token.id == 9 && sampler.ends_with(9));
+    // Tokens that are allowed but forbidden.
+    for temperature in [0.0, 1.0] {
+        let settings =
+            SamplingParams { temperature, bad_words: words(&[&[9]]), ..settings.clone() };
+        let mut sampler = Sampler::new(settings, &[9], &[], &[]);
+        let drawn = sampler.draw(&mut [0.0; 10], &mut Scratch::default());
+        assert!(matches!(&drawn, Draw::Stuck(why) if why.contains("bad_words")), "{drawn:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_score_is_a_log_softmax_and_a_rank(
+        logits in prop::collection::vec(-20f32..20.0, 5..200), token in 0usize..5, count in 0usize..300,
+    ) {
+        let scored = score(&logits, token as u32, count, &mut Scratch::default());
+        let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        prop_assert!((f64::from(scored.logprob) - f64::from(logits[token]) + sum.ln()).abs() < 1e-4);
+        prop_assert_eq!(scored.top.len(), count.min(logits.len()));
+        let above = logits.iter().filter(|logit| **logit > logits[token]).count();
+        prop_assert!(scored.rank as usize > above);
+        if count > above {
+            prop_assert_eq!(scored.top[above].logprob, scored.logprob);
+        }
+    }
 }

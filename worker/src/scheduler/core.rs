@@ -18,16 +18,32 @@ pub struct Slice {
     pub start: usize,
     /// How many tokens.
     pub len: usize,
-    /// After how many of them, the last ones, the next token can be sampled: none of a prompt's
-    /// chunk that does not end it, one otherwise, and one more for each drafted token.
+    /// Of how many of them, the last ones, the logits are wanted: those of `scored` positions; or
+    /// one, where the next token can be sampled, and one more for each drafted token; or none.
     pub logits: usize,
+    /// How many of the logits are wanted for themselves, the prompt's own: all or none.
+    pub scored: usize,
 }
 
 impl Slice {
     /// How many of its tokens, the last ones, are guesses.
     pub fn drafted(&self) -> usize {
-        self.logits.saturating_sub(1)
+        self.logits.saturating_sub(self.scored + 1)
     }
+
+    /// Whether the next token can be sampled after it.
+    pub fn samples(&self) -> bool {
+        self.logits > self.scored
+    }
+}
+
+/// Logits of prompts computed in one step, in rows: with a vocabulary of 256k, 64 MB of memory.
+const SCORED_ROWS: usize = 64;
+
+/// What is left of a step.
+struct Budget {
+    tokens: usize,
+    scored: usize,
 }
 
 /// One step. Reused from step to step.
@@ -82,9 +98,9 @@ pub struct Scheduler {
     pub(super) limits: Limits,
     pub(super) blocks: BlockManager,
     pub(super) sequences: HashMap<SequenceId, Sequence>,
-    /// In order of arrival.
+    /// In order of rank.
     waiting: VecDeque<SequenceId>,
-    /// In order of arrival.
+    /// In order of rank.
     pub(super) running: Vec<SequenceId>,
     pulling: usize,
     /// Who computes, or pulls, a block that is not yet known by its address.
@@ -110,12 +126,12 @@ impl Scheduler {
         }
     }
 
-    /// Puts a sequence that [`Limits::check_fits`] let pass at the end of the queue.
+    /// Puts a sequence that [`Limits::check_fits`] let pass into the queue.
     pub fn add(&mut self, new: NewSequence) {
         let (id, sequence) = Sequence::new(new, &self.limits);
         debug_assert!(self.sequences.keys().all(|earlier| *earlier < id));
         self.sequences.insert(id, sequence);
-        self.waiting.push_back(id);
+        self.enqueue(id);
     }
 
     /// A sequence that is not gone.
@@ -148,13 +164,13 @@ impl Scheduler {
         plan.clear();
         self.drop_draft_blocks();
         let preemptions = self.stats.preemptions;
-        let mut budget = self.limits.max_batch_tokens;
+        let mut budget = Budget { tokens: self.limits.max_batch_tokens, scored: SCORED_ROWS };
         self.plan_decodes(plan, &mut budget);
         self.plan_prompts(plan, &mut budget);
         // Whoever just gave blocks up must not take them back at once.
         if self.stats.preemptions == preemptions {
             self.admit(plan, &mut budget);
-            self.plan_drafts(plan, budget);
+            self.plan_drafts(plan, budget.tokens);
         }
     }
 
@@ -164,6 +180,7 @@ impl Scheduler {
         for slice in &plan.slices {
             if let Some(sequence) = self.sequences.get_mut(&slice.id) {
                 sequence.computed = slice.start + slice.len - slice.drafted();
+                sequence.scores = sequence.scores.max(sequence.computed.min(sequence.scored));
                 self.commit(slice.id);
             }
         }
@@ -233,17 +250,50 @@ impl Scheduler {
             // Its last token must be computed here, for the logits.
             false => ((sequence.committed + arrived) * self.limits.block_size).min(len - 1),
         };
-        let at = self.running.partition_point(|other| *other < id);
-        self.running.insert(at, id);
+        self.join(id);
         self.commit(id);
         true
     }
 
+    /// Puts a sequence among those that wait.
+    fn enqueue(&mut self, id: SequenceId) {
+        let rank = self.sequences[&id].rank;
+        let at = self.waiting.partition_point(|other| self.sequences[other].rank < rank);
+        self.waiting.insert(at, id);
+    }
+
+    /// Puts a sequence among those that run.
+    fn join(&mut self, id: SequenceId) {
+        let rank = self.sequences[&id].rank;
+        let at = self.running.partition_point(|other| self.sequences[other].rank < rank);
+        self.running.insert(at, id);
+    }
+
+    /// The next slice of a sequence's tokens that fits, if any.
+    fn slice(&self, id: SequenceId, budget: &mut Budget) -> Option<Slice> {
+        let sequence = self.sequences.get(&id)?;
+        let (start, todo) = (sequence.computed, sequence.todo());
+        let mut slice = Slice { id, start, len: todo.min(budget.tokens), logits: 0, scored: 0 };
+        if sequence.scoring() {
+            // Logits that were computed before a preemption are not wanted again.
+            let known = sequence.scores.saturating_sub(start);
+            let wanted = sequence.scored - start - known;
+            slice.len = slice.len.min(known + wanted.min(budget.scored));
+            slice.scored = slice.len.saturating_sub(known);
+            slice.logits = slice.scored;
+        } else if slice.len == todo {
+            slice.logits = 1;
+        }
+        budget.tokens -= slice.len;
+        budget.scored -= slice.scored;
+        (slice.len > 0).then_some(slice)
+    }
+
     /// One token for each sequence that has its prompt behind it.
-    fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut usize) {
+    fn plan_decodes(&mut self, plan: &mut Plan, budget: &mut Budget) {
         let mut at = 0;
         while let Some(&id) = self.running.get(at)
-            && *budget > 0
+            && budget.tokens > 0
         {
             let Some(sequence) = self.sequences.get(&id) else {
                 break;
@@ -251,32 +301,23 @@ impl Scheduler {
             if sequence.todo() != 1 {
                 at += 1;
             } else if self.grow(id, plan) {
-                let start = self.sequences[&id].computed;
-                plan.slices.push(Slice { id, start, len: 1, logits: 1 });
-                *budget -= 1;
+                plan.slices.extend(self.slice(id, budget));
                 at += 1;
             }
         }
     }
 
     /// The next chunk of each prompt that is being computed.
-    fn plan_prompts(&mut self, plan: &mut Plan, budget: &mut usize) {
+    fn plan_prompts(&mut self, plan: &mut Plan, budget: &mut Budget) {
         for &id in &self.running {
-            let Some(sequence) = self.sequences.get(&id) else {
-                continue;
-            };
-            let todo = sequence.todo();
-            let len = todo.min(*budget);
-            if todo > 1 && len > 0 {
-                let logits = usize::from(len == todo);
-                plan.slices.push(Slice { id, start: sequence.computed, len, logits });
-                *budget -= len;
+            if self.sequences.get(&id).is_some_and(|sequence| sequence.todo() > 1) {
+                plan.slices.extend(self.slice(id, budget));
             }
         }
     }
 
-    /// Makes room for the next token of a decoding sequence, preempting those that arrived after
-    /// it. Returns false when it had to give way itself.
+    /// Makes room for the next token of a decoding sequence, preempting those that rank after it.
+    /// Returns false when it had to give way itself.
     fn grow(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -301,13 +342,12 @@ impl Scheduler {
         }
     }
 
-    /// Gives a running sequence's blocks back and queues it by its arrival.
+    /// Gives a running sequence's blocks back and queues it by its rank.
     fn preempt(&mut self, id: SequenceId) {
         self.stats.preemptions += 1;
         self.forget_in_flight(id);
         self.running.retain(|other| *other != id);
-        let at = self.waiting.partition_point(|other| *other < id);
-        self.waiting.insert(at, id);
+        self.enqueue(id);
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
@@ -319,38 +359,43 @@ impl Scheduler {
     }
 
     /// Admits waiting sequences in order, until one does not fit.
-    fn admit(&mut self, plan: &mut Plan, budget: &mut usize) {
+    fn admit(&mut self, plan: &mut Plan, budget: &mut Budget) {
         let mut at = 0;
         while let Some(&id) = self.waiting.get(at)
-            && *budget > 0
+            && budget.tokens > 0
             && self.running.len() + self.pulling < self.limits.max_running
         {
             match self.try_admit(id, plan, budget) {
                 Admission::Admitted => {
                     self.waiting.remove(at);
                 }
-                Admission::PrefixInFlight => at += 1,
+                Admission::Later => at += 1,
                 Admission::NoRoom => break,
             }
         }
     }
 
-    fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut usize) -> Admission {
+    fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut Budget) -> Admission {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return Admission::Admitted;
         };
         if sequence.waits_for.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
-            return Admission::PrefixInFlight;
+            return Admission::Later;
         }
         let (len, block_size) = (sequence.tokens.len(), self.limits.block_size);
-        // The last token is always computed: its logits are wanted.
-        let hashes = sequence.hashes((len - 1) / block_size, block_size);
+        let scoring = sequence.scoring();
+        if scoring && budget.scored == 0 {
+            return Admission::Later;
+        }
+        // The last token is always computed: its logits are wanted. So may be all.
+        let shared = if scoring { 0 } else { (len - 1) / block_size };
+        let hashes = sequence.hashes(shared, block_size);
         self.blocks.match_prefix(hashes, &mut self.found);
         let found = self.found.len();
         let next = hashes.get(found).copied();
         if next.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
             sequence.waits_for = next;
-            return Admission::PrefixInFlight;
+            return Admission::Later;
         }
         let needs = len.div_ceil(block_size) - found;
         let revived = self.found.iter().filter(|block| !self.blocks.in_use(**block)).count();
@@ -374,7 +419,7 @@ impl Scheduler {
         }
         if sequence.cached.is_none() {
             sequence.cached = Some(cached);
-            self.stats.prefix_queries += len as u64;
+            self.stats.prefix_queries += if scoring { 0 } else { len as u64 };
             self.stats.prefix_hits += cached as u64;
             plan.admitted.push(id);
         }
@@ -382,13 +427,8 @@ impl Scheduler {
             self.pulling += 1;
             plan.pulls.push(id);
         } else {
-            let todo = len - cached;
-            let chunk = todo.min(*budget);
-            *budget -= chunk;
-            let logits = usize::from(chunk == todo);
-            plan.slices.push(Slice { id, start: cached, len: chunk, logits });
-            let at = self.running.partition_point(|other| *other < id);
-            self.running.insert(at, id);
+            plan.slices.extend(self.slice(id, budget));
+            self.join(id);
         }
         Admission::Admitted
     }
@@ -434,8 +474,8 @@ impl Scheduler {
 
 enum Admission {
     Admitted,
-    /// Another sequence computes its next block right now.
-    PrefixInFlight,
+    /// Another sequence computes its next block right now, or this step's logits of prompts.
+    Later,
     NoRoom,
 }
 

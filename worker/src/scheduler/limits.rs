@@ -1,5 +1,7 @@
 //! What this worker takes on, and what it refuses at the door.
 
+use std::time::Duration;
+
 use super::speculation::Speculation;
 
 /// Fixed sizes of an engine.
@@ -19,6 +21,9 @@ pub struct Limits {
     pub max_model_len: usize,
     /// How much is guessed ahead.
     pub speculation: Speculation,
+    /// A sequence goes before those of the next lower priority that arrived at most this long
+    /// before it.
+    pub priority_aging: Duration,
 }
 
 /// How busy a scheduler is.

@@ -1,5 +1,7 @@
 //! One sequence: its tokens, how far their KV is computed, and the blocks that hold it.
 
+use std::time::Duration;
+
 use baton_proto::BlockHash;
 
 use super::limits::Limits;
@@ -9,6 +11,15 @@ use crate::kv::blocks::Owner;
 
 /// Names a sequence within its engine. Later arrivals have greater ids.
 pub type SequenceId = u64;
+
+/// A sequence's place among the others: what is less is served first, and preempted last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Rank {
+    /// When it arrived, in microseconds, and later by [`Limits::priority_aging`] for each step of
+    /// its priority. All age alike, so that this need not change while they wait.
+    due: i128,
+    id: SequenceId,
+}
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,14 +44,22 @@ pub struct NewSequence {
     pub id: SequenceId,
     /// The prompt, and output of an earlier attempt.
     pub tokens: Vec<u32>,
-    /// Sequences share blocks only when their salts are equal.
-    pub salt: String,
+    /// Where its blocks' addresses start: sequences share blocks only when this is equal.
+    pub root: BlockHash,
     /// Have a peer compute the prompt when at least this many tokens are not cached here.
     pub pull_from: Option<usize>,
     /// Keep the blocks when it has finished, for a peer.
     pub hold: bool,
     /// Its length, prompt and output, at which it ends at the latest.
     pub longest: usize,
+    /// Lower is sooner.
+    pub priority: i32,
+    /// When it arrived, from any moment on; not before the sequence before it.
+    pub arrived: Duration,
+    /// Leading positions of which each one's logits are wanted, fewer than `tokens`.
+    pub scored: usize,
+    /// Whether tokens may be guessed ahead of it.
+    pub drafts: bool,
 }
 
 /// A sequence under a scheduler's care.
@@ -55,6 +74,10 @@ pub struct Sequence {
     pub(super) pull_from: Option<usize>,
     pub(super) hold: bool,
     pub(super) longest: usize,
+    pub(super) rank: Rank,
+    /// Leading positions whose logits are wanted, and how many of them were computed.
+    pub(super) scored: usize,
+    pub(super) scores: usize,
     /// `None` when nothing is guessed ahead.
     pub(super) drafts: Option<Drafts>,
     /// Tokens found in the prefix cache at the first admission.
@@ -81,10 +104,17 @@ impl Sequence {
             pull_from: new.pull_from,
             hold: new.hold,
             longest: new.longest,
-            drafts: Drafts::new(limits.speculation).filter(|_| !new.hold),
+            rank: Rank {
+                due: i128::from(new.priority) * limits.priority_aging.as_micros() as i128
+                    + new.arrived.as_micros() as i128,
+                id: new.id,
+            },
+            scored: new.scored,
+            scores: 0,
+            drafts: Drafts::new(limits.speculation).filter(|_| new.drafts && !new.hold),
             cached: None,
             waits_for: None,
-            root: BlockHash::root(&new.salt),
+            root: new.root,
             hashes: Vec::with_capacity(blocks),
         };
         (new.id, sequence)
@@ -118,6 +148,11 @@ impl Sequence {
     /// Tokens whose KV is yet to be computed.
     pub(super) fn todo(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// Whether logits of its prompt are wanted that were not computed yet.
+    pub(super) fn scoring(&self) -> bool {
+        self.scores < self.scored
     }
 
     /// In whose name its blocks are referenced.

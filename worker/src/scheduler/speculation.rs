@@ -121,7 +121,7 @@ impl Scheduler {
             let share = room.div_ceil(rest);
             rest -= 1;
             let Some(sequence) = self.sequences.get_mut(&slice.id) else { continue };
-            if slice.len != 1 || slice.logits == 0 {
+            if slice.len != 1 || !slice.samples() {
                 continue;
             }
             let first = plan.drafts.len();

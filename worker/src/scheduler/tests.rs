@@ -3,8 +3,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 use proptest::prelude::*;
+
+use baton_proto::BlockHash;
 
 use super::*;
 use crate::kv::BlockId;
@@ -24,6 +27,18 @@ struct Request {
     /// A peer's pull of which this many blocks were written.
     written: usize,
     aborted: bool,
+    /// Positions of the prompt whose logits are wanted, and how many of them came.
+    scored: usize,
+    scores: usize,
+}
+
+/// How a request asks for something.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wish {
+    pull: Option<usize>,
+    hold: bool,
+    priority: i32,
+    scored: bool,
 }
 
 struct Simulation {
@@ -52,18 +67,32 @@ impl Simulation {
         }
     }
 
-    fn arrive(&mut self, tokens: Vec<u32>, max_new: usize, pull: Option<usize>, hold: bool) {
+    fn arrive(&mut self, tokens: Vec<u32>, max_new: usize, wish: Wish) {
+        let Wish { pull, hold, priority, scored } = wish;
         let max_new = if hold { 1 } else { max_new };
         if self.limits.check_fits(tokens.len(), max_new).is_err() {
             return;
         }
         let max_new = max_new.min(self.limits.max_model_len - tokens.len());
-        let (id, salt) = (self.next, String::new());
+        let (id, root) = (self.next, BlockHash::root(""));
         let longest = tokens.len() + max_new;
         self.next += 1;
-        let pull_from = pull.filter(|_| !hold);
-        self.scheduler.add(NewSequence { id, tokens, salt, pull_from, hold, longest });
-        let request = Request { max_new, generated: 0, written: 0, aborted: false };
+        let scored = if scored && !hold { tokens.len() - 1 } else { 0 };
+        let pull_from = pull.filter(|_| !hold && scored == 0);
+        self.scheduler.add(NewSequence {
+            id,
+            tokens,
+            root,
+            pull_from,
+            hold,
+            longest,
+            priority,
+            arrived: Duration::from_micros(id),
+            scored,
+            drafts: true,
+        });
+        let request =
+            Request { max_new, generated: 0, written: 0, aborted: false, scored, scores: 0 };
         self.requests.insert(id, request);
     }
 
@@ -116,6 +145,7 @@ impl Simulation {
         assert!(plan.tokens() <= self.limits.max_batch_tokens);
         assert!(self.scheduler.load().running <= self.limits.max_running);
         assert!(plan.allocated.iter().all(|block| !owned.contains(block)), "pulled or held");
+        assert!(plan.slices.iter().map(|slice| slice.scored).sum::<usize>() <= 64);
         let ids: HashSet<SequenceId> = plan.slices.iter().map(|slice| slice.id).collect();
         assert_eq!(ids.len(), plan.slices.len(), "one slice a sequence");
         for block in &plan.allocated {
@@ -147,7 +177,15 @@ impl Simulation {
         self.scheduler.advance(&plan);
         for slice in &plan.slices {
             let seq = self.scheduler.get(slice.id).unwrap();
-            assert_eq!(slice.logits > 0, seq.computed() == seq.tokens().len());
+            assert_eq!(slice.samples(), seq.computed() == seq.tokens().len());
+            let request = self.requests.get_mut(&slice.id).unwrap();
+            if slice.scored > 0 {
+                assert_eq!((slice.logits, seq.cached()), (slice.scored, 0));
+                assert_eq!(slice.start + slice.len - slice.scored, request.scores, "in order");
+                request.scores += slice.scored;
+                continue;
+            }
+            assert!(!slice.samples() || request.scores == request.scored, "before the output");
             let drafts = drafted.get(&slice.id).copied().unwrap_or_default();
             let mut accepted = 0;
             for row in 0..slice.logits {
@@ -247,7 +285,7 @@ impl Simulation {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Arrive { prompt: Vec<u32>, max_new: usize, pull: Option<usize>, hold: bool },
+    Arrive { prompt: Vec<u32>, max_new: usize, wish: Wish },
     Step,
     Interrupt,
     Abort(usize),
@@ -261,11 +299,17 @@ fn op() -> impl Strategy<Value = Op> {
         prop::collection::vec(0u32..2, 1..24),
         (1usize..40).prop_map(|len| vec![1; len]),
     ];
-    let arrive = (prompt, 1usize..12, prop::option::of(0usize..8), prop::bool::weighted(0.2));
+    let wish = (
+        prop::option::of(0usize..8),
+        prop::bool::weighted(0.2),
+        prop_oneof![Just(0), -2i32..3, any::<i32>()],
+        prop::bool::weighted(0.2),
+    );
+    let wish =
+        wish.prop_map(|(pull, hold, priority, scored)| Wish { pull, hold, priority, scored });
+    let arrive = (prompt, 1usize..12, wish);
     prop_oneof![
-        3 => arrive.prop_map(|(prompt, max_new, pull, hold)| {
-            Op::Arrive { prompt, max_new, pull, hold }
-        }),
+        3 => arrive.prop_map(|(prompt, max_new, wish)| Op::Arrive { prompt, max_new, wish }),
         6 => Just(Op::Step),
         1 => Just(Op::Interrupt),
         1 => any::<usize>().prop_map(Op::Abort),
@@ -291,12 +335,11 @@ proptest! {
         let mut simulation = Simulation::new(Limits {
             block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len,
             speculation: Speculation { tokens: speculative, ngram_min: 1, ngram_max: 3 },
+            priority_aging: Duration::from_micros(5),
         });
         for op in ops {
             match op {
-                Op::Arrive { prompt, max_new, pull, hold } => {
-                    simulation.arrive(prompt, max_new, pull, hold);
-                }
+                Op::Arrive { prompt, max_new, wish } => simulation.arrive(prompt, max_new, wish),
                 Op::Step => simulation.step(),
                 Op::Interrupt => {
                     simulation.interrupted = true;
@@ -334,10 +377,143 @@ const ROOMY: Limits = Limits {
     max_waiting: 4,
     max_model_len: 200,
     speculation: Speculation::OFF,
+    priority_aging: Duration::from_secs(10),
 };
 
 fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
-    NewSequence { id, tokens, salt: String::new(), pull_from: None, hold: false, longest: 200 }
+    NewSequence {
+        id,
+        tokens,
+        root: BlockHash::root(""),
+        pull_from: None,
+        hold: false,
+        longest: 200,
+        priority: 0,
+        arrived: Duration::from_secs(id),
+        scored: 0,
+        drafts: true,
+    }
+}
+
+/// One place: each is admitted, gives a token and goes. `arrivals` come at their seconds, one of
+/// which passes with each. Gives the ids in the order of admission, with the second of each.
+fn served(arrivals: &[(u64, i32)]) -> Vec<(SequenceId, u64)> {
+    let mut scheduler = Scheduler::new(Limits { max_running: 1, ..ROOMY });
+    let mut plan = Plan::default();
+    let mut order = Vec::new();
+    let mut coming = (0..).zip(arrivals).peekable();
+    for now in 0.. {
+        while let Some((id, &(at, priority))) = coming.next_if(|(_, (at, _))| *at <= now) {
+            let (arrived, tokens) = (Duration::from_secs(at), vec![id as u32; 3]);
+            scheduler.add(NewSequence { priority, arrived, ..new(id, tokens) });
+        }
+        if scheduler.is_empty() && coming.peek().is_none() {
+            break;
+        }
+        scheduler.schedule(&mut plan);
+        scheduler.advance(&plan);
+        order.extend(plan.admitted.iter().map(|id| (*id, now)));
+        plan.slices.iter().for_each(|slice| scheduler.finish(slice.id));
+    }
+    order
+}
+
+proptest! {
+    #[test]
+    fn whoever_waits_is_served_by_priority_and_age(
+        mut arrivals in prop::collection::vec((0u64..60, -4i32..4), 1..80),
+    ) {
+        arrivals.sort_by_key(|(at, _)| *at);
+        let order = served(&arrivals);
+        prop_assert_eq!(order.len(), arrivals.len());
+        let due = |id: SequenceId| {
+            let (at, priority) = arrivals[id as usize];
+            (i64::from(priority) * 10 + at as i64, id)
+        };
+        for (i, (id, now)) in order.iter().enumerate() {
+            for (other, _) in &order[i + 1..] {
+                let waited = arrivals[*other as usize].0 <= *now;
+                prop_assert!(!waited || due(*id) < due(*other), "{id} before {other} at {now}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_priorities_are_served_as_they_arrive(
+        mut seconds in prop::collection::vec(0u64..60, 1..80), priority: i32,
+    ) {
+        seconds.sort_unstable();
+        let arrivals: Vec<_> = seconds.into_iter().map(|at| (at, priority)).collect();
+        let order: Vec<SequenceId> = served(&arrivals).into_iter().map(|(id, _)| id).collect();
+        prop_assert_eq!(order, (0..arrivals.len() as SequenceId).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_low_priority_does_not_starve_behind_a_stream_of_high_ones() {
+    // Five steps of ten seconds: those that arrive in the first fifty pass it.
+    let mut arrivals = vec![(0, 5)];
+    arrivals.extend((0..200).map(|at| (at, 0)));
+    let order = served(&arrivals);
+    let (_, at) = order.iter().find(|(id, _)| *id == 0).unwrap();
+    assert_eq!(*at, 50);
+}
+
+#[test]
+fn the_lowest_priority_gives_way_and_of_equal_ones_the_latest() {
+    let limits = Limits { blocks: 8, max_model_len: 32, ..ROOMY };
+    for (priorities, victim) in [([0, 0, 0], 2), ([0, 1, 0], 1), ([9, 9, -9], 1), ([1, 0, 0], 0)] {
+        let mut scheduler = Scheduler::new(limits);
+        let mut plan = Plan::default();
+        for (id, priority) in (0..).zip(priorities) {
+            let tokens = vec![id as u32; 5];
+            scheduler.add(NewSequence { priority, longest: 32, ..new(id, tokens) });
+        }
+        while scheduler.stats().preemptions == 0 {
+            scheduler.schedule(&mut plan);
+            scheduler.advance(&plan);
+            for slice in plan.slices.iter().filter(|slice| slice.samples()) {
+                scheduler.push_token(slice.id, 100 + slice.id as u32);
+            }
+        }
+        for id in 0..3 {
+            let expected = if id == victim { State::Waiting } else { State::Running };
+            assert_eq!(scheduler.get(id).map(Sequence::state), Some(expected), "{priorities:?}");
+        }
+    }
+}
+
+#[test]
+fn prompts_that_are_scored_share_the_rows_of_a_step_and_read_no_cache() {
+    let mut scheduler =
+        Scheduler::new(Limits { max_batch_tokens: 500, max_model_len: 256, ..ROOMY });
+    let mut plan = Plan::default();
+    scheduler.add(new(0, (0..100).collect()));
+    scheduler.schedule(&mut plan);
+    scheduler.advance(&plan);
+    scheduler.finish(0);
+    for id in 1..3 {
+        let scored = NewSequence { scored: 99, ..new(id, (0..100).collect()) };
+        scheduler.add(scored);
+    }
+    let rows = |plan: &Plan| -> Vec<_> {
+        plan.slices.iter().map(|it| (it.id, it.start, it.len, it.logits, it.scored)).collect()
+    };
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        scheduler.schedule(&mut plan);
+        seen.push(rows(&plan));
+        scheduler.advance(&plan);
+        for slice in plan.slices.iter().filter(|slice| slice.samples()) {
+            scheduler.finish(slice.id);
+        }
+    }
+    assert_eq!(seen[0], [(1, 0, 64, 64, 64)]);
+    assert_eq!(seen[1], [(1, 64, 35, 35, 35), (2, 0, 29, 29, 29)]);
+    assert_eq!(seen[2], [(1, 99, 1, 1, 0), (2, 29, 64, 64, 64)]);
+    assert_eq!(seen[3], [(2, 93, 6, 6, 6)]);
+    assert_eq!(seen[4], [(2, 99, 1, 1, 0)]);
+    assert_eq!(scheduler.stats().prefix_hits, 0);
 }
 
 fn slices(plan: &Plan) -> Vec<(SequenceId, usize, usize)> {

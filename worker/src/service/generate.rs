@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, PrefillRequest, Role, Started, Token,
-    Tokens,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, PrefillRequest, PromptLogprobs,
+    PromptTokenLogprob, Role, Started, Token, Tokens,
 };
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
@@ -15,10 +16,14 @@ use tracing::{Instrument as _, debug, info_span};
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
 
+/// A piece of a prompt's logprobs. With one token more it is still far below what a message may
+/// have: the whole vocabulary takes some 3 MiB.
+const PIECE_BYTES: usize = 1024 * 1024;
+
 type Sender = mpsc::Sender<Result<GenerateEvent, Status>>;
 
 /// Checks a request, puts it into the engine and drives it.
-pub(super) fn start(
+pub(super) async fn start(
     shared: Arc<Shared>,
     request: GenerateRequest,
 ) -> Result<Owned<GenerateEvent>, Status> {
@@ -32,7 +37,10 @@ pub(super) fn start(
     if sampling.max_tokens == 0 || sampling.max_tokens as usize <= request.output_token_ids.len() {
         return Err(Status::invalid_argument("`max_tokens` leaves nothing to generate"));
     }
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let deadline = Instant::now() + timeout(request.timeout_ms);
+    let constraint = shared.compile(&sampling).await?;
     let pull_from = request.prefill.is_some().then_some(request.handoff_min_tokens.max(1) as usize);
     let handle = shared
         .engine
@@ -40,7 +48,10 @@ pub(super) fn start(
             prompt: request.prompt_token_ids.clone(),
             output: request.output_token_ids.clone(),
             sampling,
+            constraint,
+            priority: request.priority,
             salt: request.cache_salt.clone(),
+            adapter,
             purpose: Purpose::Generate { pull_from },
             deadline,
         })
@@ -104,6 +115,7 @@ impl Driver {
                         Err(_) => return,
                     }
                 }
+                Event::Prompt(scores) => self.prompt(scores).await,
                 Event::Token(token) => self.token(token).await,
                 Event::Finished(finish) => return self.finish(finish).await,
                 Event::Blocks { .. } => true,
@@ -124,6 +136,25 @@ impl Driver {
             }
         }
         self.send(Out::Tokens(Tokens { tokens: vec![token] })).await
+    }
+
+    /// Sends the prompt's logprobs in pieces of about [`PIECE_BYTES`].
+    async fn prompt(&self, scores: Vec<PromptTokenLogprob>) -> bool {
+        let mut tokens = Vec::new();
+        let mut bytes = 0;
+        let mut scores = scores.into_iter().peekable();
+        while let Some(score) = scores.next() {
+            bytes += score.encoded_len();
+            tokens.push(score);
+            if bytes >= PIECE_BYTES || scores.peek().is_none() {
+                let tokens = std::mem::take(&mut tokens);
+                if !self.send(Out::PromptLogprobs(PromptLogprobs { tokens })).await {
+                    return false;
+                }
+                bytes = 0;
+            }
+        }
+        true
     }
 
     async fn finish(&mut self, finish: Finish) {
@@ -169,6 +200,7 @@ impl Driver {
             transports: Vec::new(),
             timeout_ms: 0,
             priority: self.request.priority,
+            adapter: self.request.adapter.clone(),
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
         if let Ok(transport) =

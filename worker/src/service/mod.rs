@@ -4,6 +4,7 @@
 //! stream holds the task, and dropping the stream ends it, which drops the engine's handle, which
 //! frees the blocks.
 
+mod adapters;
 mod generate;
 mod prefill;
 
@@ -13,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
-use baton_proto::v1::{self, ModelCard, Role, WorkerDescription, WorkerStatus};
+use baton_proto::v1::{self, ModelCard, Role, SamplingParams, WorkerDescription, WorkerStatus};
 use baton_proto::{MAX_MESSAGE_BYTES, TokenizerBundle};
 use bytes::Bytes;
 use futures::Stream;
@@ -23,7 +24,9 @@ use tokio::task::AbortHandle;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
+use crate::constraint::{Compiled, Compiler, ConstraintError};
 use crate::engine::{Engine, SubmitError};
+use crate::lora::Adapters;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
 
@@ -44,6 +47,8 @@ pub struct Parts {
     pub model: ModelCard,
     /// The tokenizer, for gateways.
     pub tokenizer: TokenizerBundle,
+    /// The adapters that requests may name.
+    pub adapters: Adapters,
     /// How blocks may cross, best first.
     pub transports: Vec<v1::Transport>,
     /// How long finished blocks are kept for a peer.
@@ -65,8 +70,10 @@ struct Shared {
     model: ModelCard,
     transports: Vec<v1::Transport>,
     hold_lease: Duration,
+    adapters: Arc<Adapters>,
     engine: Arc<Engine>,
     puller: Puller,
+    constraints: Compiler,
 }
 
 impl WorkerService {
@@ -75,13 +82,17 @@ impl WorkerService {
         let tokenizer = serde_json::to_vec(&parts.tokenizer)?;
         let mut model = parts.model;
         model.tokenizer_digest = blake3::hash(&tokenizer).to_hex().to_string();
+        let constraints =
+            Compiler::new(&parts.tokenizer, model.vocab_size as usize, &model.eos_token_ids);
         let shared = Shared {
+            constraints,
             instance_id: parts.instance_id,
             role: parts.role,
             model,
             puller: Puller::new(parts.transports.clone()),
             transports: parts.transports,
             hold_lease: parts.hold_lease,
+            adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
         Ok(Self { shared: Arc::new(shared), tokenizer: tokenizer.into() })
@@ -113,7 +124,20 @@ impl Shared {
     fn status(&self) -> WorkerStatus {
         let mut status = self.engine.status();
         self.puller.count(&mut status);
+        self.adapters.count(&mut status);
         status
+    }
+
+    /// The constraint of a request, compiled.
+    async fn compile(&self, sampling: &SamplingParams) -> Result<Option<Arc<Compiled>>, Status> {
+        let Some(constraint) = &sampling.constraint else { return Ok(None) };
+        match self.constraints.compile(constraint).await {
+            Ok(compiled) => Ok(Some(compiled)),
+            Err(error @ ConstraintError::Busy) => {
+                Err(Status::resource_exhausted(error.to_string()))
+            }
+            Err(error) => Err(Status::invalid_argument(error.to_string())),
+        }
     }
 }
 
@@ -205,14 +229,35 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        generate::start(self.shared.clone(), request.into_inner()).map(Response::new)
+        generate::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
     }
 
     async fn prefill(
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        prefill::start(self.shared.clone(), request.into_inner()).map(Response::new)
+        prefill::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
+    }
+
+    async fn load_adapter(
+        &self,
+        request: Request<v1::LoadAdapterRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        adapters::load(self.shared.adapters.clone(), request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unload_adapter(
+        &self,
+        request: Request<v1::UnloadAdapterRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        adapters::unload(&self.shared.adapters, &request.into_inner().name).map(Response::new)
+    }
+
+    async fn list_adapters(
+        &self,
+        _request: Request<v1::ListAdaptersRequest>,
+    ) -> Result<Response<v1::AdapterList>, Status> {
+        Ok(Response::new(self.shared.adapters.list()))
     }
 
     async fn watch_status(

@@ -14,7 +14,7 @@ use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
 use crate::transfer::{Transport, transports};
 
 /// Checks a request, puts it into the engine and publishes its blocks.
-pub(super) fn start(
+pub(super) async fn start(
     shared: Arc<Shared>,
     request: PrefillRequest,
 ) -> Result<Owned<PrefillEvent>, Status> {
@@ -45,15 +45,22 @@ pub(super) fn start(
         .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
     let sampling =
         request.sampling.ok_or_else(|| Status::invalid_argument("`sampling` is missing"))?;
+    let adapter =
+        request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
+    let deadline = Instant::now() + timeout(request.timeout_ms);
+    let constraint = shared.compile(&sampling).await?;
     let handle = shared
         .engine
         .submit(NewRequest {
             prompt: request.token_ids[..prompt].to_vec(),
             output: request.token_ids[prompt..].to_vec(),
             sampling,
+            constraint,
+            priority: request.priority,
             salt: request.cache_salt,
+            adapter,
             purpose: Purpose::Prefill,
-            deadline: Instant::now() + timeout(request.timeout_ms),
+            deadline,
         })
         .map_err(refused)?;
     let first_wanted = have / block_size;
@@ -112,6 +119,7 @@ async fn publish(
             }
             Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
             Event::Finished(_) => return Err(Status::unavailable("the worker is shutting down")),
+            Event::Prompt(_) => {}
             Event::Pull(_) => return Err(Status::internal("a prefill was told to pull")),
         }
     }
