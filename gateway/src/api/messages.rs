@@ -472,8 +472,8 @@ pub fn assemble(events: &[Value]) -> Vec<Value> {
             Some("content_block_delta") => {
                 let Some(block) = blocks.last_mut() else { continue };
                 for field in ["text", "thinking"] {
-                    if let (Some(more), Value::String(text)) =
-                        (event["delta"][field].as_str(), &mut block[field])
+                    if let (Some(more), Some(Value::String(text))) =
+                        (event["delta"][field].as_str(), block.get_mut(field))
                     {
                         text.push_str(more);
                     }

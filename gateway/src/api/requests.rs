@@ -85,12 +85,13 @@ request!(
     &[]
 );
 request!(
-    /// The body of `POST /invocations`: a chat's with `messages`, else a completion's.
+    /// The body of `POST /invocations`: with `messages` a chat's, else with `prompt` a completion's,
+    /// with all of its fields.
     InvocationRequest:
-    [CompletionFields, Conversation, SamplingFields, ToolFields, StructuredFields],
+    [CompletionFields, Conversation],
     &[],
-    &[IGNORED],
-    UNSUPPORTED
+    &[],
+    &[]
 );
 
 fn merged(

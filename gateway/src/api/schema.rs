@@ -604,6 +604,7 @@ pub mod anthropic {
 
     /// A text, or blocks.
     #[derive(ToSchema)]
+    #[serde(untagged)]
     #[schema(as = AnthropicContent)]
     pub enum BlocksOrText {
         /// A text.
@@ -660,6 +661,7 @@ pub mod anthropic {
 
     /// A text, or blocks of text.
     #[derive(ToSchema)]
+    #[serde(untagged)]
     #[schema(as = AnthropicText)]
     pub enum Text {
         /// A text.
@@ -793,6 +795,7 @@ pub mod anthropic {
 
     /// A block of an answer.
     #[derive(ToSchema)]
+    #[serde(untagged)]
     #[schema(as = AnthropicOutputBlock)]
     pub enum OutputBlock {
         /// Text.

@@ -1,5 +1,7 @@
 //! The HTTP server: what is served where, by whom, and who may.
 
+#[cfg(test)]
+mod api_page;
 mod around;
 mod body;
 mod call;

@@ -20,7 +20,7 @@ use crate::auth;
 use crate::error::ApiError;
 
 /// The document.
-static DOCUMENT: LazyLock<Value> =
+pub(super) static DOCUMENT: LazyLock<Value> =
     LazyLock::new(|| serde_json::to_value(document()).unwrap_or_else(|_| json!({})));
 
 /// The pages, which read the document from this server and nothing from elsewhere.
@@ -100,7 +100,11 @@ fn document() -> OpenApi {
         components.security_schemes.insert(name.into(), scheme.into());
     }
     for (path, item) in &mut document.paths.paths {
-        for operation in operations(item) {
+        for (method, operation) in operations(item) {
+            // Handlers in different modules share names.
+            let words = path.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
+            let words: Vec<&str> = std::iter::once(method).chain(words).collect();
+            operation.operation_id = Some(words.join("_"));
             finish(path, operation);
         }
     }
@@ -111,8 +115,15 @@ fn schema<T: utoipa::PartialSchema>() -> utoipa::openapi::RefOr<utoipa::openapi:
     T::schema()
 }
 
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    [&mut item.get, &mut item.head, &mut item.post, &mut item.delete].into_iter().flatten()
+fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut Operation)> {
+    [
+        ("get", &mut item.get),
+        ("head", &mut item.head),
+        ("post", &mut item.post),
+        ("delete", &mut item.delete),
+    ]
+    .into_iter()
+    .filter_map(|(method, operation)| Some((method, operation.as_mut()?)))
 }
 
 /// Adds what follows from where an operation is: how it may fail, and which key it wants.

@@ -15,7 +15,7 @@ use crate::workers::{Registry, Worker};
 /// Shows what this gateway runs with, and what it sees of the cluster.
 #[utoipa::path(
     get, path = "/server_info", tag = "operation",
-    params(("config_format" = Option<ConfigFormat>, Query, description = "text by default.")),
+    params(("config_format" = inline(Option<ConfigFormat>), Query, description = "text by default.")),
     responses((status = 200, description = "Settings and cluster.", body = Object)),
 )]
 pub(super) async fn show(
