@@ -6,6 +6,7 @@ Usage: drive.py BASE_URL KEY MODEL
 import sys
 
 import openai
+import pydantic
 from openai import OpenAI
 
 MESSAGES = [{"role": "user", "content": "Say hello in one short sentence."}]
@@ -61,6 +62,60 @@ def chat(client: OpenAI, model: str) -> None:
     assert final.choices[0].message.content == answer.message.content, final
 
 
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    age: int = pydantic.Field(ge=0, le=120)
+
+
+def structure(client: OpenAI, model: str) -> None:
+    question = [{"role": "user", "content": "Invent a person: name and age."}]
+    ask = {"model": model, "messages": question, "max_tokens": 150, "temperature": 0}
+    parsed = client.chat.completions.parse(**ask, response_format=Person)
+    person = parsed.choices[0].message.parsed
+    assert isinstance(person, Person), parsed
+    with client.chat.completions.stream(**ask, response_format=Person) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == person, final
+    either = client.chat.completions.create(
+        **ask, extra_body={"structured_outputs": {"choice": ["left", "right"]}}
+    )
+    assert either.choices[0].message.content in ("left", "right"), either
+
+
+def tools(client: OpenAI, model: str) -> None:
+    function = openai.pydantic_function_tool(Person, name="remember")
+    question = [{"role": "user", "content": "Remember a person."}]
+    ask = {
+        "model": model,
+        "messages": question,
+        "max_tokens": 150,
+        "temperature": 0,
+        "tools": [function],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    parsed = client.chat.completions.parse(**ask)
+    [call] = parsed.choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Person), parsed
+    with client.chat.completions.stream(**ask) as stream:
+        deltas = [it for it in stream if it.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion()
+    [streamed] = final.choices[0].message.tool_calls
+    assert streamed.function == call.function, (streamed, call)
+    assert "".join(it.arguments_delta for it in deltas) == call.function.arguments, deltas
+    # The call and its result go back to the model.
+    again = client.chat.completions.create(
+        model=model,
+        max_tokens=8,
+        messages=[
+            *question,
+            parsed.choices[0].message.model_dump(exclude_none=True, exclude={"parsed"}),
+            {"role": "tool", "tool_call_id": call.id, "content": "done"},
+        ],
+    )
+    assert again.choices[0].message.content, again
+
+
 def completions(client: OpenAI, model: str) -> None:
     ask = {"model": model, "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**ask)
@@ -101,10 +156,12 @@ def main() -> None:
     models(client, model)
     chat(client, model)
     completions(client, model)
+    structure(client, model)
+    tools(client, model)
     errors(client, base_url, model)
     # Still sound after the errors.
     chat(client, model)
-    print(f"openai {openai.__version__}: chat, completions, streaming, models, errors")
+    print(f"openai {openai.__version__}: chat, completions, structure, tools, streaming, models, errors")
 
 
 if __name__ == "__main__":

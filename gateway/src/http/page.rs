@@ -79,35 +79,40 @@ fn hash(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use actix_web::dev::ServiceResponse;
     use actix_web::http::StatusCode;
     use actix_web::http::header::{ETAG, IF_NONE_MATCH};
-    use actix_web::{App, body, test, web};
+    use actix_web::test::{TestRequest, call_service, init_service, read_body};
+    use actix_web::{App, web};
 
     use super::*;
 
     #[actix_web::test]
     async fn the_page_comes_once_and_then_only_when_it_has_changed() {
-        let app = test::init_service(App::new().route("/", web::get().to(show))).await;
+        let app = init_service(App::new().route("/", web::get().to(show))).await;
         let ask = |known: Option<&str>| {
-            let request = test::TestRequest::get().uri("/");
+            let request = TestRequest::get().uri("/");
             let request = known.into_iter().fold(request, |request, tag| {
                 request.insert_header((IF_NONE_MATCH, tag.to_owned()))
             });
-            test::call_service(&app, request.to_request())
+            call_service(&app, request.to_request())
+        };
+        let text = |reply: &ServiceResponse<_>, name| {
+            reply.headers().get(name).unwrap().to_str().unwrap().to_owned()
         };
         let first = ask(None).await;
         assert_eq!(first.status(), StatusCode::OK);
-        let tag = first.headers()[ETAG].to_str().unwrap().to_owned();
-        let policy = first.headers()[CONTENT_SECURITY_POLICY].to_str().unwrap().to_owned();
-        let page = body::to_bytes(first.into_body()).await.unwrap();
-        assert_eq!(page, PAGE);
+        let (tag, policy) = (text(&first, ETAG), text(&first, CONTENT_SECURITY_POLICY));
+        assert_eq!(read_body(first).await, PAGE);
         // Never laxer than by hash.
         assert!(!policy.contains("unsafe") && policy.starts_with("default-src 'none'"), "{policy}");
-        for same in [tag.clone(), format!("\"x\", {tag}"), format!("W/{tag}"), "*".to_owned()] {
+        let lists: [String; 4] =
+            [tag.clone(), format!("\"x\", {tag}"), format!("W/{tag}"), "*".into()];
+        for same in lists {
             let reply = ask(Some(&same)).await;
             assert_eq!(reply.status(), StatusCode::NOT_MODIFIED, "{same}");
-            assert_eq!(reply.headers()[ETAG], *tag);
-            assert!(body::to_bytes(reply.into_body()).await.unwrap().is_empty());
+            assert_eq!(text(&reply, ETAG), tag);
+            assert!(read_body(reply).await.is_empty());
         }
         assert_eq!(ask(Some("\"other\"")).await.status(), StatusCode::OK);
     }
