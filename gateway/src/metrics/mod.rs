@@ -74,6 +74,7 @@ pub struct Metrics {
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
     pub(crate) lora: LoraRequests,
+    store_errors: CounterVec,
     /// Each worker's counters at the last scrape.
     seen: Mutex<HashMap<String, WorkerStatus>>,
 }
@@ -285,9 +286,20 @@ impl Metrics {
                 &[],
             )?,
             lora: LoraRequests::new(&r)?,
+            store_errors: counter(
+                &r,
+                "baton_responses_store_errors_total",
+                "Failures of the store of responses.",
+                &["operation"],
+            )?,
             registry: r,
             seen: Mutex::default(),
         })
+    }
+
+    /// The store of responses has failed at `operation`.
+    pub fn store_failed(&self, operation: &str) {
+        self.store_errors.with_label_values(&[operation]).inc();
     }
 
     /// Counts an HTTP answer. `handler` is the route's pattern.
