@@ -135,8 +135,7 @@ impl Keys {
     }
 
     fn open(&self, path: &str) -> bool {
-        let open = OPEN.contains(&path) || path.starts_with("/docs/");
-        open && (!self.guard_all || PROBES.contains(&path))
+        is_open(path) && (!self.guard_all || PROBES.contains(&path))
     }
 }
 
@@ -151,6 +150,16 @@ fn presented(headers: &HeaderMap) -> Vec<KeyDigest> {
         .map(|(_, key)| key);
     let other = headers.get("x-api-key").and_then(|value| value.to_str().ok());
     bearer.into_iter().chain(other).map(|key| digest(key.trim())).collect()
+}
+
+/// Whether a route is for operators.
+pub fn is_for_admins(path: &str) -> bool {
+    ADMIN.contains(&path)
+}
+
+/// Whether a route answers without a key, unless everything is guarded.
+pub fn is_open(path: &str) -> bool {
+    OPEN.contains(&path) || path.starts_with("/docs/")
 }
 
 fn digest(key: &str) -> KeyDigest {

@@ -41,6 +41,11 @@ impl ApiError {
         Self::bad_value(param, format!("`{param}` is not supported by this server; leave it out"))
     }
 
+    /// 400: no route takes such a body.
+    pub fn no_handler(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "BadRequestError", message)
+    }
+
     /// 401.
     pub fn unauthorized() -> Self {
         let message =

@@ -2,28 +2,45 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
+use super::schema::ChatMessage;
 use crate::error::ApiError;
 use crate::text::TextModel;
 use crate::text::template::{ChatTemplate, Options};
 
 /// The fields of a conversation, shared with `POST /tokenize`.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct Conversation {
+    /// The conversation so far.
+    #[schema(value_type = Vec<ChatMessage>, min_items = 1)]
     messages: Option<Value>,
+    /// Open the assistant's turn behind the last message; on by default.
     add_generation_prompt: Option<bool>,
+    /// Leave the last message open and continue it.
     continue_final_message: Option<bool>,
+    /// Let the tokenizer add its special tokens; by default the template has put them.
     add_special_tokens: Option<bool>,
+    /// Texts that the answer is to draw on, for templates that take them.
+    #[schema(value_type = Option<Vec<Object>>)]
     documents: Option<Vec<Value>>,
+    /// A variable of the template; "none" sets `enable_thinking` to false too.
     reasoning_effort: Option<String>,
+    /// A template in place of the model's, if the gateway takes it.
+    #[schema(max_length = 65536)]
     chat_template: Option<String>,
+    /// More variables of the template.
+    #[schema(value_type = Option<Object>)]
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 /// The fields that only chats have.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct ChatFields {
+    /// Return the log-probability of each token.
     logprobs: Option<bool>,
+    /// Alternatives to return with each token; -1 is the whole vocabulary.
+    #[schema(minimum = -1)]
     top_logprobs: Option<i64>,
     /// Put the last message before the answer, when both are of one role.
     pub echo: Option<bool>,

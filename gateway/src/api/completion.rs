@@ -2,8 +2,10 @@
 
 use serde::Deserialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::sampling::{MAX_SEQUENCES, Wish};
+use super::schema::PromptInput;
 use super::structured::StructuredFields;
 use super::token_ids;
 use crate::error::ApiError;
@@ -12,12 +14,17 @@ use crate::error::ApiError;
 pub const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The fields that only completions have.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct CompletionFields {
+    /// One prompt or several, each a text or tokens.
+    #[schema(value_type = PromptInput)]
     prompt: Option<Value>,
+    /// Alternatives to return with each token; -1 is the whole vocabulary.
+    #[schema(minimum = -1)]
     logprobs: Option<i64>,
     /// Put the prompt before the answer.
     pub echo: Option<bool>,
+    /// Let the tokenizer add its special tokens to a text; on by default.
     add_special_tokens: Option<bool>,
 }
 

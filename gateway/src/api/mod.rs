@@ -9,8 +9,11 @@ pub mod completion;
 pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
+pub mod messages;
+pub mod requests;
 pub mod responses;
 pub mod sampling;
+pub mod schema;
 pub mod sse;
 pub mod structured;
 pub mod tokenize;
@@ -36,7 +39,7 @@ impl Body {
     /// Reads an object.
     pub fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
         let mut fields: Value = serde_json::from_slice(bytes).map_err(|error| {
-            ApiError::malformed(format!("The body is not valid JSON: {error}."))
+            ApiError::malformed(format!("JSON decode error: the body is not valid JSON: {error}."))
         })?;
         let Value::Object(object) = &fields else {
             return Err(ApiError::malformed("The body must be a JSON object."));
@@ -49,6 +52,12 @@ impl Body {
     /// A body that another form was turned into.
     pub fn new(fields: Map<String, Value>) -> Self {
         Self { unknown: fields.keys().cloned().collect(), fields: fields.into() }
+    }
+
+    /// Sets a field.
+    pub fn set(&mut self, field: &str, value: Value) {
+        self.unknown.insert(field.to_owned());
+        self.fields[field] = value;
     }
 
     /// Takes the fields of `T`. An error names the field at fault.
@@ -79,7 +88,9 @@ impl Body {
         let refused = self.unknown.iter().find(|field| {
             let unsupported = UNSUPPORTED.iter().find(|(name, _)| name == field);
             let value = self.get(field);
-            unsupported.zip(value).is_some_and(|((_, harmless), value)| !harmless(value))
+            unsupported
+                .zip(value)
+                .is_some_and(|((_, harmless), value)| !asks_nothing(harmless, value))
         });
         if let Some(field) = refused {
             return Err(ApiError::not_supported(field));
@@ -102,24 +113,22 @@ impl Body {
     }
 }
 
-/// Whether a field's value asks for nothing.
-type Harmless = fn(&Value) -> bool;
-
-/// Fields of the API that are not built, and when they may be there all the same.
-const UNSUPPORTED: &[(&str, Harmless)] = &[
-    ("audio", never),
-    ("function_call", |value| value == "none"),
-    ("functions", empty),
-    ("logits_processors", empty),
-    ("modalities", |value| *value == serde_json::json!(["text"])),
-    ("prompt_embeds", never),
-    ("suffix", |value| value == ""),
-    ("thinking_token_budget", never),
-    ("use_beam_search", |value| *value == false),
+/// Fields of the API that are not built, and the value, as JSON, that asks for nothing; so does
+/// null.
+pub const UNSUPPORTED: &[(&str, &str)] = &[
+    ("audio", "null"),
+    ("function_call", r#""none""#),
+    ("functions", "[]"),
+    ("logits_processors", "[]"),
+    ("modalities", r#"["text"]"#),
+    ("prompt_embeds", "null"),
+    ("suffix", r#""""#),
+    ("thinking_token_budget", "null"),
+    ("use_beam_search", "false"),
 ];
 
 /// Fields of the API that change nothing here.
-const IGNORED: &[&str] = &[
+pub const IGNORED: &[&str] = &[
     "best_of",
     "guided_decoding_backend",
     "length_penalty",
@@ -132,12 +141,8 @@ const IGNORED: &[&str] = &[
     "user",
 ];
 
-fn never(_: &Value) -> bool {
-    false
-}
-
-fn empty(value: &Value) -> bool {
-    value.as_array().is_some_and(Vec::is_empty)
+fn asks_nothing(harmless: &str, value: &Value) -> bool {
+    serde_json::from_str(harmless).is_ok_and(|harmless: Value| harmless == *value)
 }
 
 /// Makes `1.0` the integer 1, as pydantic does for vLLM.

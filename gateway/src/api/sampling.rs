@@ -8,7 +8,9 @@ use baton_proto::v1::{Constraint, SamplingParams, TokenSequence};
 use rand::RngExt as _;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
+use super::schema::{OneOrMany, TokenId};
 use super::{strings, token_ids};
 use crate::error::ApiError;
 use crate::generate::answer::TextSettings;
@@ -28,13 +30,14 @@ const MAX_BAD_WORDS: usize = 256;
 const MIN_TEMPERATURE: f64 = 0.01;
 
 /// The fields as they come. Absent and `null` are the same.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct SamplingFields {
-    /// Served model.
+    /// Served model; any, when it is absent.
     pub model: Option<String>,
     /// Base of the reply's id.
     pub request_id: Option<String>,
     /// Requests share cached prefixes only when their salts are equal.
+    #[schema(min_length = 1, max_length = 1024)]
     pub cache_salt: Option<String>,
     /// Send tokens as they come.
     pub stream: Option<bool>,
@@ -49,35 +52,77 @@ pub struct SamplingFields {
     /// Keep the stop string in the text.
     pub include_stop_str_in_output: Option<bool>,
     /// Passed back in the reply as it came.
+    #[schema(value_type = Option<Object>)]
     pub kv_transfer_params: Option<Map<String, Value>>,
+    /// Keep this many tokens of the prompt; -1 keeps what leaves room for the answer.
+    #[schema(minimum = -1)]
     truncate_prompt_tokens: Option<i64>,
     truncation_side: Option<TruncationSide>,
+    /// Lower is sooner.
+    #[schema(minimum = -2147483648, maximum = 2147483647)]
     priority: Option<i64>,
+    /// Alternatives to return with each token of the prompt; -1 is the whole vocabulary.
+    #[schema(minimum = -1)]
     prompt_logprobs: Option<i64>,
+    /// Answers to each prompt.
+    #[schema(minimum = 1, maximum = 128)]
     n: Option<i64>,
+    /// 0 is greedy.
+    #[schema(minimum = 0.0, maximum = 2.0)]
     temperature: Option<f64>,
+    /// Draw from the most likely tokens that have this probability together.
+    #[schema(exclusive_minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
+    /// Draw from this many of the most likely tokens; 0 and -1 are off.
+    #[schema(minimum = -1, maximum = 4294967295i64)]
     top_k: Option<i64>,
+    /// Leave out tokens less likely than this share of the most likely one.
+    #[schema(minimum = 0.0, maximum = 1.0)]
     min_p: Option<f64>,
+    /// The same seed gives the same answer.
+    #[schema(minimum = -9223372036854775808i64, maximum = 9223372036854775807i64)]
     seed: Option<i64>,
+    /// The most tokens of an answer.
+    #[schema(minimum = 1, maximum = 4294967295i64)]
     max_tokens: Option<i64>,
+    /// The same under OpenAI's newer name, which wins.
+    #[schema(minimum = 1, maximum = 4294967295i64)]
     max_completion_tokens: Option<i64>,
+    /// Neither a stop string nor the end of the sequence counts before this many tokens.
+    #[schema(minimum = 0, maximum = 4294967295i64)]
     min_tokens: Option<i64>,
+    /// Taken from the logit of each token that the answer has.
+    #[schema(minimum = -2.0, maximum = 2.0)]
     presence_penalty: Option<f64>,
+    /// Taken from a token's logit as often as the answer has it.
+    #[schema(minimum = -2.0, maximum = 2.0)]
     frequency_penalty: Option<f64>,
+    /// Divides the logits of tokens that prompt or answer have; 1 is off.
+    #[schema(exclusive_minimum = 0.0)]
     repetition_penalty: Option<f64>,
+    /// Strings that end the answer, and are no part of it.
+    #[schema(value_type = Option<OneOrMany>)]
     stop: Option<Value>,
+    /// Tokens that end the answer.
+    #[schema(value_type = Option<Vec<TokenId>>, max_items = 256)]
     stop_token_ids: Option<Vec<Value>>,
+    /// Go on behind the end of the sequence.
     ignore_eos: Option<bool>,
+    /// Added to the logits of tokens, which are named by their ids; clamped to -100 to 100.
+    #[schema(value_type = Option<std::collections::HashMap<String, f64>>)]
     logit_bias: Option<Map<String, Value>>,
+    /// The only tokens that an answer may have.
+    #[schema(value_type = Option<Vec<TokenId>>, min_items = 1)]
     allowed_token_ids: Option<Vec<Value>>,
+    /// Words that an answer must not have.
+    #[schema(value_type = Option<OneOrMany>)]
     bad_words: Option<Value>,
 }
 
 /// The end at which `truncate_prompt_tokens` cuts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-enum TruncationSide {
+pub enum TruncationSide {
     /// The prompt's beginning goes.
     #[default]
     Left,
@@ -86,7 +131,7 @@ enum TruncationSide {
 }
 
 /// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 pub struct StreamOptions {
     /// One more event with the usage, before the end.
     pub include_usage: Option<bool>,

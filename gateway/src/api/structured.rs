@@ -5,8 +5,10 @@ use baton_proto::v1::Constraint;
 use baton_proto::v1::constraint::Kind;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::gbnf;
+use super::schema::{ResponseFormat, StructuredOutputs};
 use crate::error::ApiError;
 
 /// The most bytes of a schema, an expression or a grammar.
@@ -15,14 +17,27 @@ const MAX_BYTES: usize = 256 * 1024;
 const MAX_CHOICES: usize = 4096;
 
 /// The fields as they come.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct StructuredFields {
+    /// OpenAI's way to ask for JSON.
+    #[schema(value_type = Option<ResponseFormat>)]
     response_format: Option<Value>,
+    /// vLLM's way to constrain the answer; exactly one of the first five.
+    #[schema(value_type = Option<StructuredOutputs>)]
     structured_outputs: Option<Map<String, Value>>,
+    /// An older name of `structured_outputs.json`.
     guided_json: Option<Value>,
+    /// An older name of `structured_outputs.regex`.
+    #[schema(value_type = Option<String>)]
     guided_regex: Option<Value>,
+    /// An older name of `structured_outputs.choice`.
+    #[schema(value_type = Option<Vec<String>>, min_items = 1)]
     guided_choice: Option<Value>,
+    /// An older name of `structured_outputs.grammar`.
+    #[schema(value_type = Option<String>)]
     guided_grammar: Option<Value>,
+    /// An older name of `structured_outputs.whitespace_pattern`.
+    #[schema(value_type = Option<String>)]
     guided_whitespace_pattern: Option<Value>,
 }
 

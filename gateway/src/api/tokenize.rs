@@ -2,12 +2,14 @@
 
 use serde::Deserialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::schema::TokenId;
 use super::token_ids;
 use crate::error::ApiError;
 
 /// The fields of `/tokenize`, beside those of a conversation.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct TokenizeFields {
     /// Served model.
     pub model: Option<String>,
@@ -20,10 +22,12 @@ pub struct TokenizeFields {
 }
 
 /// The fields of `/detokenize`.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct DetokenizeFields {
     /// Served model.
     pub model: Option<String>,
+    /// Token ids of this model.
+    #[schema(value_type = Vec<TokenId>)]
     tokens: Option<Vec<Value>>,
 }
 

@@ -2,8 +2,10 @@
 
 use serde::Deserialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::Body;
+use super::schema::{Tool, ToolChoiceInput};
 use crate::error::ApiError;
 
 /// The most tools of a request.
@@ -49,10 +51,16 @@ pub struct Tools {
 }
 
 /// The fields as they come.
-#[derive(Debug, Default, Deserialize)]
-struct Fields {
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub struct ToolFields {
+    /// Functions that the model may call.
+    #[schema(value_type = Option<Vec<Tool>>, min_items = 1, max_items = 128)]
     tools: Option<Value>,
+    /// Whether it may, must or must not call: none, auto, required, or an object that names one.
+    /// auto when there are tools.
+    #[schema(value_type = Option<ToolChoiceInput>)]
     tool_choice: Option<Value>,
+    /// Whether an answer may hold several calls; true when it is absent.
     parallel_tool_calls: Option<bool>,
 }
 
@@ -60,7 +68,7 @@ impl Tools {
     /// The fields `tools`, `tool_choice` and `parallel_tool_calls` in the form of chats; `None`
     /// without tools.
     pub fn read(body: &mut Body) -> Result<Option<Self>, ApiError> {
-        let fields: Fields = body.read()?;
+        let fields: ToolFields = body.read()?;
         let (tools, choice) = (fields.tools.as_ref(), fields.tool_choice.as_ref());
         Self::from_chat(tools, choice, fields.parallel_tool_calls)
     }

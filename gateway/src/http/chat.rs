@@ -11,17 +11,35 @@ use super::frames::{Frames, Shape};
 use super::generation::Intake;
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
+use crate::api::requests::ChatRequest;
+use crate::api::schema::ChatCompletion;
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::{Delta, End};
 use crate::output::{OutputParser, Parsed, Part};
 
+/// Answers a chat.
+#[utoipa::path(
+    post, path = "/v1/chat/completions", tag = "generation", request_body = ChatRequest,
+    responses((
+        status = 200, description = "The answer; a stream of events if `stream` is true.",
+        content((ChatCompletion = "application/json"), (String = "text/event-stream")),
+    )),
+)]
 pub(super) async fn create(
     request: HttpRequest,
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
+    answer(intake, shared).await
+}
+
+/// Answers a chat whose body has been read.
+pub(super) async fn answer(
+    intake: Intake,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
     let Intake { arrived, place, mut body, client, own_id } = intake;
     let call = Call::read(&shared, &mut body).await?;
     let envelope = Envelope::new("chatcmpl", own_id.as_deref(), call.served.name());

@@ -61,6 +61,10 @@ use crate::workers::recent::Placement;
 /// ```
 ///
 /// Addresses are left out: clients have no business with them. Errors: 401.
+#[utoipa::path(
+    get, path = "/cluster", tag = "operation",
+    responses((status = 200, description = "The cluster.", body = Object)),
+)]
 pub(super) async fn show(shared: web::Data<Shared>) -> HttpResponse {
     let registry = &shared.registry;
     let workers: Vec<_> = registry.workers().iter().map(|worker| describe(worker)).collect();

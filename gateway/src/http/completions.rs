@@ -14,19 +14,37 @@ use super::tokenize::{encode, model};
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::{Columns, Naming};
+use crate::api::requests::CompletionRequest;
 use crate::api::sampling::SamplingFields;
+use crate::api::schema::TextCompletion;
 use crate::api::structured::StructuredFields;
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::Delta;
 use crate::workers::Served;
 
+/// Completes texts or tokens.
+#[utoipa::path(
+    post, path = "/v1/completions", tag = "generation", request_body = CompletionRequest,
+    responses((
+        status = 200, description = "The answers; a stream of events if `stream` is true.",
+        content((TextCompletion = "application/json"), (String = "text/event-stream")),
+    )),
+)]
 pub(super) async fn create(
     request: HttpRequest,
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
+    answer(intake, shared).await
+}
+
+/// Answers a completion whose body has been read.
+pub(super) async fn answer(
+    intake: Intake,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
     let Intake { arrived, place, mut body, client, own_id } = intake;
     let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;

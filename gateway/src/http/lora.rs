@@ -4,30 +4,45 @@
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::{Shared, body};
 use crate::adapters::Load;
 use crate::error::ApiError;
 
 /// The body of a load.
-#[derive(Debug, Default, Deserialize)]
-struct LoadFields {
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = LoadAdapter)]
+pub(super) struct LoadFields {
+    /// The name under which it is served.
+    #[schema(value_type = String, min_length = 1)]
     lora_name: Option<String>,
+    /// Its folder, as the workers see it.
+    #[schema(value_type = String, min_length = 1)]
     lora_path: Option<String>,
+    /// Replace the adapter of this name.
     load_inplace: Option<bool>,
     /// Which model it is for, where there are several.
     base_model_name: Option<String>,
 }
 
 /// The body of an unload.
-#[derive(Debug, Default, Deserialize)]
-struct UnloadFields {
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[schema(as = UnloadAdapter)]
+pub(super) struct UnloadFields {
+    /// The name under which it is served.
+    #[schema(value_type = String, min_length = 1)]
     lora_name: Option<String>,
     /// vLLM's own number of the adapter; the name is enough.
     #[serde(rename = "lora_int_id")]
     _lora_int_id: Option<i64>,
 }
 
+/// Loads a LoRA adapter on every worker of its model.
+#[utoipa::path(
+    post, path = "/v1/load_lora_adapter", tag = "operation", request_body = LoadFields,
+    responses((status = 200, description = "Done.", content_type = "text/plain", body = String)),
+)]
 pub(super) async fn load(
     request: HttpRequest,
     payload: Payload,
@@ -49,6 +64,11 @@ pub(super) async fn load(
     Ok(response.content_type("text/plain; charset=utf-8").body(reply))
 }
 
+/// Unloads a LoRA adapter.
+#[utoipa::path(
+    post, path = "/v1/unload_lora_adapter", tag = "operation", request_body = UnloadFields,
+    responses((status = 200, description = "Done.", content_type = "text/plain", body = String)),
+)]
 pub(super) async fn unload(
     request: HttpRequest,
     payload: Payload,

@@ -1,5 +1,7 @@
 //! The HTTP server: what is served where, by whom, and who may.
 
+#[cfg(test)]
+mod api_page;
 mod around;
 mod body;
 mod call;
@@ -10,12 +12,16 @@ mod connection;
 mod cors;
 mod frames;
 mod generation;
+mod invocations;
 mod load;
 mod lora;
+mod messages;
+mod openapi;
 mod ops;
 mod page;
 mod request_id;
 mod responses;
+mod routes;
 mod server_info;
 mod tokenize;
 
@@ -27,6 +33,7 @@ use actix_http::HttpService;
 use actix_service::map_config;
 use actix_tls::accept::rustls_0_23::TlsStream;
 use actix_web::dev::{AppConfig, Server};
+use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::middleware::from_fn;
 use actix_web::rt::net::TcpStream;
 use actix_web::{App, HttpRequest, HttpResponse, Resource, web};
@@ -118,26 +125,10 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
         let app = App::new()
             .app_data(shared.clone())
             .wrap(from_fn(around::guard))
+            .wrap(from_fn(messages::reword_errors))
             .wrap(cors.middleware())
             .wrap(from_fn(around::record))
-            .service(at("/").get(page::show).head(page::show))
-            .service(at("/cluster").get(cluster::show))
-            .service(at("/health").get(ops::health))
-            .service(at("/ping").get(ops::health).post(ops::health))
-            .service(at("/version").get(ops::version))
-            .service(at("/load").get(ops::load))
-            .service(at("/metrics").get(ops::metrics))
-            .service(at("/server_info").get(server_info::show))
-            .service(at("/v1/models").get(ops::models))
-            // Names may have slashes.
-            .service(at("/v1/models/{name:.+}").get(ops::model))
-            .service(at("/v1/load_lora_adapter").post(lora::load))
-            .service(at("/v1/unload_lora_adapter").post(lora::unload))
-            .service(at("/v1/chat/completions").post(chat::create))
-            .service(at("/v1/completions").post(completions::create))
-            .configure(responses::register)
-            .service(at("/tokenize").post(tokenize::tokenize))
-            .service(at("/detokenize").post(tokenize::detokenize))
+            .configure(routes::register)
             .default_service(web::to(unknown_route));
         map_config(app, |()| AppConfig::default())
     };
@@ -172,8 +163,14 @@ fn at(path: &str) -> Resource {
     web::resource(path).default_service(web::to(wrong_method))
 }
 
-async fn wrong_method(request: HttpRequest) -> Result<HttpResponse, ApiError> {
-    Err(ApiError::wrong_method(request.method().as_str(), request.path()))
+async fn wrong_method(request: HttpRequest) -> HttpResponse {
+    let error = ApiError::wrong_method(request.method().as_str(), request.path());
+    let mut response = HttpResponse::from_error(error);
+    let allowed = routes::allowed(request.match_pattern().as_deref());
+    if let Ok(allowed) = HeaderValue::from_str(&allowed) {
+        response.headers_mut().insert(ALLOW, allowed);
+    }
+    response
 }
 
 async fn unknown_route(request: HttpRequest) -> Result<HttpResponse, ApiError> {

@@ -9,10 +9,20 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use crate::api::envelope::unix_seconds;
+use crate::api::schema::{ModelCard, Models, ServerLoad, Version};
 use crate::error::ApiError;
 
-/// 200 when a request would be served, 503 when no worker that generates answers: what a load
-/// balancer must know, and what vLLM says when its engine is dead.
+/// Says whether a request would be served.
+///
+/// 503 when no worker that generates answers: what a load balancer must know, and what vLLM says
+/// when its engine is dead.
+#[utoipa::path(
+    get, path = "/health", tag = "operation",
+    responses(
+        (status = 200, description = "It would."),
+        (status = 503, description = "No worker that generates answers."),
+    ),
+)]
 pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     match shared.registry.ready() && !shared.draining.load(Relaxed) {
         true => HttpResponse::Ok().finish(),
@@ -20,14 +30,44 @@ pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     }
 }
 
+/// Says whether a request would be served, for SageMaker.
+#[utoipa::path(
+    method(get, post), path = "/ping", tag = "operation",
+    responses(
+        (status = 200, description = "It would."),
+        (status = 503, description = "No worker that generates answers."),
+    ),
+)]
+pub(super) async fn ping(shared: web::Data<Shared>) -> HttpResponse {
+    health(shared).await
+}
+
+/// Tells the gateway's version.
+#[utoipa::path(
+    get, path = "/version", tag = "operation",
+    responses((status = 200, description = "The version.", body = Version)),
+)]
 pub(super) async fn version() -> HttpResponse {
     HttpResponse::Ok().json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
+/// Tells how many requests are in progress.
+#[utoipa::path(
+    get, path = "/load", tag = "operation",
+    responses((status = 200, description = "How many.", body = ServerLoad)),
+)]
 pub(super) async fn load(shared: web::Data<Shared>) -> HttpResponse {
     HttpResponse::Ok().json(json!({"server_load": shared.load.now()}))
 }
 
+/// Tells everything that is counted, for Prometheus.
+#[utoipa::path(
+    get, path = "/metrics", tag = "operation",
+    responses((
+        status = 200, description = "Prometheus' text format.", content_type = "text/plain",
+        body = String,
+    )),
+)]
 pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, ApiError> {
     let text = shared
         .metrics
@@ -36,12 +76,22 @@ pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, A
     Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text))
 }
 
+/// Lists the models that are served.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "operation",
+    responses((status = 200, description = "The models.", body = Models)),
+)]
 pub(super) async fn models(shared: web::Data<Shared>) -> HttpResponse {
     let list = json!({"object": "list", "data": cards(&shared)});
     HttpResponse::Ok().insert_header(ContentType::json()).json(list)
 }
 
-/// One model, as OpenAI has it.
+/// Shows one model, as OpenAI has it.
+#[utoipa::path(
+    get, path = "/v1/models/{name}", tag = "operation",
+    params(("name" = String, Path, description = "A name of the model; it may have slashes.")),
+    responses((status = 200, description = "The model.", body = ModelCard)),
+)]
 pub(super) async fn model(
     shared: web::Data<Shared>,
     name: web::Path<String>,

@@ -39,6 +39,14 @@ static POLICY: LazyLock<String> = LazyLock::new(|| {
 
 static TAG: LazyLock<EntityTag> = LazyLock::new(|| EntityTag::new_strong(hash(PAGE)));
 
+/// Shows a page to chat on.
+#[utoipa::path(
+    method(get, head), path = "/", tag = "operation",
+    responses(
+        (status = 200, description = "The page.", content_type = "text/html", body = String),
+        (status = 304, description = "It has not changed."),
+    ),
+)]
 pub(super) async fn show(request: HttpRequest) -> HttpResponse {
     let same = match request.get_header() {
         Some(IfNoneMatch::Any) => true,

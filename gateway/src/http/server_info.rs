@@ -7,10 +7,17 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
 use super::Shared;
+use crate::api::schema::ConfigFormat;
 use crate::config::without_password;
 use crate::error::ApiError;
 use crate::workers::{Registry, Worker};
 
+/// Shows what this gateway runs with, and what it sees of the cluster.
+#[utoipa::path(
+    get, path = "/server_info", tag = "operation",
+    params(("config_format" = inline(Option<ConfigFormat>), Query, description = "text by default.")),
+    responses((status = 200, description = "Settings and cluster.", body = Object)),
+)]
 pub(super) async fn show(
     request: HttpRequest,
     shared: web::Data<Shared>,

@@ -1,13 +1,16 @@
-//! `POST /tokenize` and `POST /detokenize`.
+//! `POST /tokenize`, `POST /detokenize` and `GET /tokenizer_info`.
 
 use std::sync::Arc;
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::{Shared, body};
 use crate::api::chat::Conversation;
+use crate::api::requests::{DetokenizeRequest, TokenizeRequest};
+use crate::api::schema::{Detokenized, Tokenized, TokenizerInfo};
 use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
 use crate::api::tools::Tools;
 use crate::error::ApiError;
@@ -17,6 +20,11 @@ use crate::workers::Served;
 /// Texts from this length on are tokenized off the threads that serve.
 const LONG_TEXT: usize = 16 * 1024;
 
+/// Turns a text or a chat into tokens.
+#[utoipa::path(
+    post, path = "/tokenize", tag = "tokens", request_body = TokenizeRequest,
+    responses((status = 200, description = "The tokens.", body = Tokenized)),
+)]
 pub(super) async fn tokenize(
     request: HttpRequest,
     payload: Payload,
@@ -55,6 +63,11 @@ pub(super) async fn tokenize(
     })))
 }
 
+/// Turns tokens into a text.
+#[utoipa::path(
+    post, path = "/detokenize", tag = "tokens", request_body = DetokenizeRequest,
+    responses((status = 200, description = "The text.", body = Detokenized)),
+)]
 pub(super) async fn detokenize(
     request: HttpRequest,
     payload: Payload,
@@ -76,6 +89,30 @@ pub(super) async fn detokenize(
         false => decode(),
     };
     Ok(response.json(json!({"prompt": prompt})))
+}
+
+/// The model that a question is about.
+#[derive(Debug, Deserialize)]
+pub(super) struct OfModel {
+    /// Served model; any, when it is absent.
+    model: Option<String>,
+}
+
+/// Shows a tokenizer's configuration.
+#[utoipa::path(
+    get, path = "/tokenizer_info", tag = "tokens",
+    params(("model" = Option<String>, Query, description = "Served model; any without it.")),
+    responses((status = 200, description = "The configuration.", body = TokenizerInfo)),
+)]
+pub(super) async fn info(
+    request: HttpRequest,
+    shared: web::Data<Shared>,
+) -> Result<HttpResponse, ApiError> {
+    let query = web::Query::<OfModel>::from_query(request.query_string()).map_err(|error| {
+        ApiError::malformed(format!("The query does not parse: {error}.")).param("model")
+    })?;
+    let served = model(&shared, query.model.as_deref())?;
+    Ok(HttpResponse::Ok().json(&served.text.tokenizer_config))
 }
 
 /// What serves a request's model. Without a name, whatever is there.

@@ -29,7 +29,8 @@ pub struct TextModel {
     pub reasoning_syntax: Option<ReasoningSyntax>,
     /// What holds for sampling fields that a request leaves out.
     pub defaults: Defaults,
-    /// `tokenizer_config.json`, if the model has one.
+    /// `tokenizer_config.json`, as far as the model has one, with at least `tokenizer_class` and,
+    /// if there is a chat template, `chat_template`.
     pub tokenizer_config: Map<String, Value>,
 }
 
@@ -55,7 +56,7 @@ impl TextModel {
             tool_syntax: bundle.chat_template.as_deref().and_then(ToolSyntax::detect),
             reasoning_syntax: bundle.chat_template.as_deref().and_then(ReasoningSyntax::detect),
             defaults: Defaults::of(&bundle.generation_config),
-            tokenizer_config: bundle.tokenizer_config.clone(),
+            tokenizer_config: tokenizer_config(bundle),
         })
     }
 
@@ -72,4 +73,14 @@ impl TextModel {
         // The decoder fails on nothing that a vocabulary check lets through.
         self.tokenizer.decode(ids, skip_special_tokens).unwrap_or_default()
     }
+}
+
+fn tokenizer_config(bundle: &TokenizerBundle) -> Map<String, Value> {
+    let mut config = bundle.tokenizer_config.clone();
+    // GGUF files have no such thing; this is the class that reads any `tokenizer.json`.
+    config.entry("tokenizer_class").or_insert_with(|| "PreTrainedTokenizerFast".into());
+    if let Some(template) = &bundle.chat_template {
+        config.insert("chat_template".into(), template.as_str().into());
+    }
+    config
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::{items, wrong};
 use crate::api::Body;
@@ -17,7 +18,7 @@ const MAX_KEY: usize = 64;
 const MAX_VALUE: usize = 512;
 
 /// Fields that mean the same in chats and go there as they came.
-const SHARED: &[&str] = &[
+pub const SHARED: &[&str] = &[
     "model",
     "temperature",
     "top_p",
@@ -46,7 +47,7 @@ const SHARED: &[&str] = &[
 ];
 
 /// Fields that change nothing here.
-const IGNORED: &[&str] = &["mm_processor_kwargs", "prompt_cache_retention", "stream_options"];
+pub const IGNORED: &[&str] = &["mm_processor_kwargs", "prompt_cache_retention", "stream_options"];
 
 /// What `include` may hold; the first is heeded, the others ask for what there is none of.
 const INCLUDES: &[&str] = &[
@@ -61,8 +62,10 @@ const INCLUDES: &[&str] = &[
 ];
 
 /// The fields of a request that do not go to the chat as they came.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct ResponsesFields {
+    /// A text, or items: messages, calls and their outputs, reasoning.
+    #[schema(required)]
     input: Option<Value>,
     /// The system's message of this response.
     pub instructions: Option<String>,
@@ -113,7 +116,7 @@ pub struct ResponsesFields {
 }
 
 /// `reasoning`.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct Reasoning {
     /// How much to think; the chat template's to heed.
     pub effort: Option<String>,
@@ -124,7 +127,7 @@ pub struct Reasoning {
 }
 
 /// `truncation`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Truncation {
     /// What is too long is refused.

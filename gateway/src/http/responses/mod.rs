@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use actix_web::http::header::ContentType;
-use actix_web::web::{self, Payload, ServiceConfig};
+use actix_web::web::{self, Payload};
 use actix_web::{HttpMessage as _, HttpRequest, HttpResponse};
 use serde_json::{Value, json};
 use tracing::error;
@@ -28,11 +28,12 @@ use super::call::Call;
 use super::connection::Connection;
 use super::generation::{Intake, Order, streaming};
 use super::load::Place;
-use super::{Shared, at, body, connection};
-use crate::api::Body;
+use super::{Shared, body, connection};
+use crate::api::requests::ResponsesRequest;
 use crate::api::responses::object::{Resolved, ResponseObject, Status};
 use crate::api::responses::request::{ResponsesFields, is_id, reworded};
 use crate::api::usage::{Budget, room};
+use crate::api::{Body, schema};
 use crate::auth::Admitted;
 use crate::error::ApiError;
 use crate::store::{Record, Store, StoreError, Stored};
@@ -57,15 +58,6 @@ impl Responses {
         let found = self.store.as_ref().filter(|_| is_id(id));
         found.ok_or_else(|| ApiError::unknown_response(id, "response_id"))
     }
-}
-
-/// The routes.
-pub(super) fn register(config: &mut ServiceConfig) {
-    config
-        .service(at("/v1/responses").post(create))
-        .service(at("/v1/responses/{id}").get(retrieve).delete(delete))
-        .service(at("/v1/responses/{id}/cancel").post(cancel))
-        .service(at("/v1/responses/{id}/input_items").get(input_items));
 }
 
 /// A request that is read and checked, about to be generated.
@@ -98,7 +90,17 @@ impl Ready {
     }
 }
 
-async fn create(
+/// Generates a response.
+#[utoipa::path(
+    post, path = "/v1/responses", tag = "responses", request_body = ResponsesRequest,
+    responses((
+        status = 200,
+        description = "The response; a stream of events if `stream` is true. With `background` \
+                       it has only begun.",
+        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+    )),
+)]
+pub(super) async fn create(
     request: HttpRequest,
     payload: Payload,
     shared: web::Data<Shared>,
@@ -209,7 +211,20 @@ async fn in_background(
     Ok(response.json(queued))
 }
 
-async fn retrieve(
+/// Shows a stored response, or replays the events of one that was made in the background.
+#[utoipa::path(
+    get, path = "/v1/responses/{id}", tag = "responses",
+    params(
+        ("id" = String, Path, description = "A response's id."),
+        ("stream" = Option<bool>, Query, description = "Send its events, and follow it."),
+        ("starting_after" = Option<u64>, Query, description = "Events up to this one are known."),
+    ),
+    responses((
+        status = 200, description = "The response, or its events.",
+        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+    )),
+)]
+pub(super) async fn retrieve(
     request: HttpRequest,
     id: web::Path<String>,
     shared: web::Data<Shared>,
@@ -234,7 +249,12 @@ async fn retrieve(
     Ok(streaming(HttpResponse::Ok(), events))
 }
 
-async fn cancel(
+/// Stops a response that is made in the background.
+#[utoipa::path(
+    post, path = "/v1/responses/{id}/cancel", tag = "responses", params(("id" = String, Path, description = "A response's id.")),
+    responses((status = 200, description = "The response, cancelled.", body = schema::ResponseObject)),
+)]
+pub(super) async fn cancel(
     request: HttpRequest,
     id: web::Path<String>,
     shared: web::Data<Shared>,
@@ -268,7 +288,12 @@ async fn cancel(
     }
 }
 
-async fn delete(
+/// Forgets a stored response.
+#[utoipa::path(
+    delete, path = "/v1/responses/{id}", tag = "responses", params(("id" = String, Path, description = "A response's id.")),
+    responses((status = 200, description = "It is gone.", body = schema::DeletedResponse)),
+)]
+pub(super) async fn delete(
     request: HttpRequest,
     id: web::Path<String>,
     shared: web::Data<Shared>,
@@ -284,7 +309,17 @@ async fn delete(
 }
 
 /// The items that the request has brought; those of responses before it are theirs.
-async fn input_items(
+#[utoipa::path(
+    get, path = "/v1/responses/{id}/input_items", tag = "responses",
+    params(
+        ("id" = String, Path, description = "A response's id."),
+        ("limit" = Option<u32>, Query, description = "The most items, 1 to 100; 20 by default.", minimum = 1, maximum = 100),
+        ("order" = Option<String>, Query, description = "`asc` or `desc`, the default."),
+        ("after" = Option<String>, Query, description = "Begin behind the item of this id."),
+    ),
+    responses((status = 200, description = "The items.", body = schema::InputItems)),
+)]
+pub(super) async fn input_items(
     request: HttpRequest,
     id: web::Path<String>,
     shared: web::Data<Shared>,

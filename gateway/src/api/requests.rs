@@ -1,0 +1,169 @@
+//! The bodies that routes take, described for the OpenAPI document: the fields of the types that
+//! [`Body::read`](super::Body::read) takes out of them, one after the other.
+
+use serde_json::Value;
+use utoipa::openapi::RefOr;
+use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, Schema, SchemaType, Type};
+use utoipa::{PartialSchema, ToSchema};
+
+use super::chat::{ChatFields, Conversation};
+use super::completion::CompletionFields;
+use super::messages::{self, MessagesFields};
+use super::responses::request::{self as responses, ResponsesFields};
+use super::sampling::SamplingFields;
+use super::structured::StructuredFields;
+use super::tokenize::{DetokenizeFields, TokenizeFields};
+use super::tools::ToolFields;
+use super::{IGNORED, UNSUPPORTED};
+
+/// Defines a body: its parts, the fields that must be there, those that change nothing, and
+/// whether fields that are not built are refused.
+macro_rules! request {
+    ($(#[$doc:meta])* $name:ident: [$($part:ty),+], $required:expr, $ignored:expr, $refused:expr) => {
+        $(#[$doc])*
+        pub struct $name;
+
+        impl PartialSchema for $name {
+            fn schema() -> RefOr<Schema> {
+                merged(vec![$(<$part>::schema()),+], $required, $ignored, $refused)
+            }
+        }
+
+        impl ToSchema for $name {
+            fn schemas(list: &mut Vec<(String, RefOr<Schema>)>) {
+                $(<$part>::schemas(list);)+
+            }
+        }
+    };
+}
+
+request!(
+    /// The body of `POST /v1/chat/completions`.
+    ChatRequest:
+    [Conversation, SamplingFields, ChatFields, ToolFields, StructuredFields],
+    &["messages"],
+    &[IGNORED],
+    UNSUPPORTED
+);
+request!(
+    /// The body of `POST /v1/completions`.
+    CompletionRequest:
+    [CompletionFields, SamplingFields, StructuredFields],
+    &["prompt"],
+    &[IGNORED],
+    UNSUPPORTED
+);
+request!(
+    /// The body of `POST /v1/messages`.
+    MessagesRequest:
+    [MessagesFields],
+    &["model", "messages", "max_tokens"],
+    &[messages::IGNORED, &["metadata", "service_tier"]],
+    &[]
+);
+request!(
+    /// The body of `POST /v1/messages/count_tokens`.
+    CountTokensRequest:
+    [MessagesFields],
+    &["model", "messages"],
+    &[messages::IGNORED, &["metadata", "service_tier"]],
+    &[]
+);
+request!(
+    /// The body of `POST /v1/responses`.
+    ResponsesRequest:
+    [ResponsesFields, SharedFields],
+    &["input"],
+    &[responses::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /tokenize`: with `prompt`, or with `messages`.
+    TokenizeRequest:
+    [TokenizeFields, Conversation, ToolFields],
+    &[],
+    &[],
+    &[]
+);
+request!(
+    /// The body of `POST /detokenize`.
+    DetokenizeRequest:
+    [DetokenizeFields],
+    &["tokens"],
+    &[],
+    &[]
+);
+request!(
+    /// The body of `POST /invocations`: with `messages` a chat's, else with `prompt` a completion's,
+    /// with all of its fields.
+    InvocationRequest:
+    [CompletionFields, Conversation],
+    &[],
+    &[],
+    &[]
+);
+
+/// The fields that responses share with chats.
+struct SharedFields;
+
+impl PartialSchema for SharedFields {
+    fn schema() -> RefOr<Schema> {
+        let chats = vec![
+            SamplingFields::schema(),
+            StructuredFields::schema(),
+            Conversation::schema(),
+            ToolFields::schema(),
+        ];
+        let mut all = merged(chats, &[], &[], &[]);
+        if let RefOr::T(Schema::Object(all)) = &mut all {
+            all.properties.retain(|name, _| responses::SHARED.contains(&name.as_str()));
+        }
+        all
+    }
+}
+
+impl ToSchema for SharedFields {
+    fn schemas(list: &mut Vec<(String, RefOr<Schema>)>) {
+        SamplingFields::schemas(list);
+        StructuredFields::schemas(list);
+        Conversation::schemas(list);
+        ToolFields::schemas(list);
+    }
+}
+
+fn merged(
+    parts: Vec<RefOr<Schema>>,
+    required: &[&str],
+    ignored: &[&[&str]],
+    refused: &[(&str, &str)],
+) -> RefOr<Schema> {
+    let mut all = ObjectBuilder::new()
+        .schema_type(SchemaType::new(Type::Object))
+        .additional_properties(Some(AdditionalProperties::<Schema>::FreeForm(true)));
+    for part in parts {
+        let RefOr::T(Schema::Object(part)) = part else { continue };
+        for (name, schema) in part.properties {
+            all = all.property(name, schema);
+        }
+    }
+    for name in ignored.iter().copied().flatten() {
+        all = all.property(*name, any("Changes nothing here."));
+    }
+    for (name, harmless) in refused {
+        let mut values = vec![Value::Null];
+        values.extend(serde_json::from_str(harmless).ok().filter(|value| *value != Value::Null));
+        let only = ObjectBuilder::new()
+            .schema_type(SchemaType::AnyValue)
+            .description(Some("Not supported; only what asks for nothing is taken."))
+            .enum_values(Some(values));
+        all = all.property(*name, only);
+    }
+    for name in required {
+        all = all.required(*name);
+    }
+    all.build().into()
+}
+
+fn any(description: &str) -> ObjectBuilder {
+    ObjectBuilder::new().schema_type(SchemaType::AnyValue).description(Some(description))
+}
