@@ -400,6 +400,31 @@ async fn a_cancelled_response_frees_its_worker_and_background_work_is_bounded() 
 }
 
 #[tokio::test]
+async fn a_response_in_the_background_waits_for_a_worker_that_has_room() {
+    let builder = Cluster::builder().unified(1).worker_arg("--max-running", "1");
+    let cluster = builder.worker_arg("--max-waiting", "1").start().await;
+    let api = &cluster.api;
+    let first = api.ok(PATH, &endless()).await;
+    let second = api.ok(PATH, &endless()).await;
+    runs(&cluster, 2, Duration::from_secs(30)).await;
+    api.post(PATH, &ask("x")).await.error(429).unwrap();
+    let third = api.ok(PATH, &with(ask("x"), json!({"background": true}))).await;
+    // Longer than a request that somebody waits for would be kept waiting.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(api.get(&path(&third["id"])).await.ok()["status"], "queued");
+    for id in [&first["id"], &second["id"]] {
+        cancel(api, id).await.ok();
+    }
+    eventually("the third ends", Duration::from_secs(30), async || {
+        let response = api.get(&path(&third["id"])).await.ok();
+        let ended = ["completed", "incomplete"].contains(&response["status"].as_str().unwrap());
+        if ended { Ok(()) } else { Err(response.to_string()) }
+    })
+    .await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
 async fn a_response_is_its_keys_alone() {
     let cluster = Cluster::builder().unified(1).api_key("one").api_key("two").start().await;
     let (one, two) = (&cluster.api, cluster.api.with_key(Some("two")));
