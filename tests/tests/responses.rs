@@ -21,7 +21,8 @@ fn ask(input: impl Into<Value>) -> Value {
 
 /// `body` with more fields.
 fn with(mut body: Value, fields: Value) -> Value {
-    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let more = fields.as_object().expect("an object").clone();
+    body.as_object_mut().expect("an object").extend(more);
     body
 }
 
