@@ -31,8 +31,33 @@ const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
 /// Where a prompt's KV may come from, as vLLM has it.
 const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_transfer"];
 
+/// What the store of responses is asked to do.
+const STORE_OPERATIONS: [&str; 11] = [
+    "append",
+    "begin",
+    "cancel",
+    "conversation",
+    "delete",
+    "finish",
+    "follow",
+    "get",
+    "insert",
+    "look",
+    "tend",
+];
+
 /// Workers whose last counters are remembered after they have left.
 const MAX_SEEN: usize = 4096;
+
+fn store_errors(registry: &Registry) -> Result<CounterVec, prometheus::Error> {
+    let name = "baton_responses_store_errors_total";
+    let errors = counter(registry, name, "Failures of the store of responses.", &["operation"])?;
+    // From the beginning, so that the first failure is a rise.
+    for operation in STORE_OPERATIONS {
+        errors.with_label_values(&[operation]);
+    }
+    Ok(errors)
+}
 
 /// All metrics of this process.
 pub struct Metrics {
@@ -286,12 +311,7 @@ impl Metrics {
                 &[],
             )?,
             lora: LoraRequests::new(&r)?,
-            store_errors: counter(
-                &r,
-                "baton_responses_store_errors_total",
-                "Failures of the store of responses.",
-                &["operation"],
-            )?,
+            store_errors: store_errors(&r)?,
             registry: r,
             seen: Mutex::default(),
         })
