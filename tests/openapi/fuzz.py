@@ -38,7 +38,7 @@ def main() -> None:
                 *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
                 *("--header", f"Authorization: Bearer {key}"),
                 # One worker: CPython 3.11 counts the depth of its parser over all threads.
-                *("--max-examples", "5", "--workers", "1", "--request-timeout", "60"),
+                *("--max-examples", "10", "--workers", "1", "--request-timeout", "60"),
                 "--no-color",
             ],
             cwd=folder,
