@@ -70,6 +70,14 @@ pub struct Admitted {
     pub limited: bool,
 }
 
+impl Admitted {
+    /// Whose things are made by the request: its key's digest in hex, and for all who come without
+    /// a key the same empty text.
+    pub fn owner(&self) -> String {
+        self.key.iter().flatten().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
 impl KeySet {
     /// Takes keys as they are, and one from each line of `file` that is neither empty nor a
     /// comment (`#`).

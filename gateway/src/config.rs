@@ -8,6 +8,7 @@ use clap::{Args, Parser};
 use serde_json::{Value, json};
 
 use crate::output::{ReasoningSyntax, ToolSyntax};
+use crate::store;
 
 const EXAMPLE: &str = "Example:\n  baton-gateway --listen 0.0.0.0:8000 --etcd http://10.0.0.5:2379 --api-key-file keys.txt";
 
@@ -40,6 +41,10 @@ pub struct Settings {
     /// What browsers may do.
     #[command(flatten)]
     pub cors: CorsArgs,
+
+    /// Responses that are kept.
+    #[command(flatten)]
+    pub responses: ResponsesArgs,
 
     /// Prompt tokens, beyond those cached on the decode worker, from which a prefill worker is
     /// used. docs/architecture.md says how the default was measured.
@@ -187,10 +192,34 @@ pub struct CorsArgs {
     pub allow_credentials: bool,
 }
 
+/// Flags of the Responses API.
+#[derive(Clone, Debug, Args)]
+pub struct ResponsesArgs {
+    /// Where responses are kept: sqlite:PATH, postgres://USER:PASSWORD@HOST/DATABASE for gateways
+    /// that share them, or none. By default a file: $XDG_DATA_HOME/baton/responses.db, or
+    /// ~/.local/share/baton/responses.db.
+    #[arg(
+        long,
+        env = "BATON_RESPONSES_STORE",
+        default_value = "sqlite",
+        hide_env_values = true,
+        hide_default_value = true
+    )]
+    pub responses_store: store::Place,
+
+    /// Seconds that a response is kept; by default 30 days.
+    #[arg(long, env = "BATON_RESPONSES_TTL", default_value_t = 30 * 24 * 60 * 60, value_parser = clap::value_parser!(u64).range(1..=3_153_600_000))]
+    pub responses_ttl: u64,
+
+    /// Responses in the background at once; more are answered 429.
+    #[arg(long, env = "BATON_MAX_BACKGROUND_RESPONSES", default_value = "64", value_parser = parse_positive)]
+    pub max_background_responses: usize,
+}
+
 impl Settings {
     /// The settings by their flags' names, without secrets.
     pub fn shown(&self) -> Value {
-        let Self { access, tls, cors, cluster, .. } = self;
+        let Self { access, tls, cors, cluster, responses, .. } = self;
         let etcd: Vec<String> = cluster.etcd.iter().map(|url| without_password(url)).collect();
         json!({
             "listen": self.listen.to_string(),
@@ -215,6 +244,9 @@ impl Settings {
             "allowed_methods": cors.allowed_methods,
             "allowed_headers": cors.allowed_headers,
             "allow_credentials": cors.allow_credentials,
+            "responses_store": responses.responses_store.shown(),
+            "responses_ttl": responses.responses_ttl,
+            "max_background_responses": responses.max_background_responses,
             "handoff_min_tokens": self.handoff_min_tokens,
             "max_logprobs": self.max_logprobs,
             "tool_call_parser": self.tool_call_parser.as_ref().map(|it| format!("{it:?}")),
@@ -259,6 +291,7 @@ mod tests {
             "--api-key=hush-1",
             "--admin-key=hush-2",
             "--etcd=http://user:hush-3@etcd:2379/x",
+            "--responses-store=postgres://user:hush-4@db/x?password=hush-5",
         ];
         let shown = Settings::parse_from(args).shown();
         assert!(!shown.to_string().contains("hush"), "{shown}");

@@ -80,6 +80,18 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "Not Found", format!("No route {path}."))
     }
 
+    /// 404: no such response, or not this key's.
+    pub fn unknown_response(id: &str, param: &str) -> Self {
+        let message = format!("Response with id '{id}' not found.");
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message).param(param)
+    }
+
+    /// 400: the response is not in a state for this.
+    pub fn wrong_response(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
+        error.param("response_id")
+    }
+
     /// 405.
     pub fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not take {method}.");
@@ -138,6 +150,18 @@ impl ApiError {
     /// Names the field at fault.
     pub fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
+        self
+    }
+
+    /// The field at fault.
+    pub fn field(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// The same under the name that the field at fault has for the client.
+    pub fn rename(mut self, from: &str, to: &str) -> Self {
+        self.message = self.message.replace(&format!("`{from}`"), &format!("`{to}`"));
+        self.param = Some(to.to_owned());
         self
     }
 

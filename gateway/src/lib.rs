@@ -8,6 +8,7 @@
 //! * [`text`]: tokenizer, chat template, stop strings.
 //! * [`output`]: what an answer's text means: reasoning, content, tool calls.
 //! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
+//! * [`store`]: responses that are kept.
 //! * [`metrics`]: what Prometheus reads.
 //!
 //! The gateway holds no tensors, and serves on what it last knew when etcd is away.
@@ -25,6 +26,7 @@ pub mod metrics;
 pub mod output;
 pub mod quota;
 pub mod routing;
+pub mod store;
 pub mod text;
 pub mod tls;
 pub mod workers;

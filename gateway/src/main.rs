@@ -13,9 +13,10 @@ use std::time::Duration;
 use baton_gateway::adapters::Catalog;
 use baton_gateway::auth::{KeySet, Keys};
 use baton_gateway::config::{AccessArgs, Settings};
-use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Shared};
+use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Responses, Shared};
 use baton_gateway::metrics::Metrics;
 use baton_gateway::quota::Quota;
+use baton_gateway::store::Store;
 use baton_gateway::tls::Tls;
 use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
@@ -47,6 +48,10 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let advertised =
         settings.advertise.clone().unwrap_or_else(|| default_url(address, tls.is_some()));
     let mut stop_signals = StopSignals::take()?;
+    let responses = &settings.responses;
+    let kept = Store::open(&responses.responses_store, responses.responses_ttl)
+        .await
+        .map_err(|error| Failure::new(Exit::Config, format!("--responses-store: {error}")))?;
 
     let etcd = settings.cluster.etcd_settings();
     let watch = ClusterWatch::start(&etcd).await?;
@@ -77,6 +82,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             tools: settings.tool_call_parser.clone(),
             reasoning: settings.reasoning_parser,
         },
+        responses: Responses::new(kept, responses.max_background_responses),
         draining: AtomicBool::new(false),
     });
     let listening = Listening {
@@ -96,6 +102,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         .map_err(|error| Failure::new(Exit::Failure, error))?;
     tls.map(|tls| tokio::spawn(tls.refresh()));
     tokio::spawn(shared.quota.clone().sweep());
+    tokio::spawn(Responses::tend(shared.clone()));
     let handle = server.handle();
     let serving = tokio::spawn(server);
     let record = daemon::new_record(InstanceRole::Gateway, advertised.clone(), String::new());
@@ -115,6 +122,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
     stop_signals.drain(drained, Duration::from_secs(settings.drain_timeout)).await;
+    shared.responses.stop().await;
     handle.stop(false).await;
     let _ = tokio::time::timeout(Duration::from_secs(1), serving).await;
     Ok(())

@@ -279,6 +279,22 @@ impl Cluster {
         (process, api)
     }
 
+    /// Ends the gateway, by a signal or with no chance to say goodbye, and starts it again.
+    pub async fn restart_gateway(&mut self, graceful: bool) {
+        if graceful {
+            self.gateway.0.stop().await;
+        } else {
+            self.gateway.0.kill();
+        }
+        let common = common_args(&self.etcd, self.builder.lease_ttl);
+        let Builder { gateway_args, gateway_env, keys, .. } = &self.builder;
+        let name = "baton-gateway";
+        self.gateway =
+            start_daemon(name, &common, gateway_args, gateway_env, self.dir.path()).await;
+        self.api = Api::new(&self.gateway.1, keys.first().map(String::as_str));
+        self.serves().await;
+    }
+
     /// Waits until the gateway has found all workers, those added later too.
     pub async fn all_found(&self) {
         self.serves().await;

@@ -99,22 +99,30 @@ impl Api {
 
     /// `POST path` with a JSON body whose reply must be a stream.
     pub async fn stream(&self, path: &str, body: &Value) -> Sse {
-        let mut request = self
-            .client
-            .post(format!("{}{path}", self.base))
-            .header(CONTENT_TYPE, "application/json")
-            .body(body.to_string());
+        let bytes = self.events(Method::POST, path, Some(body)).await;
+        Sse { bytes, buffer: Vec::new(), done: false }
+    }
+
+    /// A request whose reply must be a stream of events that have names.
+    pub async fn named(&self, method: Method, path: &str, body: Option<&Value>) -> Named {
+        Named { bytes: self.events(method, path, body).await, buffer: Vec::new() }
+    }
+
+    async fn events(&self, method: Method, path: &str, body: Option<&Value>) -> Chunks {
+        let mut request = self.client.request(method, format!("{}{path}", self.base));
+        if let Some(body) = body {
+            request = request.header(CONTENT_TYPE, "application/json").body(body.to_string());
+        }
         if let Some(key) = &self.key {
             request = request.header(AUTHORIZATION, format!("Bearer {key}"));
         }
-        let reply = request.send().await.unwrap_or_else(|e| panic!("POST {path}: {e:?}"));
+        let reply = request.send().await.unwrap_or_else(|e| panic!("{path}: {e:?}"));
         if reply.status() != StatusCode::OK {
-            panic!("POST {path}: {} {:?}", reply.status(), reply.text().await);
+            panic!("{path}: {} {:?}", reply.status(), reply.text().await);
         }
         let content_type = reply.headers()[CONTENT_TYPE].to_str().expect("a media type");
         assert_eq!(content_type, "text/event-stream; charset=utf-8");
-        let bytes = reply.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed();
-        Sse { bytes, buffer: Vec::new(), done: false }
+        reply.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed()
     }
 }
 
@@ -169,9 +177,57 @@ impl Reply {
     }
 }
 
+type Chunks = BoxStream<'static, Result<Vec<u8>, reqwest::Error>>;
+
+/// A stream of events that have names, as the Responses API sends them. Dropping it closes the
+/// connection.
+pub struct Named {
+    bytes: Chunks,
+    buffer: Vec<u8>,
+}
+
+impl Named {
+    /// The next event, or `None` at the stream's end; its name must be its `type`.
+    pub async fn next(&mut self) -> Option<Value> {
+        loop {
+            while let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
+                let frame: Vec<u8> = self.buffer.drain(..end + 2).collect();
+                let frame = String::from_utf8(frame).expect("a frame in UTF-8");
+                if frame.starts_with(": ") {
+                    continue;
+                }
+                let [event, data] = frame.trim_end().split('\n').collect::<Vec<_>>()[..] else {
+                    panic!("an odd frame: {frame:?}");
+                };
+                let name = event.strip_prefix("event: ").unwrap_or_else(|| panic!("{frame:?}"));
+                let data = data.strip_prefix("data: ").unwrap_or_else(|| panic!("{frame:?}"));
+                let data: Value = serde_json::from_str(data).unwrap_or_else(|e| panic!("{e}"));
+                assert_eq!(data["type"], name);
+                return Some(data);
+            }
+            match self.bytes.next().await {
+                Some(chunk) => self.buffer.extend(chunk.expect("the stream goes on")),
+                None => {
+                    assert!(self.buffer.is_empty(), "ended in a frame: {:?}", self.buffer);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// All events to the end.
+    pub async fn collect(mut self) -> Vec<Value> {
+        let mut events = Vec::new();
+        while let Some(event) = self.next().await {
+            events.push(event);
+        }
+        events
+    }
+}
+
 /// A stream of server-sent events. Dropping it closes the connection.
 pub struct Sse {
-    bytes: BoxStream<'static, Result<Vec<u8>, reqwest::Error>>,
+    bytes: Chunks,
     buffer: Vec<u8>,
     done: bool,
 }

@@ -10,6 +10,7 @@
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
 //! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
 //! * [`lora`]: adapters of random weights.
+//! * [`postgres`]: a real PostgreSQL.
 //! * [`python`]: clients in Python, with pinned packages.
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
@@ -32,6 +33,7 @@ pub mod load;
 pub mod lora;
 pub mod poll;
 pub mod ports;
+pub mod postgres;
 pub mod process;
 pub mod prometheus;
 pub mod python;

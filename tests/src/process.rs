@@ -72,6 +72,8 @@ impl Process {
             .env_clear()
             .envs(inherited())
             .env("TMPDIR", &tmp)
+            // Where a gateway keeps responses.
+            .env("XDG_DATA_HOME", dir.join("data"))
             .env(leftovers::MARK, dir)
             .envs(spec.env.iter().cloned())
             .process_group(0)

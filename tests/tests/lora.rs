@@ -10,6 +10,7 @@ use baton_proto::v1::{
 };
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{ids, streamed_ids};
+use baton_tests::prometheus::Scrape;
 use baton_tests::{Api, Cluster, Role, Worker, eventually, grpc, lora};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -250,6 +251,10 @@ async fn adapters_load_and_unload_at_run_time_on_all_workers_and_gateways() {
     long["stream"] = true.into();
     let mut stream = api.stream("/v1/completions", &long).await;
     let mut events = vec![stream.next().await.expect("the stream begins")];
+    let metrics = Scrape::parse(&api.get("/metrics").await.text).expect("metrics");
+    let labels =
+        [("max_lora", "8"), ("waiting_lora_adapters", ""), ("running_lora_adapters", "one")];
+    assert!(metrics.sum("vllm:lora_requests_info", &labels) > Some(0.0), "no adapter runs");
     let reply = other.post(unloads, &json!({"lora_name": "one"})).await;
     let text = "Success: LoRA adapter 'one' removed successfully.";
     assert_eq!((reply.status.as_u16(), &*reply.text), (200, text));

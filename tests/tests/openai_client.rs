@@ -15,3 +15,12 @@ async fn the_official_client_drives_chat_completions_streaming_models_and_errors
     println!("{}", python::drive(OPENAI, "openai_client/drive.py", &arguments).await);
     cluster.finish().await;
 }
+
+#[tokio::test]
+async fn the_official_client_drives_responses() {
+    let cluster = Cluster::builder().unified(1).api_key("client-key").start().await;
+    let url = format!("{}/v1", cluster.api.base());
+    let arguments = [&url, "client-key", MODEL_NAME];
+    println!("{}", python::drive(OPENAI, "openai_client/responses.py", &arguments).await);
+    cluster.finish().await;
+}

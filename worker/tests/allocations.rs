@@ -19,6 +19,7 @@ use baton_proto::v1::{Constraint, KvDtype, SamplingParams, TokenSequence};
 use baton_worker::constraint::{Compiled, Compiler};
 use baton_worker::engine::{Engine, Event, NewRequest, Purpose, RequestHandle, Settings};
 use baton_worker::kv::pool::KvPool;
+use baton_worker::lora::{Adapter, peft};
 use baton_worker::model::{
     LoadedModel, Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
 };
@@ -127,13 +128,16 @@ fn engine(speculative: usize) -> Engine {
     Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new() }).unwrap()
 }
 
-/// Starts a batch, reads it past the warm-up, and counts.
+/// Starts a batch, reads it past the warm-up, and counts. Every second sequence runs with the
+/// adapter, if there is one.
 fn allocations(
     engine: &Engine,
     sampling: &SamplingParams,
     constraint: Option<&Arc<Compiled>>,
+    adapter: Option<&Arc<Adapter>>,
 ) -> usize {
     let start = |prompt: Vec<u32>, max_tokens| {
+        let adapter = adapter.filter(|_| prompt[0].is_multiple_of(2)).cloned();
         let request = NewRequest {
             prompt,
             output: Vec::new(),
@@ -141,7 +145,7 @@ fn allocations(
             constraint: constraint.cloned(),
             priority: 0,
             salt: String::new(),
-            adapter: None,
+            adapter,
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
         };
@@ -212,10 +216,15 @@ fn steps_allocate_nothing() {
         ("allowed tokens and bad words", &restricted, None),
         ("a constraint", &sampled, Some(&letters)),
     ] {
-        let count = allocations(&plain, sampling, constraint);
+        let count = allocations(&plain, sampling, constraint, None);
         assert_eq!(count, 0, "{what}: in {COUNTED_TOKENS} steps of {BATCH} sequences");
     }
+    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
+    let config = load(&small.join("qwen3"), 1, Precision::Sixteen).unwrap().model.config().clone();
+    let adapter = Arc::new(peft::read(&small.join("lora/qwen3-root"), &config, 8).unwrap());
+    let count = allocations(&plain, &greedy, None, Some(&adapter));
+    assert_eq!(count, 0, "with an adapter: in {COUNTED_TOKENS} steps of {BATCH} sequences");
     // Each sequence's two tables double once or twice while it grows threefold, no more.
-    let count = allocations(&engine(4), &greedy, None);
+    let count = allocations(&engine(4), &greedy, None, None);
     assert!(count <= BATCH * 2 * 4, "greedy with drafts: {count}");
 }

@@ -11,6 +11,7 @@ pub mod gbnf;
 pub mod logprobs;
 pub mod messages;
 pub mod requests;
+pub mod responses;
 pub mod sampling;
 pub mod schema;
 pub mod sse;

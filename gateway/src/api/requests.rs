@@ -9,6 +9,7 @@ use utoipa::{PartialSchema, ToSchema};
 use super::chat::{ChatFields, Conversation};
 use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
+use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
 use super::structured::StructuredFields;
 use super::tokenize::{DetokenizeFields, TokenizeFields};
@@ -69,6 +70,14 @@ request!(
     &[]
 );
 request!(
+    /// The body of `POST /v1/responses`.
+    ResponsesRequest:
+    [ResponsesFields, SharedFields],
+    &["input"],
+    &[responses::IGNORED],
+    &[]
+);
+request!(
     /// The body of `POST /tokenize`: with `prompt`, or with `messages`.
     TokenizeRequest:
     [TokenizeFields, Conversation, ToolFields],
@@ -93,6 +102,34 @@ request!(
     &[],
     &[]
 );
+
+/// The fields that responses share with chats.
+struct SharedFields;
+
+impl PartialSchema for SharedFields {
+    fn schema() -> RefOr<Schema> {
+        let chats = vec![
+            SamplingFields::schema(),
+            StructuredFields::schema(),
+            Conversation::schema(),
+            ToolFields::schema(),
+        ];
+        let mut all = merged(chats, &[], &[], &[]);
+        if let RefOr::T(Schema::Object(all)) = &mut all {
+            all.properties.retain(|name, _| responses::SHARED.contains(&name.as_str()));
+        }
+        all
+    }
+}
+
+impl ToSchema for SharedFields {
+    fn schemas(list: &mut Vec<(String, RefOr<Schema>)>) {
+        SamplingFields::schemas(list);
+        StructuredFields::schemas(list);
+        Conversation::schemas(list);
+        ToolFields::schemas(list);
+    }
+}
 
 fn merged(
     parts: Vec<RefOr<Schema>>,

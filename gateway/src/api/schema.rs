@@ -35,6 +35,54 @@ pub enum PromptInput {
     TokenLists(Vec<Vec<TokenId>>),
 }
 
+/// A response; OpenAI's reference has all of its fields.
+#[derive(ToSchema)]
+#[schema(as = Response)]
+pub struct ResponseObject {
+    /// `resp_…`, or the request's own.
+    pub id: String,
+    /// `response`.
+    pub object: String,
+    /// Unix time in seconds.
+    pub created_at: u64,
+    /// queued, in_progress, completed, incomplete, failed or cancelled.
+    pub status: String,
+    /// The served name.
+    pub model: String,
+    /// Reasoning, messages and calls.
+    pub output: Vec<Value>,
+    /// Tokens, once it has ended.
+    pub usage: Option<Value>,
+    /// Why it failed.
+    pub error: Option<Value>,
+}
+
+/// What is left of a response that was deleted.
+#[derive(ToSchema)]
+pub struct DeletedResponse {
+    /// Its id.
+    pub id: String,
+    /// `response`.
+    pub object: String,
+    /// True.
+    pub deleted: bool,
+}
+
+/// Items of a response's input.
+#[derive(ToSchema)]
+pub struct InputItems {
+    /// `list`.
+    pub object: String,
+    /// The items.
+    pub data: Vec<Value>,
+    /// The first one's id.
+    pub first_id: Option<String>,
+    /// The last one's id.
+    pub last_id: Option<String>,
+    /// Whether there are more behind them.
+    pub has_more: bool,
+}
+
 /// A message of a chat. Templates may want more.
 #[derive(ToSchema)]
 pub struct ChatMessage {

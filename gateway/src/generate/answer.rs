@@ -7,6 +7,7 @@ use baton_proto::v1::{FinishReason, PromptTokenLogprob, Started, Token};
 
 use super::{Generation, Job, Update};
 use crate::error::ApiError;
+use crate::metrics::lora::LoraRequest;
 use crate::metrics::{Ended, Metrics};
 use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
@@ -73,6 +74,7 @@ pub struct Answer {
     times: Times,
     /// Among the sequences that are remembered.
     number: Option<u64>,
+    lora: Option<LoraRequest>,
     done: bool,
 }
 
@@ -95,6 +97,8 @@ impl Answer {
         arrived: Instant,
     ) -> Result<Self, ApiError> {
         let model = job.served.text.clone();
+        let adapter = job.served.adapter.as_ref();
+        let lora = adapter.map(|adapter| metrics.lora.begin(&adapter.name));
         let generation = Generation::start(registry, job).await?;
         Ok(Self {
             generation,
@@ -107,6 +111,7 @@ impl Answer {
             cached: 0,
             times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
             number: None,
+            lora,
             done: false,
         })
     }
@@ -137,6 +142,9 @@ impl Answer {
             match update {
                 Some(Update::Started(started)) => {
                     self.cached = started.cached_tokens as usize;
+                    if let Some(lora) = &mut self.lora {
+                        lora.runs();
+                    }
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card, job.prompt.len(), &started);
                     self.times.prefill = Duration::from_micros(started.prefill_us);
@@ -224,6 +232,7 @@ impl Answer {
         if std::mem::replace(&mut self.done, true) {
             return;
         }
+        self.lora = None;
         let now = Instant::now();
         let job = &self.generation.job;
         let ended = Ended {

@@ -54,6 +54,7 @@ fn the_page_lists_every_field_of_every_body() {
         ("/v1/completions", &["Fields of generation", "POST /v1/completions"]),
         ("/v1/messages", &["POST /v1/messages"]),
         ("/v1/messages/count_tokens", &["POST /v1/messages"]),
+        ("/v1/responses", &["POST /v1/responses"]),
         ("/tokenize", &["POST /tokenize"]),
         ("/detokenize", &["POST /detokenize"]),
     ] {

@@ -104,7 +104,9 @@ fn enter(
     request: &ServiceRequest,
 ) -> Result<Entered, (ApiError, Option<Standing>)> {
     let admitted = shared.keys.admit(path(request), request.headers());
-    let Admitted { key, limited } = admitted.map_err(|error| (error, None))?;
+    let admitted = admitted.map_err(|error| (error, None))?;
+    request.extensions_mut().insert(admitted);
+    let Admitted { key, limited } = admitted;
     if !limited || !shared.quota.limits() {
         return Ok((None, None));
     }

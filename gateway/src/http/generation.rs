@@ -28,11 +28,11 @@ use crate::workers::Served;
 
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
 /// load balancers cut streams that are silent, so a comment is sent.
-const SILENCE: Duration = Duration::from_secs(15);
+pub(super) const SILENCE: Duration = Duration::from_secs(15);
 /// Frames on their way to a client that reads slowly.
-const STREAM_DEPTH: usize = 32;
+pub(super) const STREAM_DEPTH: usize = 32;
 /// How long after its deadline a stream may still deliver what it has.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A request as it comes in: what both routes do first.
 pub(super) struct Intake {
@@ -152,7 +152,39 @@ impl Order {
     }
 }
 
+/// The answer to an order of one sequence, for a route that reads it itself.
+pub(super) struct Single {
+    answer: Answer,
+    prompt_tokens: usize,
+    pub(super) deadline: Instant,
+    _place: Place,
+}
+
+impl Single {
+    /// What comes next; `None` after the end.
+    pub(super) async fn next(&mut self) -> Result<Option<Delta>, ApiError> {
+        self.answer.next().await
+    }
+
+    /// Tokens so far.
+    pub(super) fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_tokens,
+            completion_tokens: self.answer.tokens(),
+            cached_tokens: self.answer.cached(),
+        }
+    }
+}
+
 impl Answers {
+    /// The only answer.
+    pub(super) fn single(mut self) -> Result<Single, ApiError> {
+        let answer = self.answers.pop();
+        let answer = answer.ok_or_else(|| ApiError::internal("Nothing was generated."))?;
+        let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
+        Ok(Single { answer, prompt_tokens, deadline: self.deadline, _place: self.place })
+    }
+
     /// Waits for all answers to end.
     pub(super) async fn whole(
         self,
@@ -276,7 +308,7 @@ pub(super) fn streaming(
 }
 
 /// Runs something unless the client leaves before its end. What comes then reaches nobody.
-async fn unless_gone<T>(
+pub(super) async fn unless_gone<T>(
     client: Option<&Connection>,
     work: impl Future<Output = T>,
 ) -> Result<T, ApiError> {

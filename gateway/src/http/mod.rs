@@ -20,6 +20,7 @@ mod openapi;
 mod ops;
 mod page;
 mod request_id;
+mod responses;
 mod routes;
 mod server_info;
 mod tokenize;
@@ -50,6 +51,7 @@ use connection::Connection;
 pub use call::Parsers;
 pub use cors::Policy;
 pub use load::Load;
+pub use responses::Responses;
 
 /// What the handlers share.
 pub struct Shared {
@@ -71,6 +73,8 @@ pub struct Shared {
     pub limits: Limits,
     /// Who reads the answers of models that may call or reason.
     pub parsers: Parsers,
+    /// Responses that are kept, and those in the background.
+    pub responses: Responses,
     /// Set when the process is told to stop: connections are not kept alive any more.
     pub draining: AtomicBool,
 }

@@ -134,16 +134,21 @@ fn finish(path: &str, operation: &mut Operation) {
     let of_model = takes_body || path == "/tokenizer_info";
     let generates = takes_body && !path.ends_with("tokenize");
     let named = path.contains('{');
+    let stored = path.starts_with("/v1/responses/");
     let failures = [
-        (400, of_model || path == "/server_info", "A field is wrong; `param` names it."),
+        (400, of_model || stored || path == "/server_info", "A field is wrong; `param` names it."),
         (401, !open, "A key is missing or wrong."),
         (403, admin, "The key is no admin key."),
         (404, of_model || named, "There is no such thing."),
         (408, takes_body, "The body did not arrive in time."),
         (413, takes_body, "The body is too large."),
         (429, !open && !admin, "Too many requests; `retry-after` says when to come again."),
-        (500, of_model, "A failure of the server."),
-        (503, of_model, "No worker can serve this now; `retry-after` says when to come again."),
+        (500, of_model || stored, "A failure of the server."),
+        (
+            503,
+            of_model || stored,
+            "Nobody can serve this now; `retry-after` says when to come again.",
+        ),
         (504, generates, "The request's time is over."),
     ];
     let body = match ANTHROPIC.contains(&path) {

@@ -28,6 +28,10 @@ routes! {
     "/v1/completions": post completions::create;
     "/v1/messages": post messages::create;
     "/v1/messages/count_tokens": post messages::count_tokens;
+    "/v1/responses": post responses::create;
+    "/v1/responses/{id}": get responses::retrieve, delete responses::delete;
+    "/v1/responses/{id}/cancel": post responses::cancel;
+    "/v1/responses/{id}/input_items": get responses::input_items;
     "/invocations": post invocations::invoke;
     "/tokenize": post tokenize::tokenize;
     "/detokenize": post tokenize::detokenize;

@@ -5,6 +5,7 @@
 
 mod families;
 mod http;
+pub(crate) mod lora;
 mod tokens;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -15,6 +16,7 @@ use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerSt
 use parking_lot::{Mutex, RwLock};
 use prometheus::{Encoder as _, HistogramVec, Registry, TextEncoder};
 
+use crate::metrics::lora::LoraRequests;
 use crate::workers::Registry as Workers;
 use families::{
     CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, TTFT, counter, gauge,
@@ -71,6 +73,8 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    pub(crate) lora: LoraRequests,
+    store_errors: CounterVec,
     /// Each worker's counters at the last scrape.
     seen: Mutex<HashMap<String, WorkerStatus>>,
 }
@@ -281,9 +285,21 @@ impl Metrics {
                 "Whether etcd answers this gateway; without it the last view is used.",
                 &[],
             )?,
+            lora: LoraRequests::new(&r)?,
+            store_errors: counter(
+                &r,
+                "baton_responses_store_errors_total",
+                "Failures of the store of responses.",
+                &["operation"],
+            )?,
             registry: r,
             seen: Mutex::default(),
         })
+    }
+
+    /// The store of responses has failed at `operation`.
+    pub fn store_failed(&self, operation: &str) {
+        self.store_errors.with_label_values(&[operation]).inc();
     }
 
     /// Counts an HTTP answer. `handler` is the route's pattern.
@@ -398,6 +414,7 @@ impl Metrics {
         ];
         gauges.iter().for_each(|gauge| gauge.reset());
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
+        self.lora.show(workers);
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();
         let mut layouts: BTreeMap<(u32, &str), u64> = BTreeMap::new();
         for worker in workers.workers() {

@@ -63,6 +63,11 @@ impl Adapters {
         }
     }
 
+    /// How much may be loaded.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
     /// Reads an adapter. Blocks while files are read. Loading the same again changes nothing.
     pub fn load(
         &self,

@@ -206,6 +206,7 @@ impl Worker for WorkerService {
             model: Some(shared.model.clone()),
             kv_layout: Some(*shared.engine.pool().layout()),
             transports: shared.transports.iter().map(|&kind| kind.into()).collect(),
+            max_loras: shared.adapters.bounds().adapters as u32,
         }))
     }
 
