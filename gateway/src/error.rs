@@ -153,6 +153,11 @@ impl ApiError {
         self
     }
 
+    /// Whether the same request may be served a little later.
+    pub fn passes(&self) -> bool {
+        matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+    }
+
     /// The field at fault.
     pub fn field(&self) -> Option<&str> {
         self.param.as_deref()

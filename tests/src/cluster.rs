@@ -201,7 +201,9 @@ impl Builder {
         )
         .await;
         let api = Api::new(&gateway.1, self.keys.first().map(String::as_str));
-        let cluster = Cluster { api, gateway, coordinator, workers, etcd, builder: self, dir };
+        let killed = Vec::new();
+        let cluster =
+            Cluster { api, gateway, coordinator, workers, etcd, killed, builder: self, dir };
         cluster.serves().await;
         cluster
     }
@@ -218,6 +220,8 @@ pub struct Cluster {
     pub etcd: Etcd,
     gateway: (Process, String),
     coordinator: Option<(Process, String)>,
+    /// Addresses of gateways that were killed: their leases may still run.
+    killed: Vec<String>,
     builder: Builder,
     // Last, so that the processes end before their folder goes.
     dir: TempDir,
@@ -285,6 +289,7 @@ impl Cluster {
             self.gateway.0.stop().await;
         } else {
             self.gateway.0.kill();
+            self.killed.push(self.gateway.1.clone());
         }
         let common = common_args(&self.etcd, self.builder.lease_ttl);
         let Builder { gateway_args, gateway_env, keys, .. } = &self.builder;
@@ -376,8 +381,10 @@ impl Cluster {
         // A worker that was killed may still be there: its lease is running out.
         let left = self.etcd.instances();
         let stopped: Vec<&str> = self.workers.iter().map(|worker| &*worker.address).collect();
-        let left =
-            left.iter().find(|left| stopped.contains(&&*left.address) || left.model.is_empty());
+        let left = left.iter().find(|left| {
+            let ours = stopped.contains(&&*left.address) || left.model.is_empty();
+            ours && !self.killed.contains(&left.address)
+        });
         assert_eq!(left, None, "still registered after a graceful stop");
         self.etcd.kill();
         leftovers::assert_none(self.dir.path());

@@ -21,7 +21,8 @@ fn ask(input: impl Into<Value>) -> Value {
 
 /// `body` with more fields.
 fn with(mut body: Value, fields: Value) -> Value {
-    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let more = fields.as_object().expect("an object").clone();
+    body.as_object_mut().expect("an object").extend(more);
     body
 }
 
@@ -396,6 +397,31 @@ async fn a_cancelled_response_frees_its_worker_and_background_work_is_bounded() 
     runs(&cluster, 1, Duration::from_secs(30)).await;
     delete(api, &path(&again["id"])).await.ok();
     runs(&cluster, 0, Duration::from_secs(10)).await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn a_response_in_the_background_waits_for_a_worker_that_has_room() {
+    let builder = Cluster::builder().unified(1).worker_arg("--max-running", "1");
+    let cluster = builder.worker_arg("--max-waiting", "1").start().await;
+    let api = &cluster.api;
+    let first = api.ok(PATH, &endless()).await;
+    let second = api.ok(PATH, &endless()).await;
+    runs(&cluster, 2, Duration::from_secs(30)).await;
+    api.post(PATH, &ask("x")).await.error(429).unwrap();
+    let third = api.ok(PATH, &with(ask("x"), json!({"background": true}))).await;
+    // Longer than a request that somebody waits for would be kept waiting.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(api.get(&path(&third["id"])).await.ok()["status"], "queued");
+    for id in [&first["id"], &second["id"]] {
+        cancel(api, id).await.ok();
+    }
+    eventually("the third ends", Duration::from_secs(30), async || {
+        let response = api.get(&path(&third["id"])).await.ok();
+        let ended = ["completed", "incomplete"].contains(&response["status"].as_str().unwrap());
+        if ended { Ok(()) } else { Err(response.to_string()) }
+    })
+    .await;
     cluster.finish().await;
 }
 

@@ -64,6 +64,7 @@ impl Intake {
 }
 
 /// A request, read and checked, about to be generated.
+#[derive(Clone)]
 pub(super) struct Order {
     pub(super) shared: Arc<Shared>,
     pub(super) served: Arc<Served>,

@@ -12,8 +12,13 @@ pub struct Load {
     most: usize,
 }
 
-/// One request's place; dropping it makes room.
-pub struct Place(Arc<Load>);
+/// One request's place; dropping it, and what it was cloned to, makes room.
+#[derive(Clone)]
+pub struct Place {
+    _taken: Arc<Taken>,
+}
+
+struct Taken(Arc<Load>);
 
 impl Load {
     /// Room for `most` requests.
@@ -29,7 +34,7 @@ impl Load {
     /// Takes a place.
     pub fn enter(self: &Arc<Self>) -> Result<Place, ApiError> {
         // The place exists before the check, so that two cannot take the last one.
-        let place = Place(self.clone());
+        let place = Place { _taken: Arc::new(Taken(self.clone())) };
         if self.now.fetch_add(1, Relaxed) >= self.most {
             let message = format!(
                 "This gateway serves {} requests at once, and has as many; try again soon.",
@@ -41,7 +46,7 @@ impl Load {
     }
 }
 
-impl Drop for Place {
+impl Drop for Taken {
     fn drop(&mut self) {
         self.0.now.fetch_sub(1, Relaxed);
     }

@@ -23,9 +23,10 @@ use crate::error::ApiError;
 
 /// The longest that one operation may take, connecting included.
 const WITHIN: Duration = Duration::from_secs(5);
-/// The longest conversation that is rebuilt: responses, and characters of JSON.
-const MAX_TURNS: i64 = 1000;
-const MAX_CONVERSATION: i64 = 64 * 1024 * 1024;
+/// The most responses of a conversation that is rebuilt.
+pub const MAX_TURNS: usize = 1000;
+/// The most bytes of JSON of a conversation that is rebuilt.
+pub const MAX_CONVERSATION: usize = 64 * 1024 * 1024;
 
 /// Why the store did not do what it was asked.
 #[derive(Clone, Debug)]
@@ -267,7 +268,7 @@ impl Store {
         let now = unix_seconds() as i64;
         let rows: Vec<Row> = on!(self, pool => {
             let query = sqlx::query_as(sql).bind(id).bind(key).bind(now);
-            query.bind(MAX_TURNS).bind(MAX_CONVERSATION).fetch_all(pool)
+            query.bind(MAX_TURNS as i64).bind(MAX_CONVERSATION as i64).fetch_all(pool)
         })?;
         let turn = |(id, previous, status, body, input)| Turn { id, previous, status, body, input };
         Ok(rows.into_iter().map(turn).collect())

@@ -35,6 +35,8 @@ const EXPIRE: u64 = 120;
 const SILENT: Duration = Duration::from_secs(15);
 /// Responses that one search, or one deletion, takes.
 const BATCH: i64 = 200;
+/// How often a response that is queued looks for a worker.
+const START_EVERY: Duration = Duration::from_millis(500);
 /// How long events wait for others, and how many go at once.
 const GATHER: Duration = Duration::from_millis(50);
 const MOST_EVENTS: usize = 128;
@@ -217,7 +219,18 @@ async fn generate(
 async fn answer(ready: &mut Ready, order: Order, log: &mut Log<'_>) -> Result<bool, ApiError> {
     log.send(ready.reader.writer.take()).await?;
     log.idle().await?;
-    let mut answer = order.start(None).await.map_err(reworded)?.single()?;
+    let until = order.arrived + order.shared.limits.request_timeout;
+    let mut answer = loop {
+        match order.clone().start(None).await {
+            Ok(answers) => break answers.single()?,
+            // Nobody waits for it: it may wait for a worker.
+            Err(error) if error.passes() && Instant::now() < until => {
+                tokio::time::sleep(START_EVERY).await;
+            }
+            Err(error) => return Err(reworded(error)),
+        }
+    };
+    drop(order);
     ready.reader.writer.in_progress();
     let body = ready.reader.writer.response.text();
     let (store, id) = (log.store, &ready.id);

@@ -36,7 +36,7 @@ use crate::api::usage::{Budget, room};
 use crate::api::{Body, schema};
 use crate::auth::Admitted;
 use crate::error::ApiError;
-use crate::store::{Record, Store, StoreError, Stored};
+use crate::store::{MAX_CONVERSATION, MAX_TURNS, Record, Store, StoreError, Stored};
 
 /// Wishes that do not fit are clipped, as in vLLM.
 const BUDGET: Budget = Budget { default: None, clip: true };
@@ -173,6 +173,15 @@ async fn conversation(shared: &Shared, id: &str, key: &str) -> Result<Vec<Value>
     let turns = failed(shared, store, "conversation", store.conversation(id, key).await)?;
     let (Some(first), Some(last)) = (turns.first(), turns.last()) else { return Err(unknown(id)) };
     if let Some(lost) = &first.previous {
+        let size: usize = turns.iter().map(|turn| turn.body.len() + turn.input.len()).sum();
+        if turns.len() >= MAX_TURNS || size >= MAX_CONVERSATION {
+            let message = format!(
+                "The conversation up to response '{id}' has {MAX_TURNS} responses or {} MiB: begin \
+                 a new one.",
+                MAX_CONVERSATION >> 20
+            );
+            return Err(ApiError::bad_value(param, message));
+        }
         return Err(unknown(lost));
     }
     if Status::is_live(&last.status) {
@@ -201,11 +210,11 @@ async fn in_background(
 ) -> Result<HttpResponse, ApiError> {
     let (id, streams) = (ready.id.clone(), ready.streams);
     let queued = ready.reader.writer.response.json();
+    let place = if streams { Some(shared.load.enter()?) } else { None };
     background::start(&shared, ready, order).await?;
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(body, &mut response);
-    if streams {
-        let place = shared.load.enter()?;
+    if let Some(place) = place {
         return Ok(streaming(response, follow::follow(shared, id, -1, place, client)));
     }
     Ok(response.json(queued))
