@@ -25,7 +25,7 @@ pub struct MessagesFields {
     #[schema(value_type = Vec<anthropic::Message>, min_items = 1)]
     messages: Option<Value>,
     /// The most tokens of the answer.
-    #[schema(value_type = i64, minimum = 1, maximum = 4294967295i64)]
+    #[schema(minimum = 1, maximum = 4294967295i64)]
     max_tokens: Option<i64>,
     /// What the model is told before the conversation.
     #[schema(value_type = Option<anthropic::Text>)]
@@ -360,7 +360,7 @@ fn thinks(thinking: &Map<String, Value>) -> Result<bool, ApiError> {
     };
     match thinking.get("budget_tokens") {
         None | Some(Value::Null) => Ok(thinks),
-        Some(budget) if budget.as_u64().is_some() => Ok(thinks),
+        Some(budget) if budget.as_i64().is_some_and(|budget| budget >= 0) => Ok(thinks),
         Some(_) => Err(wrong("thinking.budget_tokens", "must be a whole number")),
     }
 }

@@ -515,6 +515,16 @@ pub struct TextChoice {
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// One event of a stream.
+#[derive(ToSchema)]
+pub struct StreamEvent {
+    /// Its type, on routes whose events have one.
+    #[schema(nullable = false)]
+    pub event: Option<String>,
+    /// A JSON text, or `[DONE]`.
+    pub data: String,
+}
+
 /// The reply of `POST /invocations`.
 #[derive(ToSchema)]
 #[serde(untagged)]
@@ -664,47 +674,52 @@ pub mod anthropic {
     /// A block of a message; images and documents are refused. Users send text and tool_result,
     /// assistants text, thinking and tool_use.
     #[derive(ToSchema)]
+    #[serde(untagged)]
     #[schema(as = AnthropicInputBlock)]
-    pub struct InputBlock {
-        /// Its kind.
-        #[schema(rename = "type")]
-        pub kind: InputBlockKind,
-        /// The text.
-        #[schema(nullable = false)]
-        pub text: Option<String>,
-        /// What the model thought.
-        #[schema(nullable = false)]
-        pub thinking: Option<String>,
-        /// A call's id.
-        #[schema(nullable = false)]
-        pub id: Option<String>,
-        /// The tool that was called.
-        #[schema(nullable = false)]
-        pub name: Option<String>,
-        /// A call's arguments.
-        #[schema(nullable = false, value_type = Option<Object>)]
-        pub input: Option<HashMap<String, Value>>,
-        /// The call whose result this is.
-        #[schema(nullable = false)]
-        pub tool_use_id: Option<String>,
-        /// A result.
-        pub content: Option<Text>,
+    pub enum InputBlock {
+        /// Text.
+        Text(TextBlock),
+        /// What the model thought before.
+        Thinking(ThoughtBlock),
+        /// What it thought, for Anthropic's eyes; dropped.
+        Redacted(RedactedBlock),
+        /// A call.
+        ToolUse(ToolUseBlock),
+        /// A call's result.
+        ToolResult(ToolResultBlock),
     }
 
-    /// Kinds of blocks.
+    /// What the model thought before.
     #[derive(ToSchema)]
-    #[schema(as = AnthropicInputBlockKind, rename_all = "snake_case")]
-    pub enum InputBlockKind {
-        /// Text.
-        Text,
-        /// What the model thought.
-        Thinking,
-        /// What it thought, for Anthropic's eyes; dropped.
-        RedactedThinking,
-        /// A call.
-        ToolUse,
-        /// A call's result.
-        ToolResult,
+    #[schema(as = AnthropicThoughtBlock)]
+    pub struct ThoughtBlock {
+        /// `thinking`
+        #[schema(rename = "type", pattern = "^thinking$")]
+        pub kind: String,
+        /// The text.
+        pub thinking: String,
+    }
+
+    /// What the model thought, for Anthropic's eyes.
+    #[derive(ToSchema)]
+    #[schema(as = AnthropicRedactedBlock)]
+    pub struct RedactedBlock {
+        /// `redacted_thinking`
+        #[schema(rename = "type", pattern = "^redacted_thinking$")]
+        pub kind: String,
+    }
+
+    /// A call's result.
+    #[derive(ToSchema)]
+    #[schema(as = AnthropicToolResultBlock)]
+    pub struct ToolResultBlock {
+        /// `tool_result`
+        #[schema(rename = "type", pattern = "^tool_result$")]
+        pub kind: String,
+        /// The call whose result this is.
+        pub tool_use_id: String,
+        /// The result.
+        pub content: Option<Text>,
     }
 
     /// A text, or blocks of text.

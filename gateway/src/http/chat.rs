@@ -12,7 +12,7 @@ use super::generation::Intake;
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
 use crate::api::requests::ChatRequest;
-use crate::api::schema::ChatCompletion;
+use crate::api::schema::{ChatCompletion, StreamEvent};
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::{Delta, End};
@@ -23,7 +23,7 @@ use crate::output::{OutputParser, Parsed, Part};
     post, path = "/v1/chat/completions", tag = "generation", request_body = ChatRequest,
     responses((
         status = 200, description = "The answer; a stream of events if `stream` is true.",
-        content((ChatCompletion = "application/json"), (String = "text/event-stream")),
+        content((ChatCompletion = "application/json"), (StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn create(

@@ -16,7 +16,7 @@ use crate::api::envelope::Envelope;
 use crate::api::logprobs::{Columns, Naming};
 use crate::api::requests::CompletionRequest;
 use crate::api::sampling::SamplingFields;
-use crate::api::schema::TextCompletion;
+use crate::api::schema::{StreamEvent, TextCompletion};
 use crate::api::structured::StructuredFields;
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
@@ -28,7 +28,7 @@ use crate::workers::Served;
     post, path = "/v1/completions", tag = "generation", request_body = CompletionRequest,
     responses((
         status = 200, description = "The answers; a stream of events if `stream` is true.",
-        content((TextCompletion = "application/json"), (String = "text/event-stream")),
+        content((TextCompletion = "application/json"), (StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn create(

@@ -6,7 +6,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use super::generation::Intake;
 use super::{Shared, chat, completions};
 use crate::api::requests::InvocationRequest;
-use crate::api::schema::Invoked;
+use crate::api::schema::{Invoked, StreamEvent};
 use crate::error::ApiError;
 
 /// SageMaker's header for the adapter, which is a model here.
@@ -21,7 +21,7 @@ const ADAPTER: &str = "x-amzn-sagemaker-adapter-identifier";
     )),
     responses((
         status = 200, description = "The reply of the route that takes such bodies.",
-        content((Invoked = "application/json"), (String = "text/event-stream")),
+        content((Invoked = "application/json"), (StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn invoke(

@@ -17,7 +17,7 @@ use crate::api::messages::{
     Blocks, IGNORED, MessagesFields, assemble, error, stop_reason, usage as usage_json,
 };
 use crate::api::requests::{CountTokensRequest, MessagesRequest};
-use crate::api::schema::anthropic;
+use crate::api::schema::{StreamEvent, anthropic};
 use crate::api::usage::{Budget, Usage};
 use crate::error::ApiError;
 use crate::generate::answer::{Delta, End};
@@ -31,7 +31,7 @@ pub(super) const PATHS: [&str; 2] = ["/v1/messages", "/v1/messages/count_tokens"
     post, path = "/v1/messages", tag = "generation", request_body = MessagesRequest,
     responses((
         status = 200, description = "The answer; a stream of events if `stream` is true.",
-        content((anthropic::Reply = "application/json"), (String = "text/event-stream")),
+        content((anthropic::Reply = "application/json"), (StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn create(

@@ -102,6 +102,8 @@ pub enum Finish {
     Deadline,
     /// The worker stops.
     Stopping,
+    /// The request forbids every token: what it asks for contradicts itself.
+    Stuck(String),
     /// The step failed.
     Failed(String),
 }

@@ -325,7 +325,7 @@ impl Running {
         match active.sampler.draw(logits, &mut self.scratch) {
             Draw::Token(token) => return Some(token),
             Draw::Over => self.end(id, Finish::Stop(None)),
-            Draw::Stuck(reason) => self.end(id, Finish::Failed(reason)),
+            Draw::Stuck(reason) => self.end(id, Finish::Stuck(reason)),
         }
         None
     }

@@ -165,6 +165,9 @@ impl Driver {
             Finish::Stopping => {
                 return self.fail(Status::unavailable("the worker is shutting down")).await;
             }
+            Finish::Stuck(reason) => {
+                return self.fail(Status::invalid_argument(reason)).await;
+            }
             Finish::Failed(reason) => return self.fail(Status::internal(reason)).await,
         };
         self.send(Out::Finished(Finished { reason: reason.into(), stop_token_id })).await;

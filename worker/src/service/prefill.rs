@@ -117,6 +117,7 @@ async fn publish(
             Event::Finished(Finish::Deadline) => {
                 return Err(Status::deadline_exceeded("out of time"));
             }
+            Event::Finished(Finish::Stuck(reason)) => return Err(Status::invalid_argument(reason)),
             Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
             Event::Finished(_) => return Err(Status::unavailable("the worker is shutting down")),
             Event::Prompt(_) => {}
