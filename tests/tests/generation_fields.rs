@@ -9,7 +9,8 @@ const CHAT: &str = "/v1/chat/completions";
 const COMPLETION: &str = "/v1/completions";
 
 fn with(mut base: Value, fields: Value) -> Value {
-    let (base_fields, fields) = (base.as_object_mut().unwrap(), fields.as_object().unwrap());
+    let (base_fields, fields) =
+        (base.as_object_mut().expect("an object"), fields.as_object().expect("an object"));
     base_fields.extend(fields.clone());
     base
 }
@@ -34,7 +35,7 @@ fn tool(name: &str) -> Value {
 }
 
 fn content(reply: &Value) -> &str {
-    reply["choices"][0]["message"]["content"].as_str().unwrap()
+    reply["choices"][0]["message"]["content"].as_str().expect("text")
 }
 
 #[tokio::test]
@@ -275,7 +276,7 @@ fn streamed_call(events: &[Value]) -> (Value, String) {
         if let Some(it) = call.get("name") {
             name = it.clone();
         }
-        arguments.push_str(call["arguments"].as_str().unwrap());
+        arguments.push_str(call["arguments"].as_str().expect("text"));
     }
     (name, arguments)
 }

@@ -225,9 +225,9 @@ fn an_adapter_of_the_real_model_equals_merged_weights() {
             let (dims, stored) = decoded(&format!("blk.{layer}.{ours}.weight"));
             let [outputs, inputs] = dims[..] else { panic!("{dims:?}") };
             let mut values = stored.clone();
-            if heads > 0 {
+            if let Some(rows) = outputs.checked_div(heads) {
                 // As transformers has the rows: of each head those of even index, then the others.
-                let half = outputs / heads / 2;
+                let half = rows / 2;
                 for head in 0..heads {
                     for i in 0..half {
                         for side in 0..2 {

@@ -40,8 +40,11 @@ const PREFIXES: [&str; 3] = [
     "base_model.model.language_model.model.",
 ];
 
+/// Whether a setting's value asks for nothing.
+type Harmless = fn(&Value) -> bool;
+
 /// Settings that change what an adapter computes and are not built, and when they ask for nothing.
-const UNSUPPORTED: &[(&str, fn(&Value) -> bool)] = &[
+const UNSUPPORTED: &[(&str, Harmless)] = &[
     ("use_dora", off),
     ("use_qalora", off),
     ("use_bdlora", off),
