@@ -295,7 +295,7 @@ async fn an_unknown_model_is_404_and_named() {
 async fn an_unknown_route_is_404_and_a_wrong_method_405() {
     let cluster = Cluster::unified().await;
     let mut verdict = Verdict::default();
-    for path in ["/", "/v1", "/v1/nothing", "/v1/completions/x", "/../etc/passwd"] {
+    for path in ["/chat", "/v1", "/v1/nothing", "/v1/completions/x", "/../etc/passwd"] {
         let reply = cluster.api.get(path).await;
         verdict.error(path, &reply, 404, &[]);
     }

@@ -42,12 +42,12 @@ pub const SHARED: &[&str] = &[
     "chat_template_kwargs",
     "cache_salt",
     "priority",
-    "vllm_xargs",
     "parallel_tool_calls",
 ];
 
 /// Fields that change nothing here.
-pub const IGNORED: &[&str] = &["mm_processor_kwargs", "prompt_cache_retention", "stream_options"];
+pub const IGNORED: &[&str] =
+    &["mm_processor_kwargs", "prompt_cache_retention", "stream_options", "vllm_xargs"];
 
 /// What `include` may hold; the first is heeded, the others ask for what there is none of.
 const INCLUDES: &[&str] = &[
