@@ -262,7 +262,7 @@ async fn what_cannot_be_used_is_refused_before_it_costs_anything() {
     let other = request(Kind::Regex("[0-9]{40}".into()), &prompt, 1);
     let (stuck, other) = tokio::join!(generate(worker, stuck), generate(worker, other));
     let status = stuck.expect_err("nothing may come");
-    assert_eq!(status.code(), Code::Internal, "{status}");
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
     assert!(status.message().contains("allowed_token_ids"), "{status}");
     assert_eq!(text(&cluster, &other.expect("an output")).await.len(), 40);
     cluster.finish().await;
