@@ -6,9 +6,6 @@ use serde_json::{Map, Value, json};
 
 use super::object;
 
-/// The longest id that a client may give its request.
-const MAX_ID: usize = 256;
-
 /// What all frames of one answer have.
 #[derive(Clone, Debug)]
 pub struct Envelope {
@@ -21,16 +18,9 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// An envelope whose id is `own`, the client's, or a random one, after the route's prefix.
-    pub fn new(prefix: &str, own: Option<&str>, model: &str) -> Self {
-        let id = match own.filter(|id| !id.is_empty() && id.len() <= MAX_ID) {
-            Some(id) => format!("{prefix}-{id}"),
-            None => {
-                // From the thread's own generator: the system's would be asked at each request.
-                let random = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
-                format!("{prefix}-{}", random.simple())
-            }
-        };
+    /// An envelope whose id is the request's after the route's prefix.
+    pub fn new(prefix: &str, request_id: &str, model: &str) -> Self {
+        let id = format!("{prefix}-{request_id}");
         Self { id, created: unix_seconds(), model: model.to_owned() }
     }
 

@@ -265,7 +265,7 @@ impl SamplingFields {
             let message = "`allowed_token_ids` must not be empty; leave it out to allow all.";
             return Err(ApiError::bad_value("allowed_token_ids", message));
         }
-        let (constraint, constraint_field) = wish.constraint.clone().unzip();
+        let (constraint, constraint_field) = wish.constraint.unzip();
         let params = SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
@@ -287,7 +287,7 @@ impl SamplingFields {
                 vocab_size,
             )?,
             bad_words: self.bad_words(bounds)?,
-            prompt_logprobs: self.prompt_logprobs(bounds, &wish, logprobs)?,
+            prompt_logprobs: self.prompt_logprobs(bounds, wish.echo, logprobs)?,
             constraint,
         };
         let text = TextSettings {
@@ -342,7 +342,7 @@ impl SamplingFields {
     fn prompt_logprobs(
         &self,
         bounds: &Bounds<'_>,
-        wish: &Wish,
+        echo: bool,
         logprobs: Option<u32>,
     ) -> Result<Option<u32>, ApiError> {
         let asked = bounds.count("prompt_logprobs", self.prompt_logprobs)?;
@@ -350,7 +350,7 @@ impl SamplingFields {
             let message = "`prompt_logprobs` is not for streams: set `stream` to false.";
             return Err(ApiError::malformed(message).param("prompt_logprobs"));
         }
-        Ok(asked.or_else(|| logprobs.filter(|_| wish.echo)))
+        Ok(asked.or_else(|| logprobs.filter(|_| echo)))
     }
 
     /// A word's tokens at the beginning of a text and after a space, as vLLM takes them: the

@@ -16,6 +16,16 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// What answers took together, `n` of them to each prompt, which counts once.
+    pub fn total(answers: &[Self], n: usize) -> Self {
+        let prompts = || answers.iter().step_by(n);
+        Self {
+            prompt_tokens: prompts().map(|usage| usage.prompt_tokens).sum(),
+            completion_tokens: answers.iter().map(|usage| usage.completion_tokens).sum(),
+            cached_tokens: prompts().map(|usage| usage.cached_tokens).sum(),
+        }
+    }
+
     /// The object. vLLM tells of cached tokens only when it is started so: `details`.
     pub fn json(self, details: bool) -> Value {
         let details = (details && self.cached_tokens > 0)
@@ -69,6 +79,17 @@ pub fn room(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_prompt_counts_once() {
+        let usage = |prompt_tokens, completion_tokens, cached_tokens| Usage {
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens,
+        };
+        let answers = [usage(5, 1, 0), usage(5, 2, 4), usage(7, 3, 2), usage(7, 4, 2)];
+        assert_eq!(Usage::total(&answers, 2), usage(12, 10, 2));
+    }
 
     #[test]
     fn prompt_and_answer_share_the_context() {

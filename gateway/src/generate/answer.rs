@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use baton_proto::v1::{FinishReason, PromptTokenLogprob, Started, Token};
 
 use super::{Generation, Job, Update};
+use crate::api::usage::Usage;
 use crate::error::ApiError;
 use crate::metrics::lora::LoraRequest;
 use crate::metrics::{Ended, Metrics};
@@ -117,13 +118,12 @@ impl Answer {
     }
 
     /// Tokens so far.
-    pub fn tokens(&self) -> usize {
-        self.count
-    }
-
-    /// Prompt tokens that were found in a prefix cache.
-    pub fn cached(&self) -> usize {
-        self.cached
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.generation.job.prompt.len(),
+            completion_tokens: self.count,
+            cached_tokens: self.cached,
+        }
     }
 
     /// What comes next; `None` after the end.

@@ -2,10 +2,10 @@
 
 use actix_web::http::header::{CONTENT_LENGTH, CONTENT_TYPE, WARNING};
 use actix_web::web::{BytesMut, Payload};
-use actix_web::{HttpRequest, HttpResponseBuilder, web};
+use actix_web::{HttpRequest, HttpResponseBuilder};
 use futures::StreamExt as _;
 
-use super::Shared;
+use super::Limits;
 use crate::api::Body;
 use crate::error::ApiError;
 
@@ -17,8 +17,9 @@ const MAX_NAME: usize = 48;
 pub(super) async fn read(
     request: &HttpRequest,
     payload: Payload,
-    max_bytes: usize,
+    limits: &Limits,
 ) -> Result<Body, ApiError> {
+    let max_bytes = limits.max_body_bytes;
     let media = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let media = media.unwrap_or_default().split(';').next().unwrap_or_default().trim();
     if !media.eq_ignore_ascii_case("application/json") {
@@ -32,10 +33,7 @@ pub(super) async fn read(
     {
         return Err(ApiError::body_too_large(max_bytes));
     }
-    let Some(shared) = request.app_data::<web::Data<Shared>>() else {
-        return Err(ApiError::internal("The server is not set up."));
-    };
-    let bytes = tokio::time::timeout(shared.limits.body_timeout, collect(payload, max_bytes))
+    let bytes = tokio::time::timeout(limits.body_timeout, collect(payload, max_bytes))
         .await
         .map_err(|_| ApiError::slow_body())??;
     Body::parse(&bytes)

@@ -65,16 +65,13 @@ impl Call {
             prompt_alone: false,
             constraint: structured.constraint()?.map(|it| (it, structured.field())),
         };
-        let forced = tools.as_ref().and_then(constraint);
-        if let Some(Tools { choice: ToolChoice::Named(_), .. }) = &tools
-            && wish.constraint.is_some()
-        {
+        let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
+        if matches!(choice, ToolChoice::Named(_)) && wish.constraint.is_some() {
             let message = "`tool_choice` names a function, whose parameters the answer will be: \
                            leave `structured_outputs` and `response_format` out.";
             return Err(ApiError::malformed(message).param("tool_choice"));
         }
-        let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
-        if let Some(schema) = forced {
+        if let Some(schema) = tools.as_ref().and_then(constraint) {
             wish.constraint = Some((by_schema(schema), "tools"));
         }
         let logprobs = wish.logprobs.is_some();

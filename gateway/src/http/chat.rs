@@ -40,9 +40,9 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, own_id } = intake;
+    let Intake { arrived, place, mut body, client, request_id } = intake;
     let call = Call::read(&shared, &mut body).await?;
-    let envelope = Envelope::new("chatcmpl", own_id.as_deref(), call.served.name());
+    let envelope = Envelope::new("chatcmpl", &request_id, call.served.name());
     let id = envelope.id.clone();
     let order = call.order(shared.into_inner(), id, Budget::default(), arrived, place);
     let streams = call.fields.streams();

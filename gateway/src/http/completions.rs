@@ -45,7 +45,7 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, own_id } = intake;
+    let Intake { arrived, place, mut body, client, request_id } = intake;
     let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;
     let structured: StructuredFields = body.read()?;
@@ -77,7 +77,7 @@ pub(super) async fn answer(
     sampling.max_tokens = sampling.max_tokens.map(|tokens| tokens.max(1));
     let answers = prompts.len() * sampling.n;
     let shape = Completion {
-        envelope: Envelope::new("cmpl", own_id.as_deref(), served.name()),
+        envelope: Envelope::new("cmpl", &request_id, served.name()),
         naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
         logprobs,
         prompt_logprobs: fields.wants_prompt_logprobs(),

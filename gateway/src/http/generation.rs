@@ -30,7 +30,7 @@ use crate::workers::Served;
 /// load balancers cut streams that are silent, so a comment is sent.
 pub(super) const SILENCE: Duration = Duration::from_secs(15);
 /// Frames on their way to a client that reads slowly.
-pub(super) const STREAM_DEPTH: usize = 32;
+const STREAM_DEPTH: usize = 32;
 /// How long after its deadline a stream may still deliver what it has.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -41,7 +41,7 @@ pub(super) struct Intake {
     pub(super) body: Body,
     pub(super) client: Option<Connection>,
     /// The request's id, the client's own if it gave one.
-    pub(super) own_id: Option<String>,
+    pub(super) request_id: String,
 }
 
 impl Intake {
@@ -56,10 +56,10 @@ impl Intake {
             return Err(ApiError::unavailable("This gateway is stopping; ask another one."));
         }
         let place = shared.load.enter()?;
-        let body = body::read(request, payload, shared.limits.max_body_bytes).await?;
+        let body = body::read(request, payload, &shared.limits).await?;
         let own_id = body.get("request_id").and_then(Value::as_str);
-        let own_id = request_id::settle(request, own_id);
-        Ok(Self { arrived, place, body, client: connection(request), own_id })
+        let request_id = request_id::settle(request, own_id);
+        Ok(Self { arrived, place, body, client: connection(request), request_id })
     }
 }
 
@@ -156,7 +156,6 @@ impl Order {
 /// The answer to an order of one sequence, for a route that reads it itself.
 pub(super) struct Single {
     answer: Answer,
-    prompt_tokens: usize,
     pub(super) deadline: Instant,
     _place: Place,
 }
@@ -169,11 +168,7 @@ impl Single {
 
     /// Tokens so far.
     pub(super) fn usage(&self) -> Usage {
-        Usage {
-            prompt_tokens: self.prompt_tokens,
-            completion_tokens: self.answer.tokens(),
-            cached_tokens: self.answer.cached(),
-        }
+        self.answer.usage()
     }
 }
 
@@ -182,63 +177,38 @@ impl Answers {
     pub(super) fn single(mut self) -> Result<Single, ApiError> {
         let answer = self.answers.pop();
         let answer = answer.ok_or_else(|| ApiError::internal("Nothing was generated."))?;
-        let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
-        Ok(Single { answer, prompt_tokens, deadline: self.deadline, _place: self.place })
+        Ok(Single { answer, deadline: self.deadline, _place: self.place })
     }
 
     /// Waits for all answers to end.
-    pub(super) async fn whole(
-        self,
-        client: Option<&Connection>,
-    ) -> Result<(Vec<Delta>, Usage), ApiError> {
-        let prompt_tokens = self.prompts.iter().map(|prompt| prompt.len()).sum();
+    async fn whole(self, client: Option<&Connection>) -> Result<(Vec<Delta>, Usage), ApiError> {
         let each = self.answers.into_iter().map(|mut answer| async move {
             let mut whole = Delta::default();
             while let Some(delta) = answer.next().await? {
                 whole.append(delta);
             }
-            Ok::<_, ApiError>((whole, answer.tokens(), answer.cached()))
+            Ok::<_, ApiError>((whole, answer.usage()))
         });
         let all = unless_gone(client, futures::future::try_join_all(each)).await??;
-        let usage = Usage {
-            prompt_tokens,
-            completion_tokens: all.iter().map(|(_, tokens, _)| tokens).sum(),
-            // Each prompt counts once.
-            cached_tokens: all.iter().step_by(self.n).map(|(_, _, cached)| cached).sum(),
-        };
+        let (wholes, usages): (_, Vec<Usage>) = all.into_iter().unzip();
         drop(self.place);
-        Ok((all.into_iter().map(|(whole, _, _)| whole).collect(), usage))
+        Ok((wholes, Usage::total(&usages, self.n)))
     }
 
     /// Streams all answers as events, mixed as they come. `shape` makes the frames.
-    ///
-    /// A task of its own reads the answers, so that a client that stops reading holds nothing
-    /// beyond its deadline: the server polls a response only when there is room to write.
     pub(super) fn stream<S: Shape + 'static>(
         self,
         shape: S,
         client: Option<Connection>,
     ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> + use<S> {
-        let (sender, frames) = mpsc::channel(STREAM_DEPTH);
-        let until = self.deadline + LAST_WORDS;
-        let task = async move {
-            tokio::select! {
-                biased;
-                () = closed(client.as_ref()) => {}
-                () = sender.closed() => {}
-                () = tokio::time::sleep_until(until.into()) => {}
-                () = self.pump(shape, &sender) => {}
-            }
-        };
-        actix_web::rt::spawn(task.in_current_span());
-        ReceiverStream::new(frames).map(Ok)
+        let until = Some(self.deadline + LAST_WORDS);
+        written(client, until, async move |sender| self.pump(shape, &sender).await)
     }
 
     /// Sends all frames, to the last one.
     async fn pump<S: Shape>(self, mut shape: S, sender: &mpsc::Sender<Bytes>) {
         let prompts: Vec<usize> = self.prompts.iter().map(|prompt| prompt.len()).collect();
-        let mut tokens = vec![0; self.answers.len()];
-        let mut cached = tokens.clone();
+        let mut usages: Vec<Usage> = self.answers.iter().map(Answer::usage).collect();
         let mut frames = Frames::default();
         shape.opening(&prompts, &mut frames);
         let next = |index: usize, mut answer: Answer| async move {
@@ -265,14 +235,8 @@ impl Answers {
                 Err(_) => frames.comment("still working"),
                 Ok(Some((index, answer, Ok(delta)))) => {
                     if let Some(delta) = delta {
-                        tokens[index] = answer.tokens();
-                        cached[index] = answer.cached();
-                        let usage = Usage {
-                            prompt_tokens: prompts[index / self.n],
-                            completion_tokens: tokens[index],
-                            cached_tokens: cached[index],
-                        };
-                        shape.delta(index, delta, usage, &mut frames);
+                        usages[index] = answer.usage();
+                        shape.delta(index, delta, usages[index], &mut frames);
                         waiting.push(next(index, answer));
                     }
                 }
@@ -281,18 +245,42 @@ impl Answers {
                     over = true;
                 }
                 Ok(None) => {
-                    let usage = Usage {
-                        prompt_tokens: prompts.iter().sum(),
-                        completion_tokens: tokens.iter().sum(),
-                        // Each prompt counts once.
-                        cached_tokens: cached.iter().step_by(self.n).sum(),
-                    };
-                    shape.close(usage, &mut frames);
+                    shape.close(Usage::total(&usages, self.n), &mut frames);
                     over = true;
                 }
             }
         }
     }
+}
+
+/// What `work` writes, as a stream: until it is done, the client has left, or `until`.
+///
+/// It is a task of its own, so that a client that stops reading holds nothing beyond that time: the
+/// server polls a response only when there is room to write.
+pub(super) fn written(
+    client: Option<Connection>,
+    until: Option<Instant>,
+    work: impl AsyncFnOnce(mpsc::Sender<Bytes>) + 'static,
+) -> impl Stream<Item = Result<Bytes, actix_web::Error>> {
+    let (sender, frames) = mpsc::channel(STREAM_DEPTH);
+    let task = async move {
+        let gone = sender.clone();
+        let over = async {
+            match until {
+                Some(until) => tokio::time::sleep_until(until.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = closed(client.as_ref()) => {}
+            () = gone.closed() => {}
+            () = over => {}
+            () = work(sender) => {}
+        }
+    };
+    actix_web::rt::spawn(task.in_current_span());
+    ReceiverStream::new(frames).map(Ok)
 }
 
 /// A reply that streams.

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use super::{Shared, body};
 use crate::adapters::Load;
+use crate::api::Body;
 use crate::error::ApiError;
 
 /// The body of a load.
@@ -48,7 +49,7 @@ pub(super) async fn load(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields: LoadFields = body.read()?;
     let given = |field: Option<String>| field.filter(|text| !text.is_empty());
     let (Some(name), Some(path)) = (given(fields.lora_name), given(fields.lora_path)) else {
@@ -59,9 +60,7 @@ pub(super) async fn load(
     let in_place = fields.load_inplace.unwrap_or(false);
     let load = Load { name, path, in_place, base: given(fields.base_model_name) };
     shared.adapters.load(load).await?;
-    let mut response = HttpResponse::Ok();
-    body::warn_of_unknown(&body, &mut response);
-    Ok(response.content_type("text/plain; charset=utf-8").body(reply))
+    Ok(done(&body, reply))
 }
 
 /// Unloads a LoRA adapter.
@@ -74,7 +73,7 @@ pub(super) async fn unload(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields: UnloadFields = body.read()?;
     let Some(name) = fields.lora_name.filter(|name| !name.is_empty()) else {
         let message = "'lora_name' must be provided to unload a LoRA adapter.";
@@ -82,7 +81,11 @@ pub(super) async fn unload(
     };
     let reply = format!("Success: LoRA adapter '{name}' removed successfully.");
     shared.adapters.unload(name).await?;
+    Ok(done(&body, reply))
+}
+
+fn done(body: &Body, reply: String) -> HttpResponse {
     let mut response = HttpResponse::Ok();
-    body::warn_of_unknown(&body, &mut response);
-    Ok(response.content_type("text/plain; charset=utf-8").body(reply))
+    body::warn_of_unknown(body, &mut response);
+    response.content_type("text/plain; charset=utf-8").body(reply)
 }

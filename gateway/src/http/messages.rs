@@ -40,12 +40,11 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, own_id } = intake;
+    let Intake { arrived, place, mut body, client, request_id } = intake;
     let fields = read(&mut body)?;
     fields.check_max_tokens()?;
     let call = Call::read(&shared, &mut fields.to_chat()?).await?;
-    let Envelope { id, model, .. } =
-        Envelope::new("chatcmpl", own_id.as_deref(), call.served.name());
+    let Envelope { id, model, .. } = Envelope::new("chatcmpl", &request_id, call.served.name());
     let order = call.order(shared.into_inner(), id.clone(), Budget::default(), arrived, place);
     let parser = call.reading.parser();
     let message = Message { id, model, parser, blocks: Blocks::default(), end: None };
@@ -62,7 +61,7 @@ pub(super) async fn count_tokens(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields = read(&mut body)?;
     let call = Call::read(&shared, &mut fields.to_chat()?).await?;
     let mut response = HttpResponse::Ok();

@@ -27,12 +27,14 @@ impl RequestId {
         let given = headers.get(HEADER).and_then(|value| value.to_str().ok());
         match given.filter(|id| usable(id)) {
             Some(id) => Self { id: id.to_owned(), given: true },
-            // From the thread's own generator: the system's would be asked at each request.
-            None => {
-                let random = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
-                Self { id: random.simple().to_string(), given: false }
-            }
+            None => Self::random(),
         }
+    }
+
+    fn random() -> Self {
+        // From the thread's own generator: the system's would be asked at each request.
+        let random = uuid::Builder::from_random_bytes(rand::random()).into_uuid();
+        Self { id: random.simple().to_string(), given: false }
     }
 
     /// The id.
@@ -42,16 +44,16 @@ impl RequestId {
 }
 
 /// Settles the id of a request, now that its body is known; `own` is the body's `request_id`.
-pub(super) fn settle(request: &HttpRequest, own: Option<&str>) -> Option<String> {
+pub(super) fn settle(request: &HttpRequest, own: Option<&str>) -> String {
     let mut extensions = request.extensions_mut();
-    let known = extensions.get_mut::<RequestId>()?;
+    let Some(known) = extensions.get_mut::<RequestId>() else { return RequestId::random().id };
     if !known.given
         && let Some(own) = own.filter(|id| usable(id))
     {
         *known = RequestId { id: own.to_owned(), given: true };
         Span::current().record("own_id", own);
     }
-    Some(known.id.clone())
+    known.id.clone()
 }
 
 /// The header of the reply to `request`.

@@ -30,7 +30,7 @@ pub(super) async fn tokenize(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields: TokenizeFields = body.read()?;
     let conversation: Conversation = body.read()?;
     let served = model(&shared, fields.model.as_deref())?;
@@ -73,7 +73,7 @@ pub(super) async fn detokenize(
     payload: Payload,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let mut body = body::read(&request, payload, shared.limits.max_body_bytes).await?;
+    let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields: DetokenizeFields = body.read()?;
     let served = model(&shared, fields.model.as_deref())?;
     let tokens = fields.tokens(served.card.vocab_size)?;

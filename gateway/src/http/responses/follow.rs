@@ -11,14 +11,11 @@ use actix_web::web::Bytes;
 use futures::Stream;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::ReceiverStream;
-use tracing::Instrument as _;
 
 use super::super::Shared;
-use super::super::connection::{Connection, closed};
+use super::super::connection::Connection;
 use super::super::frames::Frames;
-use super::super::generation::{SILENCE, STREAM_DEPTH};
+use super::super::generation::{SILENCE, written};
 use super::super::load::Place;
 use super::failed;
 use crate::api::responses::object::Status;
@@ -40,20 +37,11 @@ pub(super) fn follow(
     place: Place,
     client: Option<Connection>,
 ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> {
-    let (sender, frames) = mpsc::channel(STREAM_DEPTH);
-    let task = async move {
+    written(client, None, async move |sender| {
         // Followers count as requests in progress.
         let _place = place;
-        let gone = sender.clone();
-        tokio::select! {
-            biased;
-            () = closed(client.as_ref()) => {}
-            () = gone.closed() => {}
-            () = replay(&shared, &id, after, &sender) => {}
-        }
-    };
-    actix_web::rt::spawn(task.in_current_span());
-    ReceiverStream::new(frames).map(Ok)
+        replay(&shared, &id, after, &sender).await;
+    })
 }
 
 async fn replay(shared: &Shared, id: &str, mut last: i64, sender: &mpsc::Sender<Bytes>) {

@@ -106,7 +106,7 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, own_id: _ } = intake;
+    let Intake { arrived, place, mut body, client, request_id: _ } = intake;
     let fields = ResponsesFields::read(&mut body)?;
     let shared = shared.into_inner();
     let key = owner(&request);

@@ -10,15 +10,12 @@ use actix_web::web::Bytes;
 use futures::Stream;
 use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt as _;
-use tokio_stream::wrappers::ReceiverStream;
-use tracing::Instrument as _;
 
 use super::super::call::Call;
-use super::super::connection::{Connection, closed};
+use super::super::connection::Connection;
 use super::super::frames::Frames;
 use super::super::generation::{
-    LAST_WORDS, Order, SILENCE, STREAM_DEPTH, Single, streaming, unless_gone,
+    LAST_WORDS, Order, SILENCE, Single, streaming, unless_gone, written,
 };
 use super::super::{Shared, body};
 use super::{Ready, failed};
@@ -162,17 +159,15 @@ async fn keep(shared: &Shared, ready: &Ready) {
     }
 }
 
-/// The events of an answer. A task of its own reads it, as in other streams.
+/// The events of an answer.
 fn stream(
     shared: Arc<Shared>,
     mut ready: Ready,
     mut answer: Single,
     client: Option<Connection>,
 ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> {
-    let (sender, frames) = mpsc::channel(STREAM_DEPTH);
-    let until = answer.deadline + LAST_WORDS;
-    let task = async move {
-        let gone = sender.clone();
+    let until = Some(answer.deadline + LAST_WORDS);
+    written(client, until, async move |sender| {
         let mut wire = Wire { sender, frames: Frames::default() };
         let work = async {
             ready.reader.writer.created();
@@ -190,17 +185,9 @@ fn stream(
             let last = ready.reader.writer.ended();
             wire.send(vec![last]).await
         };
-        tokio::select! {
-            biased;
-            () = closed(client.as_ref()) => {}
-            () = gone.closed() => {}
-            () = tokio::time::sleep_until(until.into()) => {}
-            // A client that has left is the only thing that goes wrong.
-            _ = work => {}
-        }
-    };
-    actix_web::rt::spawn(task.in_current_span());
-    ReceiverStream::new(frames).map(Ok)
+        // A client that has left is the only thing that goes wrong.
+        let _ = work.await;
+    })
 }
 
 /// An event under its type's name.
