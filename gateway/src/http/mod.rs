@@ -116,6 +116,10 @@ pub struct Listening {
     pub cors: Policy,
 }
 
+/// How long a connection that the server closes is kept for the client to read the last reply: one
+/// that is closed while a body still comes is reset, and the client would not see why.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// Binds the server; it serves when the returned future is polled.
 pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Server> {
     let shared = web::Data::from(shared);
@@ -138,6 +142,7 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
             HttpService::build()
                 .client_request_timeout(head_timeout)
                 .keep_alive(keep_alive)
+                .client_disconnect_timeout(LINGER)
                 .on_connect_ext(move |stream: &TcpStream, extensions| {
                     connection::watch(stream, send_timeout, extensions);
                 })
@@ -148,6 +153,7 @@ pub fn server(shared: Arc<Shared>, listening: Listening) -> std::io::Result<Serv
             HttpService::build()
                 .client_request_timeout(head_timeout)
                 .keep_alive(keep_alive)
+                .client_disconnect_timeout(LINGER)
                 .on_connect_ext(move |stream: &TlsStream<TcpStream>, extensions| {
                     connection::watch(stream.get_ref().0, send_timeout, extensions);
                 })
