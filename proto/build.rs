@@ -3,9 +3,10 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     tonic_prost_build::configure()
-        // Block payloads and tokenizer files are moved, never copied.
+        // Block payloads, tokenizer files and sound are moved, never copied.
         .bytes(".baton.v1.BlockData.payload")
         .bytes(".baton.v1.ModelChunk.payload")
+        .bytes(".baton.v1.AudioWindow.samples")
         .compile_protos(
             &["proto/baton/v1/worker.proto", "proto/baton/v1/coordinator.proto"],
             &["proto"],

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole};
+use baton_membership::{ClusterWatch, InstanceRecord};
 use baton_proto::endpoint;
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::worker_client::WorkerClient;
@@ -75,7 +75,7 @@ impl Coordinator for CoordinatorService {
 
 /// What a worker says of itself now; `None` for other processes and for silent workers.
 async fn status(record: &InstanceRecord) -> Option<WorkerStatus> {
-    if !(record.role.generates() || record.role == InstanceRole::Prefill) {
+    if !record.role.is_worker() {
         return None;
     }
     let ask = async {

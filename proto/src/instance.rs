@@ -21,6 +21,10 @@ pub enum InstanceRole {
     Decode,
     /// Does both in one process.
     Unified,
+    /// Computes vectors, classes and scores of texts.
+    Pooling,
+    /// Hears and writes down speech, in one process.
+    Audio,
 }
 
 impl InstanceRole {
@@ -32,12 +36,19 @@ impl InstanceRole {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Unified => "unified",
+            Self::Pooling => "pooling",
+            Self::Audio => "audio",
         }
     }
 
     /// Whether a gateway may send this instance a `Generate` call.
     pub fn generates(self) -> bool {
-        matches!(self, Self::Decode | Self::Unified)
+        matches!(self, Self::Decode | Self::Unified | Self::Audio)
+    }
+
+    /// Whether it is a worker, of whatever kind.
+    pub fn is_worker(self) -> bool {
+        !matches!(self, Self::Gateway | Self::Coordinator)
     }
 }
 

@@ -30,6 +30,11 @@ impl BlockHash {
         Self::digest(&[b"baton-kv-adapter", &self.0, digest.as_bytes()])
     }
 
+    /// The start of the chains of a window of sound, after the root `self` of a salt.
+    pub fn with_audio(self, samples: &[u8]) -> Self {
+        Self::digest(&[b"baton-kv-audio", &self.0, samples])
+    }
+
     /// The addresses of all full blocks of `tokens` after `self`, in order. A part-filled last
     /// block has none.
     pub fn chain(self, tokens: &[u32], block_size: usize) -> Vec<Self> {

@@ -158,6 +158,10 @@ pub enum Role {
     Decode,
     /// Both in one process.
     Unified,
+    /// Computes vectors, classes and scores of texts.
+    Pooling,
+    /// Writes down speech: `unified`, for a speech model.
+    Audio,
 }
 
 /// Elements of the KV cache.
@@ -248,6 +252,8 @@ impl Role {
             Self::Prefill => (v1::Role::Prefill, InstanceRole::Prefill),
             Self::Decode => (v1::Role::Decode, InstanceRole::Decode),
             Self::Unified => (v1::Role::Unified, InstanceRole::Unified),
+            Self::Pooling => (v1::Role::Pooling, InstanceRole::Pooling),
+            Self::Audio => (v1::Role::Audio, InstanceRole::Audio),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
-use baton_proto::v1::{LoadAdapterRequest, ModelCard};
+use baton_proto::v1::{LoadAdapterRequest, ModelCard, Task};
 use baton_worker::checkpoint::LoadError;
 use baton_worker::config::Settings;
 use baton_worker::engine::{self, Engine};
@@ -140,6 +140,9 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         weights_digest: loaded.weights_digest,
         tokenizer_digest: String::new(),
         aliases,
+        tasks: vec![Task::Generate.into()],
+        pooling: None,
+        speech: None,
     };
     let parts = Parts {
         instance_id: instance.id.clone(),

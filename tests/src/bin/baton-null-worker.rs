@@ -13,10 +13,10 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
-    AdapterList, DescribeRequest, FetchTokenizerRequest, FinishReason, Finished, GenerateEvent,
-    GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PrefillEvent,
-    PrefillRequest, Started, Token, Tokens, UnloadAdapterRequest, WatchStatusRequest,
-    WorkerDescription, WorkerStatus,
+    AdapterList, AlignRequest, AlignResponse, DescribeRequest, FetchTokenizerRequest, FinishReason,
+    Finished, GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
+    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens,
+    UnloadAdapterRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
@@ -155,6 +155,17 @@ impl Worker for NullWorker {
         _request: Request<ListAdaptersRequest>,
     ) -> Result<Response<AdapterList>, Status> {
         Ok(Response::new(AdapterList::default()))
+    }
+
+    async fn pool(&self, _request: Request<PoolRequest>) -> Result<Response<PoolResponse>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn align(
+        &self,
+        _request: Request<AlignRequest>,
+    ) -> Result<Response<AlignResponse>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
     }
 
     async fn watch_status(

@@ -204,6 +204,7 @@ impl Driver {
             timeout_ms: 0,
             priority: self.request.priority,
             adapter: self.request.adapter.clone(),
+            audio: self.request.audio.clone(),
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
         if let Ok(transport) =

@@ -261,6 +261,20 @@ impl Worker for WorkerService {
         Ok(Response::new(self.shared.adapters.list()))
     }
 
+    async fn pool(
+        &self,
+        _request: Request<v1::PoolRequest>,
+    ) -> Result<Response<v1::PoolResponse>, Status> {
+        Err(Status::failed_precondition("this worker does not pool"))
+    }
+
+    async fn align(
+        &self,
+        _request: Request<v1::AlignRequest>,
+    ) -> Result<Response<v1::AlignResponse>, Status> {
+        Err(Status::failed_precondition("this model is none for speech"))
+    }
+
     async fn watch_status(
         &self,
         request: Request<v1::WatchStatusRequest>,
