@@ -172,6 +172,27 @@ async fn steps_are_added_up_over_workers_that_come_and_go() {
     cluster.finish().await;
 }
 
+#[tokio::test]
+async fn draws_under_a_constraint_are_counted() {
+    let cluster = cluster().await;
+    let body = json!({
+        "model": MODEL_NAME, "prompt": "Yes or no?", "max_tokens": 8,
+        "structured_outputs": {"choice": ["absolutely", "certainly not"]},
+    });
+    cluster.api.ok("/v1/completions", &body).await;
+    eventually("draws are counted", Duration::from_secs(5), async || {
+        let (now, _) = scrape(&cluster).await;
+        match now.sum("baton_constrained_tokens_total", &[("model_name", MODEL_NAME)]) {
+            Some(tokens) if (1.0..=9.0).contains(&tokens) => Ok(()),
+            other => Err(format!("{other:?} tokens")),
+        }
+    })
+    .await;
+    let (now, text) = scrape(&cluster).await;
+    assert!(now.sum("baton_constraint_wait_seconds_total", &[]).is_some(), "{text}");
+    cluster.finish().await;
+}
+
 /// The names and types of the tables of `docs/metrics.md`.
 fn documented() -> BTreeMap<String, String> {
     let page = repository().join("docs/metrics.md");

@@ -15,13 +15,13 @@ use std::time::Duration;
 
 use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerStatus};
 use parking_lot::{Mutex, RwLock};
-use prometheus::{Encoder as _, HistogramVec, Registry, TextEncoder};
+use prometheus::{Encoder as _, HistogramVec, Opts, Registry, TextEncoder};
 
 use crate::metrics::lora::LoraRequests;
 use crate::workers::Registry as Workers;
 use families::{
-    CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, TTFT, counter, gauge,
-    histogram, register,
+    CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, SecondsVec, TTFT,
+    counter, gauge, histogram, register,
 };
 use http::HttpMetrics;
 use steps::StepTokens;
@@ -96,6 +96,8 @@ pub struct Metrics {
     draft_tokens: CounterVec,
     accepted_tokens: CounterVec,
     steps: StepTokens,
+    constrained: CounterVec,
+    constraint_wait: SecondsVec,
     handoff_bytes: CounterVec,
     handoff_failures: CounterVec,
     workers: GaugeVec,
@@ -284,6 +286,22 @@ impl Metrics {
                 &LABELS,
             )?,
             steps: register(&r, StepTokens::new()?)?,
+            constrained: counter(
+                &r,
+                "baton_constrained_tokens_total",
+                "Tokens drawn under a constraint.",
+                &LABELS,
+            )?,
+            constraint_wait: register(
+                &r,
+                SecondsVec::new(
+                    Opts::new(
+                        "baton_constraint_wait_seconds_total",
+                        "Time that engines stood still for a constraint's next tokens.",
+                    ),
+                    &LABELS,
+                )?,
+            )?,
             handoff_bytes: counter(
                 &r,
                 "baton_handoff_bytes_total",
@@ -503,6 +521,10 @@ impl Metrics {
         let accepted = grown(|status| status.spec_decode_accepted_tokens);
         self.accepted_tokens.with_label_values(&labels).inc_by(accepted);
         self.steps.add(model, before, now);
+        let constrained = grown(|status| status.constrained_tokens);
+        self.constrained.with_label_values(&labels).inc_by(constrained);
+        let waited = Duration::from_micros(grown(|status| status.constraint_wait_us));
+        self.constraint_wait.with_label_values(&labels).inc_by(waited.as_secs_f64());
         let failures = grown(|status| status.handoff_failures);
         self.handoff_failures.with_label_values(&labels).inc_by(failures);
         let bytes = [
