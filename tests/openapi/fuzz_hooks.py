@@ -4,9 +4,22 @@ import os
 
 import schemathesis
 
-MOST = {"n": 2, "max_tokens": 2, "max_completion_tokens": 2}
-# Where a request without a limit gets what is left of the context.
-UNLIMITED = ("/v1/chat/completions", "/v1/completions", "/invocations")
+MOST = {"n": 2, "max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2}
+# Where a request without a limit gets what is left of the context, and the field that limits it.
+UNLIMITED = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/completions": "max_tokens",
+    "/invocations": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+
+
+@schemathesis.hook
+def before_load_schema(context, schema):
+    if os.environ["FUZZ_RULES"] == "without":
+        # The generator draws from at most four rules between fields.
+        for described in schema["components"]["schemas"].values():
+            described.pop("dependentSchemas", None)
 
 
 @schemathesis.hook
@@ -16,8 +29,12 @@ def before_call(context, case, kwargs):
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 4:
         body["model"] = os.environ["FUZZ_MODEL"]
-    if case.path in UNLIMITED:
-        body.setdefault("max_tokens", 2)
+    if case.meta is not None and case.meta.generation.mode.is_positive:
+        # Whether it is taken is the gateway's to say, by a flag.
+        body.pop("chat_template", None)
+    limit = UNLIMITED.get(case.path)
+    if limit and body.get(limit) is None:
+        body[limit] = 2
     for field, most in MOST.items():
         value = body.get(field)
         if type(value) is int and most < value <= 128:

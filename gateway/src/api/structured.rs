@@ -79,6 +79,9 @@ impl StructuredFields {
             .into_iter()
             .filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)))
             .collect();
+        if guided.get("whitespace_pattern").is_some_and(|pattern| !pattern.is_string()) {
+            return Err(wrong("guided_whitespace_pattern", "must be a string"));
+        }
         match guided.keys().any(|key| key != "whitespace_pattern") {
             true => of_structured_outputs(&guided, "guided_").map(Some),
             false => Ok(None),
@@ -164,6 +167,9 @@ fn of_structured_outputs(
         let field = format!("{prefix}structural_tag");
         return Err(ApiError::not_supported(&field));
     }
+    if given("whitespace_pattern").is_some_and(|pattern| !pattern.is_string()) {
+        return Err(wrong(&format!("{prefix}whitespace_pattern"), "must be a string"));
+    }
     let wishes = ["json", "json_object", "regex", "choice", "grammar"];
     let set =
         wishes.iter().filter(|key| given(key).is_some_and(|v| **key != "json_object" || v == true));
@@ -246,9 +252,6 @@ fn with_style(mut schema: Value, outputs: &Map<String, Value>) -> Result<Value, 
         style.insert("whitespace_flexible".into(), false.into());
     }
     if let Some(pattern) = outputs.get("whitespace_pattern").filter(|value| !value.is_null()) {
-        if !pattern.is_string() {
-            return Err(wrong("whitespace_pattern", "must be a string"));
-        }
         style.insert("whitespace_pattern".into(), pattern.clone());
     }
     if outputs.get("disable_additional_properties").and_then(Value::as_bool) == Some(true) {
@@ -330,6 +333,11 @@ mod tests {
             (json!({"structured_outputs": {"choice": []}}), "structured_outputs.choice"),
             (json!({"structured_outputs": {"json": "{"}}), "structured_outputs.json"),
             (json!({"guided_regex": 5}), "guided_regex"),
+            (json!({"guided_whitespace_pattern": {}}), "guided_whitespace_pattern"),
+            (
+                json!({"structured_outputs": {"regex": "a", "whitespace_pattern": 5}}),
+                "structured_outputs.whitespace_pattern",
+            ),
         ] {
             assert_eq!(kind(fields).unwrap_err(), param);
         }

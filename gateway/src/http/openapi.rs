@@ -15,13 +15,18 @@ use utoipa_swagger_ui::{Config, Url};
 
 use super::messages::PATHS as ANTHROPIC;
 use super::routes::Paths;
+use crate::api::rules;
 use crate::api::schema::{ErrorBody, anthropic};
 use crate::auth;
 use crate::error::ApiError;
 
 /// The document.
-pub(super) static DOCUMENT: LazyLock<Value> =
-    LazyLock::new(|| serde_json::to_value(document()).unwrap_or_else(|_| json!({})));
+pub(super) static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+    let mut document = serde_json::to_value(document()).unwrap_or_else(|_| json!({}));
+    rules::complete(&mut document);
+    link(&mut document);
+    document
+});
 
 /// The pages, which read the document from this server and nothing from elsewhere.
 static PAGES: LazyLock<Arc<Config<'static>>> =
@@ -109,6 +114,28 @@ fn document() -> OpenApi {
         }
     }
     document
+}
+
+/// What one operation's reply is good for in another: where a value of it goes.
+const LINKS: [(&str, &str, &str, &str); 6] = [
+    ("/v1/responses", "get_v1_responses_id", "id", "/id"),
+    ("/v1/responses", "delete_v1_responses_id", "id", "/id"),
+    ("/v1/responses", "post_v1_responses_id_cancel", "id", "/id"),
+    ("/v1/responses", "get_v1_responses_id_input_items", "id", "/id"),
+    ("/v1/models", "get_v1_models_name", "name", "/data/0/id"),
+    ("/tokenize", "post_detokenize", "tokens", "/tokens"),
+];
+
+fn link(document: &mut Value) {
+    for (from, to, field, value) in LINKS {
+        let value = format!("$response.body#{value}");
+        let uses = match to.starts_with("post_detokenize") {
+            true => json!({"operationId": to, "requestBody": {field: value}}),
+            false => json!({"operationId": to, "parameters": {field: value}}),
+        };
+        let method = if from == "/v1/models" { "get" } else { "post" };
+        document["paths"][from][method]["responses"]["200"]["links"][to] = uses;
+    }
 }
 
 fn schema<T: utoipa::PartialSchema>() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
