@@ -1,5 +1,6 @@
 """Keeps what schemathesis makes up answerable: the model that there is, and short answers."""
 
+import collections
 import os
 
 import schemathesis
@@ -12,6 +13,8 @@ UNLIMITED = {
     "/invocations": "max_tokens",
     "/v1/responses": "max_output_tokens",
 }
+
+CALLS = collections.Counter()
 
 
 @schemathesis.hook
@@ -32,6 +35,7 @@ def before_call(context, case, kwargs):
     if case.meta is not None and case.meta.generation.mode.is_positive:
         # Whether it is taken is the gateway's to say, by a flag.
         body.pop("chat_template", None)
+        vary(case.path, body)
     limit = UNLIMITED.get(case.path)
     if limit and body.get(limit) is None:
         body[limit] = 2
@@ -39,3 +43,12 @@ def before_call(context, case, kwargs):
         value = body.get(field)
         if type(value) is int and most < value <= 128:
             body[field] = most
+
+
+def vary(path, body):
+    """Now and then asks for a model that there is not, and for a response that can be cancelled."""
+    CALLS[path] += 1
+    if CALLS[path] % 32 == 3 and "model" in body:
+        body["model"] = "no-such-model"
+    if path == "/v1/responses" and CALLS[path] % 2 == 0 and body.get("store") is not False:
+        body.update(background=True, max_output_tokens=48, ignore_eos=True)

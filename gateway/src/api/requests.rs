@@ -11,7 +11,7 @@ use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
 use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
-use super::schema::{ChatMessage, PromptInput};
+use super::schema::ChatMessage;
 use super::structured::StructuredFields;
 use super::tokenize::{DetokenizeFields, TokenizeFields};
 use super::tools::ToolFields;
@@ -114,7 +114,6 @@ struct Invocation {
     #[schema(value_type = Option<Vec<ChatMessage>>, min_items = 1)]
     messages: Option<Value>,
     /// What a completion begins with.
-    #[schema(value_type = Option<PromptInput>)]
     prompt: Option<Value>,
     /// The most tokens of an answer.
     #[schema(minimum = 1, maximum = 4294967295i64)]

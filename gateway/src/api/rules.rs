@@ -71,7 +71,7 @@ fn rules() -> Vec<(&'static str, Value)> {
         ("ChatRequest", all([chat, messages.clone()])),
         ("CompletionRequest", all([sampling(), streams(), guided(), prompt])),
         ("TokenizeRequest", all([messages.clone(), tools(), turns(), either()])),
-        ("InvocationRequest", all([messages, either()])),
+        ("InvocationRequest", all([messages, invocation()])),
         ("DetokenizeRequest", json!({"properties": {"tokens": {"example": [1, 2, 3]}}})),
         (
             "MessagesRequest",
@@ -86,16 +86,7 @@ fn rules() -> Vec<(&'static str, Value)> {
         ("StopStrings", one_or_many(&json!({"minLength": 1, "maxLength": 1024}))),
         ("BadWords", one_or_many(&json!({"pattern": "\\S", "maxLength": 1024}))),
         ("StructuredOutputs", structured_outputs()),
-        (
-            "ResponseFormat",
-            json!({"dependentSchemas": {
-                "type": never(json!({"type": {"const": "json_schema"}, "json_schema": null_type()}), &[]),
-            }}),
-        ),
-        (
-            "JsonSchemaFormat",
-            json!({"properties": {"schema": {"type": ["object", "boolean", "null"]}}}),
-        ),
+        ("ResponseFormat", response_format()),
         ("PromptInput", prompts()),
         ("Tool", json!({"properties": {"type": {"const": "function"}}})),
         ("NamedTool", json!({"properties": {"type": {"const": "function"}}})),
@@ -159,8 +150,6 @@ fn sampling() -> Value {
             "stop": reference("StopStrings"),
             "bad_words": reference("BadWords"),
             "logit_bias": {"maxProperties": 4096, "propertyNames": {"pattern": "^[0-9]+$"}},
-            // The largest number of 32 bits.
-            "repetition_penalty": {"maximum": f32::MAX},
         },
         "dependentSchemas": {
             "n": never(
@@ -234,6 +223,25 @@ fn either() -> Value {
         {"required": ["prompt"], "properties": {"prompt": {"not": null_type()}}},
         {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
     ]})
+}
+
+/// What makes an invocation a chat leaves `prompt` unread.
+fn invocation() -> Value {
+    let prompt = json!({"$ref": "#/components/schemas/PromptInput"});
+    json!({"anyOf": [
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+        {"required": ["prompt"], "properties": {"prompt": prompt, "messages": null_type()}},
+    ]})
+}
+
+/// What makes it no JSON by a schema leaves `json_schema` unread.
+fn response_format() -> Value {
+    let schema = json!({"type": ["object", "boolean", "null"]});
+    let by_schema = json!({"type": "object", "properties": {"schema": schema}});
+    json!({"dependentSchemas": {"type": {"anyOf": [
+        {"properties": {"type": {"not": {"const": "json_schema"}}}},
+        {"required": ["json_schema"], "properties": {"json_schema": by_schema}},
+    ]}}})
 }
 
 fn prompts() -> Value {

@@ -131,6 +131,12 @@ pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Con
 }
 
 fn of_response_format(format: &Value) -> Result<Option<Constraint>, ApiError> {
+    if !matches!(format["json_schema"], Value::Null | Value::Object(_)) {
+        return Err(wrong(
+            "response_format.json_schema",
+            "must be an object with `name` and `schema`",
+        ));
+    }
     match format["type"].as_str() {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(by_schema(json!({"type": "object"})))),
@@ -327,6 +333,10 @@ mod tests {
         for (fields, param) in [
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
             (json!({"response_format": {}}), "response_format.type"),
+            (
+                json!({"response_format": {"type": "text", "json_schema": 5}}),
+                "response_format.json_schema",
+            ),
             (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
             (json!({"structured_outputs": {}}), "structured_outputs"),
             (json!({"structured_outputs": {"json": {}, "regex": "a"}}), "structured_outputs"),

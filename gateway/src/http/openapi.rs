@@ -53,7 +53,9 @@ pub(super) async fn index() -> HttpResponse {
 /// The page that shows this document, and its files.
 #[utoipa::path(
     get, path = "/docs/{file}", tag = "operation",
-    params(("file" = String, Path, description = "`index.html`, or what it loads.")),
+    params(
+        ("file" = String, Path, description = "`index.html`, or what it loads.", example = "index.html"),
+    ),
     responses((status = 200, description = "The file.", content_type = "*/*", body = String)),
 )]
 pub(super) async fn page(file: web::Path<String>) -> Result<HttpResponse, ApiError> {
@@ -110,7 +112,7 @@ fn document() -> OpenApi {
             let words = path.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
             let words: Vec<&str> = std::iter::once(method).chain(words).collect();
             operation.operation_id = Some(words.join("_"));
-            finish(path, operation);
+            finish(path, method, operation);
         }
     }
     document
@@ -154,7 +156,7 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut O
 }
 
 /// Adds what follows from where an operation is: how it may fail, and which key it wants.
-fn finish(path: &str, operation: &mut Operation) {
+fn finish(path: &str, method: &str, operation: &mut Operation) {
     let takes_body = operation.request_body.is_some();
     let open = auth::is_open(path);
     let admin = auth::is_for_admins(path);
@@ -163,7 +165,11 @@ fn finish(path: &str, operation: &mut Operation) {
     let named = path.contains('{');
     let stored = path.starts_with("/v1/responses/");
     let failures = [
-        (400, of_model || stored || path == "/server_info", "A field is wrong; `param` names it."),
+        (
+            400,
+            of_model || stored && method != "delete" || path == "/server_info",
+            "A field is wrong; `param` names it.",
+        ),
         (401, !open, "A key is missing or wrong."),
         (403, admin, "The key is no admin key."),
         (404, of_model || named, "There is no such thing."),

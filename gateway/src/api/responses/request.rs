@@ -70,7 +70,7 @@ pub struct ResponsesFields {
     /// The system's message of this response.
     pub instructions: Option<String>,
     /// Unclipped.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 4294967295i64)]
     pub max_output_tokens: Option<i64>,
     /// As it came.
     #[schema(minimum = 1)]

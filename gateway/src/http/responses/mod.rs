@@ -97,7 +97,7 @@ impl Ready {
         status = 200,
         description = "The response; a stream of events if `stream` is true. With `background` \
                        it has only begun.",
-        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+        content((schema::ResponseObject = "application/json"), (schema::StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn create(
@@ -230,7 +230,7 @@ async fn in_background(
     ),
     responses((
         status = 200, description = "The response, or its events.",
-        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+        content((schema::ResponseObject = "application/json"), (schema::StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn retrieve(
