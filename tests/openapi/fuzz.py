@@ -20,7 +20,7 @@ seed = 7
 continue-on-failure = true
 
 [phases.stateful.generation]
-max-examples = 40
+max-examples = 80
 
 [checks]
 positive_data_acceptance.expected-statuses = ["2xx"]

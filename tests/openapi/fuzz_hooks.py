@@ -15,6 +15,8 @@ UNLIMITED = {
 }
 
 CALLS = collections.Counter()
+# Ids of responses that are kept.
+KEPT = collections.deque(maxlen=16)
 
 
 @schemathesis.hook
@@ -33,12 +35,17 @@ def before_load_schema(context, schema):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
+    meta = case.meta
+    positive = meta is not None and meta.generation.mode.is_positive
+    # Chains of operations have names of their own.
+    if positive and meta.phase.name.value != "stateful" and case.path_parameters:
+        name_what_there_is(case)
     body = case.body
     if not isinstance(body, dict):
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 4:
         body["model"] = os.environ["FUZZ_MODEL"]
-    if case.meta is not None and case.meta.generation.mode.is_positive:
+    if positive:
         # Whether it is taken is the gateway's to say, by a flag.
         body.pop("chat_template", None)
         vary(case.path, body)
@@ -49,6 +56,26 @@ def before_call(context, case, kwargs):
         value = body.get(field)
         if type(value) is int and most < value <= 128:
             body[field] = most
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    if case.path == "/v1/responses" and response.status_code == 200:
+        if response.headers["content-type"] == ["application/json"]:
+            reply = response.json()
+            if reply["store"]:
+                KEPT.append(reply["id"])
+
+
+def name_what_there_is(case):
+    """Every other time, a path leads to something."""
+    CALLS[case.operation.label] += 1
+    if CALLS[case.operation.label] % 2 == 0:
+        return
+    if case.path == "/v1/models/{name}":
+        case.path_parameters["name"] = os.environ["FUZZ_MODEL"]
+    if case.path.startswith("/v1/responses/") and KEPT:
+        case.path_parameters["id"] = KEPT.pop() if case.method == "DELETE" else KEPT[-1]
 
 
 def vary(path, body):
