@@ -109,10 +109,15 @@ pub fn load(path: &Path, options: &Options) -> Result<Loaded, LoadError> {
     }
     let modules = st::read(path)?;
     let folder = modules.transformer.clone().unwrap_or_else(|| path.to_owned());
-    match encoder::model_type(&folder)? {
-        Some(kind) if encoder::is_encoder(&kind) => load_encoder(path, &folder, modules, options),
-        _ => load_decoder(path, folder, modules, options),
+    let (model_type, architecture) = encoder::kind(&folder)?;
+    if encoder::is_encoder(&model_type) {
+        return load_encoder(path, &folder, modules, options);
     }
+    if architecture.ends_with("Classification") {
+        let reason = format!("`{architecture}` is not supported: classifiers must be encoders");
+        return Err(LoadError::Unsupported { path: folder, reason });
+    }
+    load_decoder(path, folder, modules, options)
 }
 
 fn load_encoder(
