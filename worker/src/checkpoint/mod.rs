@@ -4,10 +4,12 @@
 //! for them, its tokenizer. Everything that a file claims is checked before it is used, so that a
 //! truncated or corrupt file is an error here and never a fault later.
 
+pub mod encoder;
 mod gguf;
 mod gguf_architecture;
 mod gguf_tokenizer;
 mod hugging_face;
+pub mod sentence_transformers;
 mod sentencepiece;
 
 use std::fs::File;
@@ -88,6 +90,18 @@ impl TensorBytes {
         &self.map[self.start..self.start + self.len]
     }
 
+    /// Some rows of it.
+    ///
+    /// # Panics
+    /// When it does not have them.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
+        let row = self.len / self.dims[0].max(1);
+        assert!(first + count <= self.dims[0]);
+        let mut dims = self.dims.clone();
+        dims[0] = count;
+        Self { start: self.start + first * row, len: count * row, dims, ..self.clone() }
+    }
+
     /// Lets go of the tensor's pages in memory; they are read from the file again when needed.
     pub fn forget(&self) {
         // What the mapping of a tensor shares with its neighbours stays. A failure costs memory only.
@@ -98,9 +112,12 @@ impl TensorBytes {
         let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 
-    /// A tensor that is not in a file, for tests of what reads one.
-    #[cfg(test)]
-    pub(crate) fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
+    /// A tensor that is not in a file, for tests and benchmarks of what reads one.
+    ///
+    /// # Panics
+    /// When the system has no memory left.
+    #[allow(clippy::unwrap_used)]
+    pub fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
         let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).unwrap();
         map[..bytes.len()].copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().unwrap());

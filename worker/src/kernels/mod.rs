@@ -6,13 +6,15 @@
 //! * [`quant`]: block formats of GGUF, decoded to floats.
 //! * [`arena`]: memory of the repacked weights.
 //! * [`packed`]: quantized weights, repacked for integer products.
+//! * [`panels`]: float weights, repacked for products with broadcast activations.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
 //! * [`low_rank`]: `y += (x Aᵀ) Bᵀ` for the rows of each LoRA adapter.
 //! * [`page`]: how keys and values lie in a KV block.
 //! * [`attention`]: softmax attention that walks those pages.
+//! * [`bidirectional`]: softmax attention over whole texts, without pages.
 //! * [`rope`]: rotary position embedding.
-//! * [`elementwise`]: RMSNorm, gated activations.
+//! * [`elementwise`]: norms, activations.
 //! * [`pool`]: the threads.
 //!
 //! Every kernel gives a row the same bits whatever else is in the batch: sums run over the same
@@ -30,6 +32,7 @@
 pub mod activations;
 pub mod arena;
 pub mod attention;
+pub mod bidirectional;
 pub mod cpu;
 pub(crate) mod dot;
 pub mod elementwise;
@@ -40,6 +43,7 @@ pub mod linear;
 pub mod low_rank;
 mod packed;
 pub mod page;
+mod panels;
 pub mod pool;
 pub mod quant;
 pub mod rope;
