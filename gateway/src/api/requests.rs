@@ -9,6 +9,10 @@ use utoipa::{PartialSchema, ToSchema};
 use super::chat::{ChatFields, Conversation};
 use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
+use super::pooling::cohere::{self, CohereEmbedFields};
+use super::pooling::embed::{EmbedFields, EncodingFields, PoolFields};
+use super::pooling::score::{PairFields, RerankFields, ScoreFields};
+use super::pooling::{self, InputFields, PoolingFields};
 use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
 use super::structured::StructuredFields;
@@ -75,6 +79,54 @@ request!(
     [ResponsesFields, SharedFields],
     &["input"],
     &[responses::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /v1/embeddings`: with `input`, or with `messages`.
+    EmbeddingRequest:
+    [Conversation, InputFields, PoolingFields, EmbedFields, EncodingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /pooling`: with `input`, or with `messages`.
+    PoolingRequest:
+    [Conversation, InputFields, PoolingFields, PoolFields, EncodingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /classify`: with `input`, or with `messages`.
+    ClassifyRequest:
+    [Conversation, InputFields, PoolingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /score`: with two fields of texts.
+    ScoreRequest:
+    [ScoreFields, PairFields, PoolingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /rerank`.
+    RerankRequest:
+    [RerankFields, PairFields, PoolingFields],
+    &["query", "documents"],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /v2/embed`.
+    CohereEmbedRequest:
+    [CohereEmbedFields],
+    &[],
+    &[pooling::IGNORED, cohere::IGNORED],
     &[]
 );
 request!(

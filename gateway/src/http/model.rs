@@ -18,6 +18,14 @@ pub(super) struct Api {
 pub(super) const CHAT: Api = Api { name: "Chat Completions", tasks: &[Task::Generate] };
 pub(super) const COMPLETIONS: Api = Api { name: "Completions", tasks: &[Task::Generate] };
 pub(super) const MESSAGES: Api = Api { name: "Messages", tasks: &[Task::Generate] };
+pub(super) const EMBEDDINGS: Api = Api { name: "Embeddings", tasks: &[Task::Embed] };
+pub(super) const POOLING: Api = Api {
+    name: "Pooling",
+    tasks: &[Task::Embed, Task::Classify, Task::Score, Task::TokenEmbed, Task::TokenClassify],
+};
+pub(super) const CLASSIFY: Api = Api { name: "Classification", tasks: &[Task::Classify] };
+pub(super) const SCORE: Api = Api { name: "Score", tasks: &[Task::Score, Task::Embed] };
+pub(super) const RERANK: Api = Api { name: "Rerank (Score)", tasks: SCORE.tasks };
 pub(super) const RESPONSES: Api = Api { name: "Responses", tasks: &[Task::Generate] };
 
 /// What serves a request's model by `api`. Without a name, the first that can.

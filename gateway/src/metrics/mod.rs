@@ -6,6 +6,7 @@
 mod families;
 mod http;
 pub(crate) mod lora;
+mod pooling;
 mod tokens;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -23,6 +24,7 @@ use families::{
     histogram,
 };
 use http::HttpMetrics;
+pub use pooling::PoolingRecord;
 pub use tokens::Siblings;
 use tokens::TokenHistograms;
 

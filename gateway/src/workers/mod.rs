@@ -110,6 +110,11 @@ impl Worker {
         self.alive.load(Relaxed) && !self.status.load().as_ref().is_some_and(|s| s.draining)
     }
 
+    /// Whether it lives, draining or not.
+    pub fn answers(&self) -> bool {
+        self.alive.load(Relaxed)
+    }
+
     /// Takes the worker out of routing until it answers again.
     pub fn mark_down(&self) {
         self.alive.store(false, Relaxed);
