@@ -146,10 +146,12 @@ request!(
     &[]
 );
 request!(
-    /// The body of `POST /invocations`: with `messages` a chat's, else with `prompt` a completion's,
-    /// with all of its fields.
+    /// The body of `POST /invocations`: that of the route which does it. With `messages` a chat's,
+    /// else with `prompt` a completion's, else with `input` that of embeddings, of classes or of
+    /// `/pooling`, by what the model does; then that of scores, and of ranks. `query` and
+    /// `documents` are a rank's.
     InvocationRequest:
-    [CompletionFields, Conversation],
+    [CompletionFields, Conversation, InputFields, ScoreFields, RerankFields],
     &[],
     &[],
     &[]

@@ -15,6 +15,13 @@ pub(super) struct Api {
     tasks: &'static [Task],
 }
 
+impl Api {
+    /// One of which a model must have.
+    pub(super) fn tasks(&self) -> &'static [Task] {
+        self.tasks
+    }
+}
+
 pub(super) const CHAT: Api = Api { name: "Chat Completions", tasks: &[Task::Generate] };
 pub(super) const COMPLETIONS: Api = Api { name: "Completions", tasks: &[Task::Generate] };
 pub(super) const MESSAGES: Api = Api { name: "Messages", tasks: &[Task::Generate] };

@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use super::encoding::{Binary, Dtype, Endianness, Format};
 use crate::error::ApiError;
+use crate::workers::tasks::name;
 
 /// Texts whose vectors a header may describe, for `bytes`: a header has no more room.
 const MAX_DESCRIBED: usize = 128;
@@ -155,14 +156,8 @@ impl PoolFields {
 
 /// The name of a task of `POST /pooling`.
 fn named(task: Task) -> Option<&'static str> {
-    match task {
-        Task::Embed => Some("embed"),
-        Task::Classify => Some("classify"),
-        Task::Score => Some("score"),
-        Task::TokenEmbed => Some("token_embed"),
-        Task::TokenClassify => Some("token_classify"),
-        Task::Unspecified | Task::Generate | Task::Transcribe | Task::Translate => None,
-    }
+    use Task::{Classify, Embed, Score, TokenClassify, TokenEmbed};
+    matches!(task, Embed | Classify | Score | TokenEmbed | TokenClassify).then(|| name(task))
 }
 
 #[cfg(test)]
