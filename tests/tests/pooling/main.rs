@@ -39,42 +39,50 @@ fn difference(one: &[f32], two: &[f32]) -> f32 {
     one.iter().zip(two).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// Texts of the reference, their tokens and their vectors; those that are empty are left out.
-fn reference() -> (Vec<String>, Vec<Vec<u32>>, Vec<Vec<f32>>) {
-    let texts = embedded_texts();
+/// A text of the reference.
+struct Case {
+    text: String,
+    tokens: Vec<u32>,
+    vector: Vec<f32>,
+}
+
+/// The texts of the reference that are not empty.
+fn reference() -> Vec<Case> {
     let tensors = Tensors::load("pooling/minilm.safetensors");
-    let mut tokens = tensors.numbers("tokens").into_iter();
-    let lengths = tensors.numbers("lengths");
-    let rows = lengths.iter().map(|length| tokens.by_ref().take(*length as usize).collect());
-    let vectors = tensors.floats("vectors");
-    let all = texts.into_iter().zip(rows).zip(vectors.chunks(384).map(<[f32]>::to_vec));
-    let all: Vec<((String, Vec<u32>), Vec<f32>)> =
-        all.filter(|((text, _), _)| !text.is_empty()).collect();
-    let (pairs, vectors): (Vec<_>, Vec<_>) = all.into_iter().unzip();
-    let (texts, rows) = pairs.into_iter().unzip();
-    (texts, rows, vectors)
+    let (mut tokens, vectors) = (tensors.numbers("tokens").into_iter(), tensors.floats("vectors"));
+    let rows = tensors.numbers("lengths").into_iter().zip(vectors.chunks(384));
+    let cases = embedded_texts().into_iter().zip(rows).map(|(text, (length, vector))| Case {
+        text,
+        tokens: tokens.by_ref().take(length as usize).collect(),
+        vector: vector.to_vec(),
+    });
+    let mut cases: Vec<Case> = cases.collect();
+    cases.retain(|case| !case.text.is_empty());
+    cases
 }
 
 #[tokio::test]
 async fn embeddings_are_those_of_the_reference() {
     let cluster = Cluster::builder().pooling(1).start().await;
-    let (texts, tokens, expected) = reference();
-    assert!(texts.len() > 150);
+    let cases = reference();
+    assert!(cases.len() > 150);
+    let texts: Vec<&str> = cases.iter().map(|case| case.text.as_str()).collect();
+    let tokens: Vec<&[u32]> = cases.iter().map(|case| &case.tokens[..]).collect();
     let body = json!({"model": EMBEDDER_NAME, "input": texts, "truncate_prompt_tokens": -1});
     let of_texts = cluster.api.ok("/v1/embeddings", &body).await;
-    let count: usize = tokens.iter().map(Vec::len).sum();
+    let count: usize = tokens.iter().map(|tokens| tokens.len()).sum();
     assert_eq!(of_texts["usage"]["prompt_tokens"], count);
     assert_eq!(of_texts["usage"]["total_tokens"], count);
     assert!(of_texts["id"].as_str().is_some_and(|id| id.starts_with("embd-")));
     let of_tokens = json!({"model": EMBEDDER_NAME, "input": tokens});
-    let of_tokens = cluster.api.ok("/v1/embeddings", &of_tokens).await;
-    for (at, expected) in expected.iter().enumerate() {
-        let one = &vectors(&of_texts)[at];
-        let cosine = cosine(one, expected);
-        assert!(cosine > 0.9999, "{:?}: {cosine}", texts[at]);
+    let of_tokens = vectors(&cluster.api.ok("/v1/embeddings", &of_tokens).await);
+    let of_texts = vectors(&of_texts);
+    for (at, case) in cases.iter().enumerate() {
+        let cosine = cosine(&of_texts[at], &case.vector);
+        assert!(cosine > 0.9999, "{:?}: {cosine}", case.text);
         // However they came, and whoever was in their batch.
-        let apart = difference(one, &vectors(&of_tokens)[at]);
-        assert!(apart < 1e-4, "{:?}: {apart}", texts[at]);
+        let apart = difference(&of_texts[at], &of_tokens[at]);
+        assert!(apart < 1e-4, "{:?}: {apart}", case.text);
     }
     cluster.finish().await;
 }

@@ -2,7 +2,7 @@
 //!
 //! * [`PoolingFields`], [`InputFields`]: what the routes have in common.
 //! * [`embed`]: `/v1/embeddings` and `/pooling`. [`score`]: `/score` and `/rerank`.
-//! * [`cohere`]: `/v2/embed`.
+//! * [`cohere`]: embeddings in Cohere's form.
 //! * [`encoding`]: how vectors are written. [`replies`]: what comes back.
 
 pub mod cohere;
