@@ -70,47 +70,11 @@ impl Folder {
         let text = read(&path.join("config.json"))?;
         let config: Config = serde_json::from_str(&text)
             .map_err(|error| corrupt(format!("config.json: {error}")))?;
-        let listed = std::fs::read_dir(path)
-            .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
-        let mut files: Vec<PathBuf> = listed
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
-            .collect();
-        files.sort();
-        if files.is_empty() {
-            return Err(corrupt("the folder has no *.safetensors file".into()));
-        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(text.as_bytes());
-        let mut tensors = HashMap::new();
-        for file in files {
-            let map = super::map(&file)?;
-            let (header, metadata) = SafeTensors::read_metadata(&map)
-                .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
-            // The header's length, eight bytes, comes before it.
-            let data = header + 8;
-            hasher.update(&map[..data]);
-            hasher.update(&(map.len() as u64).to_le_bytes());
-            for (name, info) in metadata.tensors() {
-                let (start, end) = info.data_offsets;
-                let Some(dtype) = dtype(info.dtype) else { continue };
-                let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
-                tensors.insert(name, tensor);
-            }
-        }
+        let tensors = tensors(path, &mut hasher)?;
         let digest = hasher.finalize().to_hex().to_string();
         Ok(Self { path: path.to_owned(), config, tensors, digest })
-    }
-
-    /// A file of the folder that may be absent, as JSON.
-    fn json(&self, name: &str) -> Result<Option<Value>, LoadError> {
-        let path = self.path.join(name);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        serde_json::from_str(&read(&path)?)
-            .map(Some)
-            .map_err(|error| self.corrupt(format!("{name}: {error}")))
     }
 
     /// RoPE bases, of all layers and of those with a window.
@@ -237,28 +201,11 @@ impl Checkpoint for Folder {
     }
 
     fn tokenizer(&self) -> Result<TokenizerBundle, LoadError> {
-        let settings = self.json("tokenizer_config.json")?.unwrap_or_default();
-        let token = |key: &str| {
-            let value = &settings[key];
-            value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
-        };
-        let template = self.path.join("chat_template.jinja");
-        let chat_template = match template.is_file() {
-            true => Some(read(&template)?),
-            false => settings["chat_template"].as_str().map(str::to_owned),
-        };
-        Ok(TokenizerBundle {
-            tokenizer_json: read(&self.path.join("tokenizer.json"))?,
-            chat_template,
-            bos_token: token("bos_token"),
-            eos_token: token("eos_token"),
-            generation_config: object(self.json("generation_config.json")?),
-            tokenizer_config: object(Some(settings)),
-        })
+        tokenizer(&self.path)
     }
 
     fn eos_token_ids(&self) -> Result<Vec<u32>, LoadError> {
-        let generation = self.json("generation_config.json")?.unwrap_or_default();
+        let generation = json(&self.path, "generation_config.json")?.unwrap_or_default();
         let value = generation.get("eos_token_id").or(self.config.eos_token_id.as_ref());
         let ids = match value {
             Some(Value::Array(ids)) => ids.clone(),
@@ -271,6 +218,75 @@ impl Checkpoint for Folder {
     fn digest(&self) -> String {
         self.digest.clone()
     }
+}
+
+/// Maps all `*.safetensors` of a folder. Their headers and lengths go into `hasher`.
+pub(super) fn tensors(
+    path: &Path,
+    hasher: &mut blake3::Hasher,
+) -> Result<HashMap<String, TensorBytes>, LoadError> {
+    let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
+    let listed =
+        std::fs::read_dir(path).map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
+    let mut files: Vec<PathBuf> = listed
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(corrupt("the folder has no *.safetensors file".into()));
+    }
+    let mut tensors = HashMap::new();
+    for file in files {
+        let map = super::map(&file)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
+        // The header's length, eight bytes, comes before it.
+        let data = header + 8;
+        hasher.update(&map[..data]);
+        hasher.update(&(map.len() as u64).to_le_bytes());
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let Some(dtype) = dtype(info.dtype) else { continue };
+            let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
+            tensors.insert(name, tensor);
+        }
+    }
+    Ok(tensors)
+}
+
+/// Tokenizer and chat template of a folder.
+pub(super) fn tokenizer(path: &Path) -> Result<TokenizerBundle, LoadError> {
+    let settings = json(path, "tokenizer_config.json")?.unwrap_or_default();
+    let token = |key: &str| {
+        let value = &settings[key];
+        value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
+    };
+    let template = path.join("chat_template.jinja");
+    let chat_template = match template.is_file() {
+        true => Some(read(&template)?),
+        false => settings["chat_template"].as_str().map(str::to_owned),
+    };
+    Ok(TokenizerBundle {
+        tokenizer_json: read(&path.join("tokenizer.json"))?,
+        chat_template,
+        bos_token: token("bos_token"),
+        eos_token: token("eos_token"),
+        generation_config: object(json(path, "generation_config.json")?),
+        tokenizer_config: object(Some(settings)),
+    })
+}
+
+/// A file of a folder that may be absent, as JSON.
+pub(super) fn json(folder: &Path, name: &str) -> Result<Option<Value>, LoadError> {
+    let path = folder.join(name);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    serde_json::from_str(&read(&path)?).map(Some).map_err(|error| LoadError::Corrupt {
+        path: folder.to_owned(),
+        reason: format!("{name}: {error}"),
+    })
 }
 
 fn object(json: Option<Value>) -> Map<String, Value> {
@@ -341,7 +357,7 @@ fn dtype(dtype: Dtype) -> Option<GgmlDType> {
 }
 
 /// A file that a folder must have.
-fn read(path: &Path) -> Result<String, LoadError> {
+pub(super) fn read(path: &Path) -> Result<String, LoadError> {
     std::fs::read_to_string(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => LoadError::Corrupt {
             path: path.to_owned(),

@@ -4,10 +4,12 @@
 //! for them, its tokenizer. Everything that a file claims is checked before it is used, so that a
 //! truncated or corrupt file is an error here and never a fault later.
 
+pub mod encoder;
 mod gguf;
 mod gguf_architecture;
 mod gguf_tokenizer;
 mod hugging_face;
+pub mod sentence_transformers;
 mod sentencepiece;
 
 use std::fs::File;
@@ -86,6 +88,18 @@ impl TensorBytes {
     /// The raw blocks.
     pub fn bytes(&self) -> &[u8] {
         &self.map[self.start..self.start + self.len]
+    }
+
+    /// Some rows of it.
+    ///
+    /// # Panics
+    /// When it does not have them.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
+        let row = self.len / self.dims[0].max(1);
+        assert!(first + count <= self.dims[0]);
+        let mut dims = self.dims.clone();
+        dims[0] = count;
+        Self { start: self.start + first * row, len: count * row, dims, ..self.clone() }
     }
 
     /// Lets go of the tensor's pages in memory; they are read from the file again when needed.

@@ -43,6 +43,7 @@ pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<Loade
     let rounding = match activations {
         Precision::Sixteen => "",
         Precision::Eight => "-a8",
+        Precision::Float => "-float",
     };
     Ok(LoadedModel {
         model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),
@@ -69,7 +70,8 @@ fn shape(config: &ModelConfig, block_size: usize, dtype: KvDtype) -> Shape {
     Shape { heads, kv_heads, head_dim, block_size, dtype }
 }
 
-struct Decoder {
+/// A causal language model.
+pub(crate) struct Decoder {
     config: ModelConfig,
     isa: Isa,
     threads: ThreadPool,
@@ -110,7 +112,7 @@ struct Scratch {
 }
 
 impl Decoder {
-    fn new(
+    pub(crate) fn new(
         checkpoint: &dyn Checkpoint,
         threads: usize,
         activations: Precision,
@@ -132,6 +134,27 @@ impl Decoder {
             interrupt: Arc::default(),
             config,
         })
+    }
+}
+
+impl Decoder {
+    /// The threads that compute.
+    pub(crate) fn threads(&mut self) -> &mut ThreadPool {
+        &mut self.threads
+    }
+
+    /// As [`Model::forward`], with the last hidden states, after the final norm, in place of the
+    /// logits: `n × hidden`.
+    pub(crate) fn forward_hidden(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        kv: &KvPool,
+        states: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        self.layers(batch, kv)?;
+        states.clear();
+        states.extend_from_slice(self.scratch.input.floats());
+        Ok(())
     }
 }
 
@@ -163,6 +186,19 @@ impl Model for Decoder {
         kv: &KvPool,
         logits: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
+        self.layers(batch, kv)?;
+        let Self { config, isa, threads, weights, scratch, .. } = self;
+        logits.resize(scratch.wanted.len() * config.vocab, 0.0);
+        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        multiply(*isa, threads, &scratch.input, [head.set(logits)]);
+        Ok(())
+    }
+}
+
+impl Decoder {
+    /// Everything but the output projection. Of the rows that are wanted, what it would multiply is
+    /// left in `scratch.input`.
+    fn layers(&mut self, batch: &[SequenceSlice<'_>], kv: &KvPool) -> Result<(), ModelError> {
         let Self { config, isa, threads, weights, rope, window_rope, scratch, interrupt } = self;
         let isa = *isa;
         let rows: usize = batch.iter().map(|slice| slice.tokens.len()).sum();
@@ -345,9 +381,6 @@ impl Model for Decoder {
             let x = &x[wanted[row] * hidden..][..hidden];
             rms_norm(isa, x, &weights.norm, eps, out);
         });
-        logits.resize(wanted.len() * config.vocab, 0.0);
-        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-        multiply(isa, threads, input, [head.set(logits)]);
         Ok(())
     }
 }

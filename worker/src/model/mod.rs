@@ -8,6 +8,7 @@ mod decoder;
 mod weights;
 
 pub use config::{ModelConfig, Window};
+pub(crate) use decoder::Decoder;
 pub use decoder::{LoadedModel, kv_layout, load};
 
 pub use crate::kernels::activations::Precision;

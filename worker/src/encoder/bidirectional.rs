@@ -1,0 +1,270 @@
+//! The forward pass of a bidirectional encoder.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::config::{EncoderConfig, Positions};
+use super::weights::{Layer, Norm, Projection, Weights};
+use super::{Encoder, Text};
+use crate::kernels::activations::{Activations, Precision};
+use crate::kernels::bidirectional::{self, Span};
+use crate::kernels::cpu::Isa;
+use crate::kernels::elementwise::{Activation, add_to, gated, gelu};
+use crate::kernels::linear::multiply;
+use crate::kernels::pool::ThreadPool;
+use crate::kernels::rope::{Pairs, Rope};
+use crate::model::ModelError;
+
+/// An encoder where every token sees every other, or those around it.
+pub struct Bidirectional {
+    config: EncoderConfig,
+    isa: Isa,
+    threads: ThreadPool,
+    weights: Weights,
+    /// Of layers that see everything, and of the others; absent when positions are learned.
+    ropes: Option<[Rope; 2]>,
+    scratch: Scratch,
+    interrupt: Arc<AtomicBool>,
+}
+
+/// Where a token stands.
+#[derive(Clone, Copy)]
+struct Place {
+    token: u32,
+    segment: u32,
+    position: u32,
+}
+
+/// Activations of one pass. Grown to the largest seen and kept.
+#[derive(Default)]
+struct Scratch {
+    /// The residual stream, `rows × hidden`.
+    x: Vec<f32>,
+    query: Vec<f32>,
+    key: Vec<f32>,
+    value: Vec<f32>,
+    attended: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    /// What the next product multiplies.
+    input: Activations,
+    places: Vec<Place>,
+    spans: Vec<Span>,
+    attention: bidirectional::Scratch,
+}
+
+impl Bidirectional {
+    /// An encoder of these weights.
+    pub(crate) fn new(
+        config: EncoderConfig,
+        weights: Weights,
+        threads: ThreadPool,
+        activations: Precision,
+    ) -> Self {
+        let rope = |theta| Rope::new(Pairs::Halves, config.head_dim(), theta, None);
+        Self {
+            isa: Isa::best(),
+            threads,
+            weights,
+            ropes: match config.positions {
+                Positions::Learned { .. } => None,
+                Positions::Rotary { theta, window_theta } => {
+                    Some([rope(theta), rope(window_theta)])
+                }
+            },
+            scratch: Scratch { input: Activations::new(activations), ..Scratch::default() },
+            interrupt: Arc::default(),
+            config,
+        }
+    }
+}
+
+impl Layer {
+    /// Ends a branch whose product was added to the residual stream.
+    fn join(
+        isa: Isa,
+        threads: &mut ThreadPool,
+        hidden: usize,
+        (x, spare): (&mut [f32], &mut [f32]),
+        product: &Projection,
+        norm: Option<&Norm>,
+    ) {
+        if product.bias.is_none() && norm.is_none() {
+            return;
+        }
+        threads.for_rows((x, hidden), (spare, hidden), |_, x, _| {
+            product.add_bias(x);
+            if let Some(norm) = norm {
+                norm.in_place(isa, x);
+            }
+        });
+    }
+}
+
+impl Encoder for Bidirectional {
+    fn hidden(&self) -> usize {
+        self.config.hidden
+    }
+
+    fn set_interrupt(&mut self, flag: Arc<AtomicBool>) {
+        self.interrupt = flag;
+    }
+
+    fn threads(&mut self) -> &mut ThreadPool {
+        &mut self.threads
+    }
+
+    fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError> {
+        let Self { config, isa, threads, weights, ropes, scratch, interrupt } = self;
+        let isa = *isa;
+        let (hidden, ffn, head_dim) = (config.hidden, config.ffn, config.head_dim());
+        let Scratch {
+            x,
+            query,
+            key,
+            value,
+            attended,
+            gate,
+            up,
+            input,
+            places,
+            spans,
+            attention: buffers,
+        } = scratch;
+        let first = match config.positions {
+            Positions::Learned { first } => first,
+            Positions::Rotary { .. } => 0,
+        };
+        places.clear();
+        spans.clear();
+        for text in texts {
+            spans.push(Span { row: places.len(), count: text.tokens.len() });
+            for (i, &token) in text.tokens.iter().enumerate() {
+                if token as usize >= config.vocab {
+                    return Err(ModelError::TokenOutOfRange(token));
+                }
+                let segment = text.types.get(i).copied().unwrap_or(0);
+                places.push(Place { token, segment, position: (first + i) as u32 });
+            }
+        }
+        let rows = places.len();
+        for buffer in [&mut *x, query, key, value, attended] {
+            buffer.resize(rows * hidden, 0.0);
+        }
+        up.resize(rows * ffn, 0.0);
+        if weights.layers.iter().any(|layer| layer.gate.is_some()) {
+            gate.resize(rows * ffn, 0.0);
+        }
+
+        // What the second matrix holds does not matter yet.
+        threads.for_rows((x, hidden), (query, hidden), |row, x, other| {
+            let place = places[row];
+            weights.tokens.row(place.token as usize, x);
+            if let Some(types) = &weights.types {
+                types.row(place.segment as usize, other);
+                add_to(x, other);
+            }
+            if let Some(positions) = &weights.positions {
+                positions.row(place.position as usize, other);
+                add_to(x, other);
+            }
+            weights.embedding_norm.in_place(isa, x);
+        });
+        if let Some(ropes) = ropes {
+            let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
+            ropes.iter_mut().for_each(|rope| rope.reach(longest));
+        }
+
+        let go_on = || match interrupt.load(Ordering::Relaxed) {
+            true => Err(ModelError::Interrupted),
+            false => Ok(()),
+        };
+        for (layer, &window) in weights.layers.iter().zip(&config.windows) {
+            go_on()?;
+            let normed = |norm: &Option<Norm>, x: &[f32], out: &mut [f32]| match norm {
+                Some(norm) => norm.apply(isa, x, out),
+                None => out.copy_from_slice(x),
+            };
+            input.fill(isa, threads, rows, hidden, |row, out| {
+                normed(&layer.attention_norm, &x[row * hidden..][..hidden], out);
+            });
+            let products = [
+                layer.query.weight.set(query),
+                layer.key.weight.set(key),
+                layer.value.weight.set(value),
+            ];
+            multiply(isa, threads, input, products);
+            let rope = ropes.as_ref().map(|[all, near]| if window.is_some() { near } else { all });
+            threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
+                layer.query.add_bias(query);
+                layer.key.add_bias(key);
+                if let Some(rope) = rope {
+                    let position = places[row].position as usize;
+                    let heads = query.chunks_exact_mut(head_dim).chain(key.chunks_exact_mut(head_dim));
+                    heads.for_each(|head| rope.rotate(position, head));
+                }
+            });
+            if layer.value.bias.is_some() {
+                threads.for_rows((value, hidden), (attended, hidden), |_, value, _| {
+                    layer.value.add_bias(value);
+                });
+            }
+            go_on()?;
+            bidirectional::attend(
+                isa,
+                threads,
+                config.heads,
+                head_dim,
+                window,
+                spans,
+                buffers,
+                query,
+                key,
+                value,
+                attended,
+            );
+            input.fill(isa, threads, rows, hidden, |row, out| {
+                out.copy_from_slice(&attended[row * hidden..][..hidden]);
+            });
+            multiply(isa, threads, input, [layer.output.weight.add_to(x)]);
+            let norm = layer.attention_output_norm.as_ref();
+            Layer::join(isa, threads, hidden, (x, attended), &layer.output, norm);
+
+            go_on()?;
+            input.fill(isa, threads, rows, hidden, |row, out| {
+                normed(&layer.ffn_norm, &x[row * hidden..][..hidden], out);
+            });
+            match &layer.gate {
+                Some(gate_of) => {
+                    let products = [gate_of.weight.set(gate), layer.up.weight.set(up)];
+                    multiply(isa, threads, input, products);
+                    threads.for_rows((gate, ffn), (up, ffn), |_, gate, up| {
+                        gate_of.add_bias(gate);
+                        layer.up.add_bias(up);
+                    });
+                    input.fill(isa, threads, rows, ffn, |row, out| {
+                        let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
+                        gated(isa, Activation::Gelu, gate, up, out);
+                    });
+                }
+                None => {
+                    multiply(isa, threads, input, [layer.up.weight.set(up)]);
+                    input.fill(isa, threads, rows, ffn, |row, out| {
+                        out.copy_from_slice(&up[row * ffn..][..ffn]);
+                        layer.up.add_bias(out);
+                        gelu(isa, out);
+                    });
+                }
+            }
+            go_on()?;
+            multiply(isa, threads, input, [layer.down.weight.add_to(x)]);
+            let norm = layer.ffn_output_norm.as_ref();
+            Layer::join(isa, threads, hidden, (x, attended), &layer.down, norm);
+        }
+        if let Some(norm) = &weights.final_norm {
+            threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
+        }
+        std::mem::swap(x, states);
+        Ok(())
+    }
+}

@@ -1,0 +1,393 @@
+//! The thread that computes batches, and the way to it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use baton_proto::v1::{Task, WorkerStatus};
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+use tracing::error;
+
+use super::load::Model;
+use super::queue::{CallId, Limits, Queue, Taken};
+use super::{Answer, Failure, Input, NewCall, Output, Refusal, Wanted};
+use crate::encoder::Text;
+use crate::model::ModelError;
+
+/// What the pooler must know.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Bounds of the queue.
+    pub limits: Limits,
+    /// Tokens of one batch; a longer text is a batch of its own.
+    pub max_batch_tokens: usize,
+    /// Bytes of values that one answer may hold.
+    pub max_answer_bytes: usize,
+}
+
+/// What calls are checked against.
+struct Bounds {
+    tasks: Vec<Task>,
+    /// Elements of a row, for each of the tasks.
+    widths: Vec<usize>,
+    vocab: usize,
+    types: usize,
+    max_tokens: usize,
+    matryoshka: Option<Vec<u32>>,
+}
+
+/// A model that computes what is asked of it, in batches.
+pub struct Pooler {
+    shared: Arc<Shared>,
+    bounds: Bounds,
+    settings: Settings,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    /// Raised when nobody waits for the batch in progress.
+    interrupt: Arc<AtomicBool>,
+}
+
+struct State {
+    queue: Queue,
+    /// Calls that are not answered, by their number.
+    calls: BTreeMap<CallId, Call>,
+    /// Calls with texts in the batch that is computed, and how many texts it has.
+    computing: BTreeSet<CallId>,
+    computing_texts: usize,
+    pooled_inputs: u64,
+    pooled_batches: u64,
+    prompt_tokens: u64,
+    draining: bool,
+    stopping: bool,
+}
+
+struct Call {
+    wanted: Wanted,
+    outputs: Vec<Output>,
+    missing: usize,
+    arrived: Instant,
+    started: Option<Instant>,
+    answer: oneshot::Sender<Result<Answer, Failure>>,
+}
+
+impl Pooler {
+    /// Starts the thread.
+    pub fn start(model: Model, settings: Settings) -> std::io::Result<Self> {
+        let tasks = model.head.tasks();
+        let bounds = Bounds {
+            widths: tasks.iter().map(|&task| model.head.width(task)).collect(),
+            tasks,
+            vocab: model.vocab,
+            types: model.types.max(1),
+            max_tokens: model.max_tokens,
+            matryoshka: model.matryoshka.clone(),
+        };
+        let state = State {
+            queue: Queue::new(settings.limits),
+            calls: BTreeMap::new(),
+            computing: BTreeSet::new(),
+            computing_texts: 0,
+            pooled_inputs: 0,
+            pooled_batches: 0,
+            prompt_tokens: 0,
+            draining: false,
+            stopping: false,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            interrupt: Arc::default(),
+        });
+        let running = shared.clone();
+        let budget = settings.max_batch_tokens;
+        let thread = std::thread::Builder::new()
+            .name("pooler".into())
+            .spawn(move || running.run(model, budget))?;
+        Ok(Self { shared, bounds, settings, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Takes a call, or says why not.
+    pub fn submit(&self, mut call: NewCall) -> Result<CallHandle, Refusal> {
+        self.bounds.check(&call, self.settings.max_answer_bytes).map_err(Refusal::Invalid)?;
+        let (sender, receiver) = oneshot::channel();
+        let mut state = self.shared.state.lock();
+        if state.draining || state.stopping {
+            return Err(Refusal::Stopping);
+        }
+        let (count, arrived) = (call.inputs.len(), Instant::now());
+        let id = state.queue.push(&mut call, arrived)?;
+        let record = Call {
+            wanted: call.wanted,
+            outputs: vec![Output::default(); count],
+            missing: count,
+            arrived,
+            started: None,
+            answer: sender,
+        };
+        state.calls.insert(id, record);
+        self.shared.wake.notify_one();
+        Ok(CallHandle { id, answer: receiver, shared: self.shared.clone() })
+    }
+
+    /// Gauges and counters as of now, in texts.
+    pub fn status(&self) -> WorkerStatus {
+        let state = self.shared.state.lock();
+        WorkerStatus {
+            running: state.computing_texts as u32,
+            waiting: state.queue.texts() as u32,
+            max_waiting: self.settings.limits.texts as u32,
+            prompt_tokens: state.prompt_tokens,
+            pooled_inputs: state.pooled_inputs,
+            pooled_batches: state.pooled_batches,
+            draining: state.draining,
+            ..WorkerStatus::default()
+        }
+    }
+
+    /// Refuses new calls from here on; those that are in go on.
+    pub fn drain(&self) {
+        self.shared.state.lock().draining = true;
+    }
+
+    /// Ends all calls and the thread.
+    pub fn stop(&self) {
+        self.shared.state.lock().stopping = true;
+        self.shared.interrupt.store(true, Ordering::Relaxed);
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.lock().take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Bounds {
+    /// Says what is wrong with a call, naming the field.
+    fn check(&self, call: &NewCall, max_answer_bytes: usize) -> Result<(), String> {
+        let Wanted { task, dimensions, .. } = call.wanted;
+        let Some(at) = self.tasks.iter().position(|known| *known == task) else {
+            let known: Vec<_> = self.tasks.iter().map(|task| task.as_str_name()).collect();
+            return Err(format!(
+                "`task` {} is not one that this model has; it has {}",
+                task.as_str_name(),
+                known.join(", ")
+            ));
+        };
+        let width = self.widths[at];
+        if dimensions > 0 && !matches!(task, Task::Embed | Task::TokenEmbed) {
+            return Err("`dimensions` is for embeddings only".into());
+        }
+        if dimensions > 0 {
+            let Some(listed) = &self.matryoshka else {
+                return Err(format!(
+                    "`dimensions` cannot be changed: this model makes embeddings of {width} only"
+                ));
+            };
+            let fits = match listed.is_empty() {
+                true => dimensions <= width,
+                false => listed.iter().any(|&to| to as usize == dimensions),
+            };
+            if !fits {
+                let choice = match listed.is_empty() {
+                    true => format!("1 to {width}"),
+                    false => format!("{listed:?}"),
+                };
+                return Err(format!("`dimensions` of {dimensions} is not supported; {choice}"));
+            }
+        }
+        if call.inputs.is_empty() {
+            return Err("`inputs` is empty; send at least one text".into());
+        }
+        let by_token = matches!(task, Task::TokenEmbed | Task::TokenClassify);
+        let mut rows = 0;
+        for (i, input) in call.inputs.iter().enumerate() {
+            self.check_input(input).map_err(|reason| format!("input {i}: {reason}"))?;
+            rows += if by_token { input.tokens.len() } else { 1 };
+        }
+        let kept = if dimensions > 0 { dimensions } else { width };
+        let bytes = rows.saturating_mul(kept).saturating_mul(size_of::<f32>());
+        if bytes > max_answer_bytes {
+            return Err(format!(
+                "the answer would hold {bytes} bytes, more than {max_answer_bytes}; send fewer or \
+                 shorter texts at a time"
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_input(&self, input: &Input) -> Result<(), String> {
+        let (tokens, max) = (input.tokens.len(), self.max_tokens);
+        if tokens == 0 {
+            return Err("it has no tokens; send at least one".into());
+        }
+        if tokens > max {
+            return Err(format!(
+                "This model's maximum context length is {max} tokens. However, your request has \
+                 {tokens} input tokens. Please reduce the length of the input."
+            ));
+        }
+        if let Some(id) = input.tokens.iter().find(|id| **id as usize >= self.vocab) {
+            return Err(format!("token id {id} is outside the vocabulary of {}", self.vocab));
+        }
+        if !input.types.is_empty() && input.types.len() != tokens {
+            let types = input.types.len();
+            return Err(format!("{types} `type_ids` for {tokens} tokens; send none, or one each"));
+        }
+        if let Some(id) = input.types.iter().find(|id| **id as usize >= self.types) {
+            let types = self.types;
+            return Err(format!("type id {id} is not below {types}, the segments of this model"));
+        }
+        Ok(())
+    }
+}
+
+/// A call in the pooler. Dropping it takes what is left of the call out of the queue.
+pub struct CallHandle {
+    id: CallId,
+    answer: oneshot::Receiver<Result<Answer, Failure>>,
+    shared: Arc<Shared>,
+}
+
+impl CallHandle {
+    /// Waits for the answer.
+    pub async fn answer(mut self) -> Result<Answer, Failure> {
+        (&mut self.answer).await.unwrap_or(Err(Failure::Stopping))
+    }
+}
+
+impl Drop for CallHandle {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        state.queue.remove(self.id);
+        if state.calls.remove(&self.id).is_none() {
+            return;
+        }
+        let State { calls, computing, .. } = &*state;
+        if computing.contains(&self.id) && !computing.iter().any(|id| calls.contains_key(id)) {
+            self.shared.interrupt.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, mut model: Model, budget: usize) {
+        model.encoder.set_interrupt(self.interrupt.clone());
+        let mut states = Vec::new();
+        while let Some(batch) = self.next(budget) {
+            let wanted: Vec<Wanted> = batch.iter().map(|(_, wanted)| *wanted).collect();
+            let texts: Vec<Taken> = batch.into_iter().map(|(taken, _)| taken).collect();
+            let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted, &mut states));
+            let result = match catch_unwind(pass) {
+                Ok(Ok(outputs)) => Ok(outputs),
+                // Nobody waits for it, or the worker stops.
+                Ok(Err(ModelError::Interrupted)) => Err(Failure::Stopping),
+                Ok(Err(failed)) => Err(Failure::Failed(failed.to_string())),
+                Err(_) => Err(Failure::Failed("the forward pass panicked".into())),
+            };
+            if let Err(Failure::Failed(reason)) = &result {
+                error!(reason, texts = texts.len(), "a batch failed");
+            }
+            self.deliver(&texts, result);
+        }
+    }
+
+    /// The next batch, as soon as there is one; `None` at the end, when all calls are failed.
+    fn next(&self, budget: usize) -> Option<Vec<(Taken, Wanted)>> {
+        let mut state = self.state.lock();
+        while state.queue.texts() == 0 && !state.stopping {
+            self.wake.wait(&mut state);
+        }
+        if state.stopping {
+            for (id, call) in std::mem::take(&mut state.calls) {
+                state.queue.remove(id);
+                let _ = call.answer.send(Err(Failure::Stopping));
+            }
+            return None;
+        }
+        self.interrupt.store(false, Ordering::Relaxed);
+        let now = Instant::now();
+        let batch = state.queue.take(budget, now);
+        state.computing = batch.iter().map(|taken| taken.call).collect();
+        state.computing_texts = batch.len();
+        let calls = &mut state.calls;
+        let wanted = batch.into_iter().filter_map(|taken| {
+            let call = calls.get_mut(&taken.call)?;
+            call.started.get_or_insert(now);
+            Some((taken, call.wanted))
+        });
+        Some(wanted.collect())
+    }
+
+    fn deliver(&self, texts: &[Taken], result: Result<Vec<Output>, Failure>) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        (state.computing, state.computing_texts) = (BTreeSet::new(), 0);
+        let outputs = match result {
+            Ok(outputs) => outputs,
+            Err(failure) => {
+                for taken in texts {
+                    state.queue.remove(taken.call);
+                    if let Some(call) = state.calls.remove(&taken.call) {
+                        let _ = call.answer.send(Err(failure.clone()));
+                    }
+                }
+                return;
+            }
+        };
+        state.pooled_batches += 1;
+        state.pooled_inputs += texts.len() as u64;
+        state.prompt_tokens += texts.iter().map(|taken| taken.input.tokens.len() as u64).sum::<u64>();
+        for (taken, output) in texts.iter().zip(outputs) {
+            let Some(call) = state.calls.get_mut(&taken.call) else { continue };
+            call.outputs[taken.index] = output;
+            call.missing -= 1;
+            if call.missing > 0 {
+                continue;
+            }
+            if let Some(call) = state.calls.remove(&taken.call) {
+                let started = call.started.unwrap_or(call.arrived);
+                let answer = Answer {
+                    outputs: call.outputs,
+                    queued: started - call.arrived,
+                    computed: started.elapsed(),
+                };
+                let _ = call.answer.send(Ok(answer));
+            }
+        }
+    }
+}
+
+impl Model {
+    fn compute(
+        &mut self,
+        texts: &[Taken],
+        wanted: &[Wanted],
+        states: &mut Vec<f32>,
+    ) -> Result<Vec<Output>, ModelError> {
+        let inputs: Vec<Text<'_>> = texts
+            .iter()
+            .map(|taken| Text { tokens: &taken.input.tokens, types: &taken.input.types })
+            .collect();
+        self.encoder.encode(&inputs, states)?;
+        let mut rest = &states[..];
+        let mut rows = Vec::with_capacity(texts.len());
+        for (text, &wanted) in inputs.iter().zip(wanted) {
+            let (own, after) = rest.split_at(text.tokens.len() * self.encoder.hidden());
+            rest = after;
+            rows.push((own, wanted));
+        }
+        Ok(self.head.apply(self.encoder.threads(), &rows))
+    }
+}
