@@ -9,6 +9,7 @@ use baton_proto::v1;
 use clap::Parser;
 
 use crate::model::Precision;
+use crate::pooling::Pooling;
 use crate::scheduler::Speculation;
 
 const EXAMPLE: &str = "Example:\n  baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379";
@@ -85,7 +86,12 @@ pub struct Settings {
     #[arg(long, env = "BATON_MAX_MODEL_LEN", value_parser = parse_positive)]
     pub max_model_len: Option<usize>,
 
-    /// Tokens computed in one step. Less shortens the pauses that long prompts cause, more
+    /// Role pooling: how the vectors of a text's tokens become one, in place of what the model's
+    /// files say. Where they do not say either: `cls` for encoders, `lasttoken` for decoders.
+    #[arg(long, env = "BATON_POOLING")]
+    pub pooling: Option<Pooling>,
+
+    /// Tokens computed in one step, or of one batch of texts. Less shortens the pauses that long prompts cause, more
     /// computes prompts faster.
     #[arg(long, env = "BATON_MAX_BATCH_TOKENS", default_value = "512", value_parser = parse_positive)]
     pub max_batch_tokens: usize,
@@ -94,7 +100,8 @@ pub struct Settings {
     #[arg(long, env = "BATON_MAX_RUNNING", default_value = "64", value_parser = parse_positive)]
     pub max_running: usize,
 
-    /// Requests that may wait; more are refused.
+    /// Requests that may wait; more are refused. Role pooling: up to 64 texts for each, of 4,096
+    /// tokens together.
     #[arg(long, env = "BATON_MAX_WAITING", default_value_t = 256)]
     pub max_waiting: usize,
 

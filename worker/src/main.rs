@@ -10,13 +10,14 @@ use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, Task};
 use baton_worker::checkpoint::LoadError;
-use baton_worker::config::Settings;
+use baton_worker::config::{Role, Settings};
 use baton_worker::engine::{self, Engine};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::lora::{self, AdapterError, Adapters};
 use baton_worker::model;
+use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
-use baton_worker::service::{Parts, WorkerService};
+use baton_worker::service::{Computes, Parts, PoolingParts, WorkerService};
 use clap::Parser as _;
 use tokio::net::TcpListener;
 use tracing::info;
@@ -45,9 +46,19 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
     let mut stop_signals = StopSignals::take()?;
 
-    let (parts, instance) = load(&settings, advertised).await?;
-    let engine = parts.engine.clone();
-    let service = WorkerService::new(parts).map_err(|error| Failure::new(Exit::BadModel, error))?;
+    let (service, engine, instance) = match settings.role {
+        Role::Pooling => {
+            let (parts, instance) = load_pooling(&settings, advertised).await?;
+            let pooler: Arc<dyn Computes> = parts.pooler.clone();
+            (WorkerService::pooling(parts), pooler, instance)
+        }
+        _ => {
+            let (parts, instance) = load(&settings, advertised).await?;
+            let engine: Arc<dyn Computes> = parts.engine.clone();
+            (WorkerService::new(parts), engine, instance)
+        }
+    };
+    let service = service.map_err(|error| Failure::new(Exit::BadModel, error))?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -81,19 +92,11 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     let speculation =
         settings.speculation().map_err(|message| Failure::new(Exit::Config, message))?;
     let (path, activations) = (settings.model.clone(), settings.activation_bits.into());
-    let template = settings.chat_template.as_ref().map(std::fs::read_to_string).transpose();
-    let template = template.map_err(|error| {
-        let file = settings.chat_template.as_deref().unwrap_or_else(|| "".as_ref());
-        let message = format!("--chat-template {} cannot be read: {error}", file.display());
-        Failure::new(Exit::Config, message)
-    })?;
+    let template = chat_template(settings)?;
     let mut loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?
-        .map_err(|error| match error {
-            LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
-            _ => Failure::new(Exit::BadModel, error),
-        })?;
+        .map_err(bad_model)?;
     loaded.tokenizer.chat_template = template.or(loaded.tokenizer.chat_template);
     let config = loaded.model.config().clone();
     let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
@@ -155,6 +158,79 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
+}
+
+/// As [`load`], for a worker that pools.
+async fn load_pooling(
+    settings: &Settings,
+    address: String,
+) -> Result<(PoolingParts, InstanceRecord), Failure> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let options = pooling::Options {
+        threads: settings.threads.unwrap_or(cores),
+        activations: settings.activation_bits.into(),
+        pooling: settings.pooling,
+        max_tokens: settings.max_model_len,
+        max_batch_tokens: settings.max_batch_tokens,
+    };
+    let template = chat_template(settings)?;
+    let path = settings.model.clone();
+    let mut loaded = tokio::task::spawn_blocking(move || pooling::load(&path, &options))
+        .await
+        .map_err(|error| Failure::new(Exit::BadModel, error))?
+        .map_err(bad_model)?;
+    loaded.tokenizer.chat_template = template.or(loaded.tokenizer.chat_template);
+    let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
+    let (name, aliases) = (names[0].clone(), names[1..].to_vec());
+    let (_, role) = settings.role.names();
+    let instance = daemon::new_record(role, address, name.clone());
+    let model = ModelCard {
+        name,
+        root: settings.model.display().to_string(),
+        architecture: loaded.architecture,
+        max_model_len: loaded.model.max_tokens() as u32,
+        vocab_size: loaded.model.vocab() as u32,
+        eos_token_ids: loaded.eos_token_ids,
+        weights_digest: loaded.weights_digest,
+        tokenizer_digest: String::new(),
+        aliases,
+        tasks: loaded.model.head().tasks().into_iter().map(Into::into).collect(),
+        pooling: Some(loaded.card),
+        speech: None,
+    };
+    let limits = pooling::Limits {
+        texts: settings.max_waiting.saturating_mul(64),
+        tokens: settings.max_waiting.saturating_mul(4096),
+        priority_aging: Duration::from_secs(settings.priority_aging_seconds as u64),
+    };
+    let bounds = pooling::Settings { limits, max_batch_tokens: settings.max_batch_tokens };
+    let pooler = Pooler::start(loaded.model, bounds).map_err(|error| {
+        Failure::new(Exit::Failure, format!("cannot start the pooling thread: {error}"))
+    })?;
+    let parts = PoolingParts {
+        instance_id: instance.id.clone(),
+        model,
+        tokenizer: loaded.tokenizer,
+        pooler: Arc::new(pooler),
+    };
+    Ok((parts, instance))
+}
+
+/// The chat template that the flags name.
+fn chat_template(settings: &Settings) -> Result<Option<String>, Failure> {
+    let template = settings.chat_template.as_ref().map(std::fs::read_to_string).transpose();
+    template.map_err(|error| {
+        let file = settings.chat_template.as_deref().unwrap_or_else(|| "".as_ref());
+        let message = format!("--chat-template {} cannot be read: {error}", file.display());
+        Failure::new(Exit::Config, message)
+    })
+}
+
+fn bad_model(error: LoadError) -> Failure {
+    match error {
+        LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
+        _ => Failure::new(Exit::BadModel, error),
+    }
 }
 
 /// Reads the adapters that the flags name.

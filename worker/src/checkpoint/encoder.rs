@@ -185,7 +185,8 @@ impl EncoderFolder {
     fn rotary(&self) -> Result<Positions, LoadError> {
         let config = &self.config;
         let newer = |layers: &str| -> Result<Option<f32>, LoadError> {
-            let Some(found) = config.rope_parameters.as_ref().and_then(|all| all.get(layers)) else {
+            let Some(found) = config.rope_parameters.as_ref().and_then(|all| all.get(layers))
+            else {
                 return Ok(None);
             };
             match found["rope_type"].as_str() {
@@ -195,8 +196,7 @@ impl EncoderFolder {
                 }
             }
         };
-        let theta =
-            newer("full_attention")?.or(config.global_rope_theta).unwrap_or(160_000.0);
+        let theta = newer("full_attention")?.or(config.global_rope_theta).unwrap_or(160_000.0);
         let window_theta = newer("sliding_attention")?.or(config.local_rope_theta);
         // An explicit null in older files: the same base everywhere.
         let default = if config.global_rope_theta.is_some() { theta } else { 10_000.0 };

@@ -226,8 +226,8 @@ pub(super) fn tensors(
     hasher: &mut blake3::Hasher,
 ) -> Result<HashMap<String, TensorBytes>, LoadError> {
     let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
-    let listed =
-        std::fs::read_dir(path).map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
+    let listed = std::fs::read_dir(path)
+        .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
     let mut files: Vec<PathBuf> = listed
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))

@@ -52,8 +52,8 @@ pub fn read(folder: &Path) -> Result<Modules, LoadError> {
     let unsupported = |reason: String| LoadError::Unsupported { path: folder.to_owned(), reason };
     let mut modules = Modules::default();
     let listed = json(folder, "modules.json")?.unwrap_or_else(|| Value::Array(Vec::new()));
-    let listed: Vec<Entry> =
-        serde_json::from_value(listed).map_err(|error| corrupt(format!("modules.json: {error}")))?;
+    let listed: Vec<Entry> = serde_json::from_value(listed)
+        .map_err(|error| corrupt(format!("modules.json: {error}")))?;
     let mut transformer = folder.to_owned();
     for Entry { path, r#type } in listed {
         // What a folder names must be inside of it.

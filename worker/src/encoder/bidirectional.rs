@@ -55,12 +55,7 @@ struct Scratch {
 
 impl Bidirectional {
     /// An encoder of these weights.
-    pub(crate) fn new(
-        config: EncoderConfig,
-        weights: Weights,
-        threads: ThreadPool,
-        activations: Precision,
-    ) -> Self {
+    pub(crate) fn new(config: EncoderConfig, weights: Weights, threads: ThreadPool) -> Self {
         let rope = |theta| Rope::new(Pairs::Halves, config.head_dim(), theta, None);
         Self {
             isa: Isa::best(),
@@ -72,7 +67,7 @@ impl Bidirectional {
                     Some([rope(theta), rope(window_theta)])
                 }
             },
-            scratch: Scratch { input: Activations::new(activations), ..Scratch::default() },
+            scratch: Scratch { input: Activations::new(Precision::Float), ..Scratch::default() },
             interrupt: Arc::default(),
             config,
         }
@@ -200,7 +195,8 @@ impl Encoder for Bidirectional {
                 layer.key.add_bias(key);
                 if let Some(rope) = rope {
                     let position = places[row].position as usize;
-                    let heads = query.chunks_exact_mut(head_dim).chain(key.chunks_exact_mut(head_dim));
+                    let heads =
+                        query.chunks_exact_mut(head_dim).chain(key.chunks_exact_mut(head_dim));
                     heads.for_each(|head| rope.rotate(position, head));
                 }
             });

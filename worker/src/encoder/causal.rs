@@ -11,8 +11,6 @@ use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
 use crate::model::{Decoder, Model as _, ModelError, SequenceSlice, kv_layout};
 
-const BLOCK_SIZE: usize = 16;
-
 /// A decoder with a KV pool of its own, whose content lasts for one batch.
 pub struct Causal {
     decoder: Decoder,
@@ -22,10 +20,13 @@ pub struct Causal {
 }
 
 impl Causal {
+    /// Tokens of a block.
+    pub(crate) const BLOCK_SIZE: usize = 16;
+
     /// For batches that need at most `tokens` tokens of whole blocks.
     pub(crate) fn new(decoder: Decoder, tokens: usize) -> std::io::Result<Self> {
-        let blocks = tokens.div_ceil(BLOCK_SIZE);
-        let kv = KvPool::new(kv_layout(decoder.config(), BLOCK_SIZE, KvDtype::I16), blocks)?;
+        let blocks = tokens.div_ceil(Self::BLOCK_SIZE);
+        let kv = KvPool::new(kv_layout(decoder.config(), Self::BLOCK_SIZE, KvDtype::I16), blocks)?;
         Ok(Self { decoder, kv, blocks: (0..blocks as BlockId).collect() })
     }
 }
@@ -47,9 +48,15 @@ impl Encoder for Causal {
         let mut free = &self.blocks[..];
         let mut batch = Vec::with_capacity(texts.len());
         for Text { tokens, .. } in texts {
-            let (blocks, rest) = free.split_at(tokens.len().div_ceil(BLOCK_SIZE));
+            let (blocks, rest) = free.split_at(tokens.len().div_ceil(Self::BLOCK_SIZE));
             free = rest;
-            batch.push(SequenceSlice { start: 0, tokens, blocks, logits: tokens.len(), adapter: None });
+            batch.push(SequenceSlice {
+                start: 0,
+                tokens,
+                blocks,
+                logits: tokens.len(),
+                adapter: None,
+            });
         }
         self.decoder.forward_hidden(&batch, &self.kv, states)
     }

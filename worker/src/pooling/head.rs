@@ -86,7 +86,7 @@ pub struct Head {
 impl Head {
     pub(super) fn new(hidden: usize, pooling: Vec<Pooling>, kind: Kind) -> Self {
         let width = hidden * pooling.len().max(1);
-        let scratch = Activations::new(Precision::default());
+        let scratch = Activations::new(Precision::Float);
         Self { hidden, pooling, steps: Vec::new(), kind, width, scratch }
     }
 

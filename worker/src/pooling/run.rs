@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use baton_proto::MAX_MESSAGE_BYTES;
 use baton_proto::v1::{Task, WorkerStatus};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
@@ -24,9 +25,10 @@ pub struct Settings {
     pub limits: Limits,
     /// Tokens of one batch; a longer text is a batch of its own.
     pub max_batch_tokens: usize,
-    /// Bytes of values that one answer may hold.
-    pub max_answer_bytes: usize,
 }
+
+/// Values of one answer: a message holds them, and some bytes for each text.
+const MAX_ANSWER_BYTES: usize = MAX_MESSAGE_BYTES / 8 * 7;
 
 /// What calls are checked against.
 struct Bounds {
@@ -115,7 +117,7 @@ impl Pooler {
 
     /// Takes a call, or says why not.
     pub fn submit(&self, mut call: NewCall) -> Result<CallHandle, Refusal> {
-        self.bounds.check(&call, self.settings.max_answer_bytes).map_err(Refusal::Invalid)?;
+        self.bounds.check(&call).map_err(Refusal::Invalid)?;
         let (sender, receiver) = oneshot::channel();
         let mut state = self.shared.state.lock();
         if state.draining || state.stopping {
@@ -175,7 +177,7 @@ impl Drop for Pooler {
 
 impl Bounds {
     /// Says what is wrong with a call, naming the field.
-    fn check(&self, call: &NewCall, max_answer_bytes: usize) -> Result<(), String> {
+    fn check(&self, call: &NewCall) -> Result<(), String> {
         let Wanted { task, dimensions, .. } = call.wanted;
         let Some(at) = self.tasks.iter().position(|known| *known == task) else {
             let known: Vec<_> = self.tasks.iter().map(|task| task.as_str_name()).collect();
@@ -218,9 +220,9 @@ impl Bounds {
         }
         let kept = if dimensions > 0 { dimensions } else { width };
         let bytes = rows.saturating_mul(kept).saturating_mul(size_of::<f32>());
-        if bytes > max_answer_bytes {
+        if bytes > MAX_ANSWER_BYTES {
             return Err(format!(
-                "the answer would hold {bytes} bytes, more than {max_answer_bytes}; send fewer or \
+                "the answer would hold {bytes} bytes, more than {MAX_ANSWER_BYTES}; send fewer or \
                  shorter texts at a time"
             ));
         }
@@ -348,7 +350,8 @@ impl Shared {
         };
         state.pooled_batches += 1;
         state.pooled_inputs += texts.len() as u64;
-        state.prompt_tokens += texts.iter().map(|taken| taken.input.tokens.len() as u64).sum::<u64>();
+        state.prompt_tokens +=
+            texts.iter().map(|taken| taken.input.tokens.len() as u64).sum::<u64>();
         for (taken, output) in texts.iter().zip(outputs) {
             let Some(call) = state.calls.get_mut(&taken.call) else { continue };
             call.outputs[taken.index] = output;

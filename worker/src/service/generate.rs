@@ -1,7 +1,7 @@
 //! `Generate`: one sequence, from its prompt to its end.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
-use super::{Owned, Shared, refused, timeout};
+use super::{Owned, Shared, micros, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
 
 /// A piece of a prompt's logprobs. With one token more it is still far below what a message may
@@ -216,8 +216,4 @@ impl Driver {
         }
         started
     }
-}
-
-fn micros(duration: Duration) -> u64 {
-    duration.as_micros() as u64
 }

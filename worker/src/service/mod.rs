@@ -3,9 +3,12 @@
 //! A request's life is bound to its response stream. A task of its own drives each request; the
 //! stream holds the task, and dropping the stream ends it, which drops the engine's handle, which
 //! frees the blocks.
+//!
+//! A worker has an engine, or it pools; what it does not have is FAILED_PRECONDITION.
 
 mod adapters;
 mod generate;
+mod pool;
 mod prefill;
 
 use std::pin::Pin;
@@ -27,8 +30,11 @@ use tonic::{Request, Response, Status};
 use crate::constraint::{Compiled, Compiler, ConstraintError};
 use crate::engine::{Engine, SubmitError};
 use crate::lora::Adapters;
+use crate::pooling::Pooler;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
+
+pub use pool::PoolingParts;
 
 /// Events on their way to a client that reads slowly.
 const STREAM_DEPTH: usize = 32;
@@ -37,7 +43,45 @@ const CHUNK_BYTES: usize = 1024 * 1024;
 /// The most a request may ask for: longer waits are cut.
 const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
-/// What a service is made of.
+/// What computes, as far as starting and stopping go.
+pub trait Computes: Send + Sync {
+    /// Gauges and counters as of now.
+    fn status(&self) -> WorkerStatus;
+    /// Refuses new requests from here on; those that are in go on.
+    fn drain(&self);
+    /// Ends all requests and the threads.
+    fn stop(&self);
+}
+
+impl Computes for Engine {
+    fn status(&self) -> WorkerStatus {
+        self.status()
+    }
+
+    fn drain(&self) {
+        self.drain();
+    }
+
+    fn stop(&self) {
+        self.stop();
+    }
+}
+
+impl Computes for Pooler {
+    fn status(&self) -> WorkerStatus {
+        self.status()
+    }
+
+    fn drain(&self) {
+        self.drain();
+    }
+
+    fn stop(&self) {
+        self.stop();
+    }
+}
+
+/// What a service is made of that generates.
 pub struct Parts {
     /// Unique for this start.
     pub instance_id: String,
@@ -59,11 +103,27 @@ pub struct Parts {
 
 /// The service.
 pub struct WorkerService {
-    shared: Arc<Shared>,
+    serves: Serves,
     tokenizer: Bytes,
 }
 
-/// What the tasks of requests share.
+/// What a worker has.
+#[derive(Clone)]
+enum Serves {
+    Engine(Arc<Shared>),
+    Pooler(Arc<pool::Shared>),
+}
+
+impl Serves {
+    fn status(&self) -> WorkerStatus {
+        match self {
+            Self::Engine(shared) => shared.status(),
+            Self::Pooler(shared) => shared.status(),
+        }
+    }
+}
+
+/// What the tasks of requests share, where there is an engine.
 struct Shared {
     instance_id: String,
     role: Role,
@@ -79,9 +139,7 @@ struct Shared {
 impl WorkerService {
     /// A service over a running engine. Fills in the card's `tokenizer_digest`.
     pub fn new(parts: Parts) -> Result<Self, serde_json::Error> {
-        let tokenizer = serde_json::to_vec(&parts.tokenizer)?;
-        let mut model = parts.model;
-        model.tokenizer_digest = blake3::hash(&tokenizer).to_hex().to_string();
+        let (tokenizer, model) = with_tokenizer(&parts.tokenizer, parts.model)?;
         let constraints =
             Compiler::new(&parts.tokenizer, model.vocab_size as usize, &model.eos_token_ids);
         let shared = Shared {
@@ -95,7 +153,24 @@ impl WorkerService {
             adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
-        Ok(Self { shared: Arc::new(shared), tokenizer: tokenizer.into() })
+        Ok(Self { serves: Serves::Engine(Arc::new(shared)), tokenizer })
+    }
+
+    /// A service that pools. Fills in the card's `tokenizer_digest`.
+    pub fn pooling(parts: PoolingParts) -> Result<Self, serde_json::Error> {
+        let (tokenizer, model) = with_tokenizer(&parts.tokenizer, parts.model)?;
+        let PoolingParts { instance_id, pooler, .. } = parts;
+        let shared = pool::Shared { instance_id, model, pooler };
+        Ok(Self { serves: Serves::Pooler(Arc::new(shared)), tokenizer })
+    }
+
+    fn engine(&self) -> Result<&Arc<Shared>, Status> {
+        match &self.serves {
+            Serves::Engine(shared) => Ok(shared),
+            Serves::Pooler(_) => Err(Status::failed_precondition(
+                "this worker pools: it neither generates nor has adapters",
+            )),
+        }
     }
 
     /// Serves until `shutdown` resolves and all streams have ended.
@@ -118,6 +193,16 @@ impl WorkerService {
             .serve_with_incoming_shutdown(incoming, shutdown)
             .await
     }
+}
+
+/// The tokenizer as it crosses, and the card that names its digest.
+fn with_tokenizer(
+    tokenizer: &TokenizerBundle,
+    mut model: ModelCard,
+) -> Result<(Bytes, ModelCard), serde_json::Error> {
+    let bytes = serde_json::to_vec(tokenizer)?;
+    model.tokenizer_digest = blake3::hash(&bytes).to_hex().to_string();
+    Ok((bytes.into(), model))
 }
 
 impl Shared {
@@ -183,6 +268,10 @@ fn refused(error: SubmitError) -> Status {
     }
 }
 
+fn micros(duration: Duration) -> u64 {
+    duration.as_micros() as u64
+}
+
 fn timeout(millis: u64) -> Duration {
     if millis == 0 { MAX_TIMEOUT } else { Duration::from_millis(millis).min(MAX_TIMEOUT) }
 }
@@ -198,7 +287,10 @@ impl Worker for WorkerService {
         &self,
         _request: Request<v1::DescribeRequest>,
     ) -> Result<Response<WorkerDescription>, Status> {
-        let shared = &self.shared;
+        let shared = match &self.serves {
+            Serves::Engine(shared) => shared,
+            Serves::Pooler(shared) => return Ok(Response::new(shared.describe())),
+        };
         Ok(Response::new(WorkerDescription {
             instance_id: shared.instance_id.clone(),
             role: shared.role.into(),
@@ -230,42 +322,51 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        generate::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
+        generate::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
     }
 
     async fn prefill(
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        prefill::start(self.shared.clone(), request.into_inner()).await.map(Response::new)
+        prefill::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
     }
 
     async fn load_adapter(
         &self,
         request: Request<v1::LoadAdapterRequest>,
     ) -> Result<Response<v1::AdapterList>, Status> {
-        adapters::load(self.shared.adapters.clone(), request.into_inner()).await.map(Response::new)
+        adapters::load(self.engine()?.adapters.clone(), request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn unload_adapter(
         &self,
         request: Request<v1::UnloadAdapterRequest>,
     ) -> Result<Response<v1::AdapterList>, Status> {
-        adapters::unload(&self.shared.adapters, &request.into_inner().name).map(Response::new)
+        adapters::unload(&self.engine()?.adapters, &request.into_inner().name).map(Response::new)
     }
 
     async fn list_adapters(
         &self,
         _request: Request<v1::ListAdaptersRequest>,
     ) -> Result<Response<v1::AdapterList>, Status> {
-        Ok(Response::new(self.shared.adapters.list()))
+        // Whoever watches adapters asks every worker.
+        Ok(Response::new(match &self.serves {
+            Serves::Engine(shared) => shared.adapters.list(),
+            Serves::Pooler(_) => v1::AdapterList::default(),
+        }))
     }
 
     async fn pool(
         &self,
-        _request: Request<v1::PoolRequest>,
+        request: Request<v1::PoolRequest>,
     ) -> Result<Response<v1::PoolResponse>, Status> {
-        Err(Status::failed_precondition("this worker does not pool"))
+        match &self.serves {
+            Serves::Pooler(shared) => shared.pool(request.into_inner()).await.map(Response::new),
+            Serves::Engine(_) => Err(Status::failed_precondition("this worker does not pool")),
+        }
     }
 
     async fn align(
@@ -281,13 +382,13 @@ impl Worker for WorkerService {
     ) -> Result<Response<Self::WatchStatusStream>, Status> {
         let every =
             Duration::from_millis(request.into_inner().interval_ms.clamp(10, 60_000).into());
-        let shared = self.shared.clone();
+        let serves = self.serves.clone();
         Ok(Response::new(Owned::spawn(move |sender| async move {
             let mut ticks = tokio::time::interval(every);
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 ticks.tick().await;
-                if sender.send(Ok(shared.status())).await.is_err() {
+                if sender.send(Ok(serves.status())).await.is_err() {
                     return;
                 }
             }
