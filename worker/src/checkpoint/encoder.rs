@@ -305,6 +305,14 @@ impl EncoderFolder {
         (self.config.is_matryoshka || !to.is_empty(), to)
     }
 
+    /// Tokens of the longest text, as the tokenizer's settings have it: where sentence-transformers
+    /// keeps `max_seq_length` in its newer files.
+    pub fn tokenizer_limit(&self) -> Result<Option<usize>, LoadError> {
+        let settings = json(&self.path, "tokenizer_config.json")?.unwrap_or_default();
+        // A number without end, as a float, stands for none.
+        Ok(settings["model_max_length"].as_u64().map(|tokens| tokens as usize))
+    }
+
     /// The tokenizer.
     pub fn tokenizer(&self) -> Result<TokenizerBundle, LoadError> {
         tokenizer(&self.path)

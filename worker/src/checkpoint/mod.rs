@@ -112,9 +112,12 @@ impl TensorBytes {
         let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 
-    /// A tensor that is not in a file, for tests of what reads one.
-    #[cfg(test)]
-    pub(crate) fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
+    /// A tensor that is not in a file, for tests and benchmarks of what reads one.
+    ///
+    /// # Panics
+    /// When the system has no memory left.
+    #[allow(clippy::unwrap_used)]
+    pub fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
         let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).unwrap();
         map[..bytes.len()].copy_from_slice(bytes);
         let map = Arc::new(map.make_read_only().unwrap());

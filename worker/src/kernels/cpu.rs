@@ -1,10 +1,15 @@
 //! Which instruction set runs the kernels: the one place that decides.
 
+use std::hint::black_box;
 use std::sync::OnceLock;
+
+use super::lanes::Lanes;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 as below, with dot products of bfloat16.
+    Bf16,
     /// AVX-512 as below, with integer dot products of bytes.
     Vnni,
     /// AVX-512F with its byte, doubleword and vector-length parts.
@@ -37,6 +42,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
             {
                 if is_x86_feature_detected!("avx512vnni") {
+                    if is_x86_feature_detected!("avx512bf16") {
+                        all.push(Self::Bf16);
+                    }
                     all.push(Self::Vnni);
                 }
                 all.push(Self::Avx512);
@@ -79,9 +87,9 @@ macro_rules! dispatch {
             match isa {
                 // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::Isa::Vnni | $crate::kernels::cpu::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
+                $crate::kernels::cpu::Isa::Bf16
+                | $crate::kernels::cpu::Isa::Vnni
+                | $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -114,7 +122,9 @@ macro_rules! dispatch_dot {
             match isa {
                 // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::Isa::Vnni => unsafe { vnni($($arg),*) },
+                $crate::kernels::cpu::Isa::Bf16 | $crate::kernels::cpu::Isa::Vnni => unsafe {
+                    vnni($($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Avx2 => unsafe {
@@ -127,3 +137,35 @@ macro_rules! dispatch_dot {
     };
 }
 pub(crate) use dispatch_dot;
+
+/// Independent sums of [`multiply_adds`].
+pub const SUMS: usize = 12;
+
+/// `count` times [`SUMS`] vectors of multiply-adds in registers: the most that a product can reach.
+///
+/// # Safety
+/// The CPU has the instruction set.
+#[inline(always)]
+unsafe fn multiply_adds_kernel<V: Lanes>(count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (a, b) = (V::splat(black_box(0.5)), V::splat(black_box(0.25)));
+        let mut sums = [V::splat(0.0); SUMS];
+        for _ in 0..count {
+            for sum in &mut sums {
+                *sum = sum.mul_add(a, b);
+            }
+        }
+        sums.into_iter().for_each(|sum| {
+            black_box(sum.sum());
+        });
+    }
+}
+dispatch! {
+    /// `count` times [`SUMS`] vectors of multiply-adds in registers: the most that any product can
+    /// reach.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set.
+    pub unsafe fn multiply_adds(count: usize) => multiply_adds_kernel;
+}

@@ -99,7 +99,8 @@ fn load_encoder(
     let config = files.config()?;
     let purpose = files.purpose()?;
     let hidden = config.hidden;
-    let max_tokens = longest(config.max_tokens, modules.max_tokens, options);
+    let said = modules.max_tokens.or(files.tokenizer_limit()?);
+    let max_tokens = longest(config.max_tokens, said, options);
     let threads = start_threads(path, options)?;
     let mut reader = Reader::new(&files, config.norm_eps, threads);
     let weights = Weights::read(&mut reader, &config)?;
