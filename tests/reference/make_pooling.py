@@ -7,6 +7,7 @@ architectures no real small weights are at hand: they are untrained, seeded chec
 layout, matrices in float16, computed in float64. They show that the arithmetic is the
 architecture's, no more.
 
+    venv/bin/pip install torch==2.15.0 transformers==5.24.0 sentence-transformers==6.2.0 gguf accelerate
     venv/bin/python make_pooling.py --models ~/.cache/baton/models --out pooling
 """
 

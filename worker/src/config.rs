@@ -9,7 +9,7 @@ use baton_proto::v1;
 use clap::Parser;
 
 use crate::model::Precision;
-use crate::pooling::Pooling;
+use crate::pooling::{Dtype, Pooling};
 use crate::scheduler::Speculation;
 
 const EXAMPLE: &str = "Example:\n  baton-worker --role decode --model SmolLM2-135M-Instruct.Q4_1.gguf --etcd http://10.0.0.5:2379";
@@ -85,6 +85,10 @@ pub struct Settings {
     /// Longest prompt and output together; by default what the model was trained for.
     #[arg(long, env = "BATON_MAX_MODEL_LEN", value_parser = parse_positive)]
     pub max_model_len: Option<usize>,
+
+    /// Role pooling: what an encoder's weights are rounded to; less is faster and less exact.
+    #[arg(long, env = "BATON_DTYPE", default_value = "float32")]
+    pub dtype: Dtype,
 
     /// Role pooling: how the vectors of a text's tokens become one, in place of what the model's
     /// files say. Where they do not say either: `cls` for encoders, `lasttoken` for decoders.

@@ -169,6 +169,7 @@ async fn load_pooling(
     let options = pooling::Options {
         threads: settings.threads.unwrap_or(cores),
         activations: settings.activation_bits.into(),
+        dtype: settings.dtype,
         pooling: settings.pooling,
         max_tokens: settings.max_model_len,
         max_batch_tokens: settings.max_batch_tokens,

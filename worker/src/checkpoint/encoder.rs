@@ -94,10 +94,11 @@ pub struct EncoderFolder {
     digest: String,
 }
 
-/// The model type that a folder's `config.json` names, if it has one.
-pub fn model_type(path: &Path) -> Result<Option<String>, LoadError> {
-    let config = json(path, "config.json")?;
-    Ok(config.and_then(|config| config["model_type"].as_str().map(str::to_owned)))
+/// The model type and the class that a folder's `config.json` names, as far as it does.
+pub fn kind(path: &Path) -> Result<(String, String), LoadError> {
+    let config = json(path, "config.json")?.unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Ok((text(&config["model_type"]), text(&config["architectures"][0])))
 }
 
 /// Whether a model type is one of the encoders known here.

@@ -297,8 +297,17 @@ fn object(json: Option<Value>) -> Map<String, Value> {
 }
 
 impl Folder {
-    /// The name that a tensor with a GGUF name has here.
+    /// The name that a tensor with a GGUF name has here. A model that was saved without its output
+    /// projection, as those that embed are, has no prefix.
     fn name_of(&self, name: &str) -> String {
+        let full = self.full_name(name);
+        match full.strip_prefix("model.") {
+            Some(bare) if self.tensors.contains_key("embed_tokens.weight") => bare.to_owned(),
+            _ => full,
+        }
+    }
+
+    fn full_name(&self, name: &str) -> String {
         let outer = [
             ("token_embd.weight", "model.embed_tokens.weight"),
             ("output_norm.weight", "model.norm.weight"),

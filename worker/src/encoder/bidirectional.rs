@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::config::{EncoderConfig, Positions};
-use super::weights::{Layer, Norm, Projection, Weights};
+use super::weights::{Norm, Weights};
 use super::{Encoder, Text};
 use crate::kernels::activations::{Activations, Precision};
 use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::cpu::Isa;
-use crate::kernels::elementwise::{Activation, add_to, gated, gelu};
+use crate::kernels::elementwise::{Activation, add_to, gated};
 use crate::kernels::linear::multiply;
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::{Pairs, Rope};
@@ -55,7 +55,12 @@ struct Scratch {
 
 impl Bidirectional {
     /// An encoder of these weights.
-    pub(crate) fn new(config: EncoderConfig, weights: Weights, threads: ThreadPool) -> Self {
+    pub(crate) fn new(
+        config: EncoderConfig,
+        weights: Weights,
+        threads: ThreadPool,
+        activations: Precision,
+    ) -> Self {
         let rope = |theta| Rope::new(Pairs::Halves, config.head_dim(), theta, None);
         Self {
             isa: Isa::best(),
@@ -67,32 +72,10 @@ impl Bidirectional {
                     Some([rope(theta), rope(window_theta)])
                 }
             },
-            scratch: Scratch { input: Activations::new(Precision::Float), ..Scratch::default() },
+            scratch: Scratch { input: Activations::new(activations), ..Scratch::default() },
             interrupt: Arc::default(),
             config,
         }
-    }
-}
-
-impl Layer {
-    /// Ends a branch whose product was added to the residual stream.
-    fn join(
-        isa: Isa,
-        threads: &mut ThreadPool,
-        hidden: usize,
-        (x, spare): (&mut [f32], &mut [f32]),
-        product: &Projection,
-        norm: Option<&Norm>,
-    ) {
-        if product.bias.is_none() && norm.is_none() {
-            return;
-        }
-        threads.for_rows((x, hidden), (spare, hidden), |_, x, _| {
-            product.add_bias(x);
-            if let Some(norm) = norm {
-                norm.in_place(isa, x);
-            }
-        });
     }
 }
 
@@ -183,26 +166,14 @@ impl Encoder for Bidirectional {
             input.fill(isa, threads, rows, hidden, |row, out| {
                 normed(&layer.attention_norm, &x[row * hidden..][..hidden], out);
             });
-            let products = [
-                layer.query.weight.set(query),
-                layer.key.weight.set(key),
-                layer.value.weight.set(value),
-            ];
+            let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
             multiply(isa, threads, input, products);
-            let rope = ropes.as_ref().map(|[all, near]| if window.is_some() { near } else { all });
-            threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
-                layer.query.add_bias(query);
-                layer.key.add_bias(key);
-                if let Some(rope) = rope {
+            if let Some([all, near]) = ropes {
+                let rope = if window.is_some() { near } else { all };
+                threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
                     let position = places[row].position as usize;
-                    let heads =
-                        query.chunks_exact_mut(head_dim).chain(key.chunks_exact_mut(head_dim));
-                    heads.for_each(|head| rope.rotate(position, head));
-                }
-            });
-            if layer.value.bias.is_some() {
-                threads.for_rows((value, hidden), (attended, hidden), |_, value, _| {
-                    layer.value.add_bias(value);
+                    query.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
+                    key.chunks_exact_mut(head_dim).for_each(|head| rope.rotate(position, head));
                 });
             }
             go_on()?;
@@ -222,9 +193,10 @@ impl Encoder for Bidirectional {
             input.fill(isa, threads, rows, hidden, |row, out| {
                 out.copy_from_slice(&attended[row * hidden..][..hidden]);
             });
-            multiply(isa, threads, input, [layer.output.weight.add_to(x)]);
-            let norm = layer.attention_output_norm.as_ref();
-            Layer::join(isa, threads, hidden, (x, attended), &layer.output, norm);
+            multiply(isa, threads, input, [layer.output.add_to(x)]);
+            if let Some(norm) = &layer.attention_output_norm {
+                threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
+            }
 
             go_on()?;
             input.fill(isa, threads, rows, hidden, |row, out| {
@@ -232,30 +204,25 @@ impl Encoder for Bidirectional {
             });
             match &layer.gate {
                 Some(gate_of) => {
-                    let products = [gate_of.weight.set(gate), layer.up.weight.set(up)];
-                    multiply(isa, threads, input, products);
-                    threads.for_rows((gate, ffn), (up, ffn), |_, gate, up| {
-                        gate_of.add_bias(gate);
-                        layer.up.add_bias(up);
-                    });
+                    multiply(isa, threads, input, [gate_of.set(gate), layer.up.set(up)]);
                     input.fill(isa, threads, rows, ffn, |row, out| {
                         let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
                         gated(isa, Activation::Gelu, gate, up, out);
                     });
                 }
                 None => {
-                    multiply(isa, threads, input, [layer.up.weight.set(up)]);
+                    let product = layer.up.set(up).activation(Activation::Gelu);
+                    multiply(isa, threads, input, [product]);
                     input.fill(isa, threads, rows, ffn, |row, out| {
                         out.copy_from_slice(&up[row * ffn..][..ffn]);
-                        layer.up.add_bias(out);
-                        gelu(isa, out);
                     });
                 }
             }
             go_on()?;
-            multiply(isa, threads, input, [layer.down.weight.add_to(x)]);
-            let norm = layer.ffn_output_norm.as_ref();
-            Layer::join(isa, threads, hidden, (x, attended), &layer.down, norm);
+            multiply(isa, threads, input, [layer.down.add_to(x)]);
+            if let Some(norm) = &layer.ffn_output_norm {
+                threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
+            }
         }
         if let Some(norm) = &weights.final_norm {
             threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));

@@ -2,12 +2,14 @@
 
 use super::EncoderConfig;
 use super::config::Positions;
+use candle_core::quantized::GgmlDType;
+
 use crate::checkpoint::encoder::EncoderFolder;
 use crate::checkpoint::{LoadError, TensorBytes};
 use crate::kernels::arena::Arena;
 use crate::kernels::cpu::Isa;
-use crate::kernels::elementwise::{add_to, layer_norm, layer_norm_in_place};
-use crate::kernels::linear::Linear;
+use crate::kernels::elementwise::{layer_norm, layer_norm_in_place};
+use crate::kernels::linear::{Linear, Product};
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::quant;
 
@@ -60,11 +62,14 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
-    /// Adds the bias to a row of the product.
-    pub(crate) fn add_bias(&self, row: &mut [f32]) {
-        if let Some(bias) = &self.bias {
-            add_to(row, bias);
-        }
+    /// The product that overwrites `y`.
+    pub(crate) fn set<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
+        self.weight.set(y).bias(self.bias.as_deref())
+    }
+
+    /// The product that is added to `y`.
+    pub(crate) fn add_to<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
+        self.weight.add_to(y).bias(self.bias.as_deref())
     }
 }
 
@@ -88,7 +93,7 @@ impl Norm {
 }
 
 impl Weights {
-    /// Reads and repacks all tensors, on the pool's threads.
+    /// Reads and repacks all tensors, on the pool's threads; matrices as the reader rounds them.
     pub(crate) fn read(reader: &mut Reader<'_>, config: &EncoderConfig) -> Result<Self, LoadError> {
         let &EncoderConfig { hidden, ffn, .. } = config;
         let layers = (0..config.layers)
@@ -137,14 +142,26 @@ impl Weights {
 pub(crate) struct Reader<'a> {
     folder: &'a EncoderFolder,
     norm_eps: f32,
+    /// What matrices are rounded to.
+    rounding: Option<GgmlDType>,
     threads: ThreadPool,
     arena: Arena,
 }
 
 impl<'a> Reader<'a> {
     /// A reader of a folder's tensors.
-    pub(crate) fn new(folder: &'a EncoderFolder, norm_eps: f32, threads: ThreadPool) -> Self {
-        Self { folder, norm_eps, threads, arena: Arena::default() }
+    pub(crate) fn new(
+        folder: &'a EncoderFolder,
+        norm_eps: f32,
+        rounding: Option<GgmlDType>,
+        threads: ThreadPool,
+    ) -> Self {
+        Self { folder, norm_eps, rounding, threads, arena: Arena::default() }
+    }
+
+    /// From here on matrices stay as they are.
+    pub(crate) fn stop_rounding(&mut self) {
+        self.rounding = None;
     }
 
     /// The threads, when all is read.
@@ -179,7 +196,7 @@ impl<'a> Reader<'a> {
         let weight = self.tensor(&format!("{stem}.weight"), &[outputs, inputs])?;
         let bias = format!("{stem}.bias");
         let bias = self.has(&bias).then(|| self.vector(&bias, outputs)).transpose()?;
-        projection(&mut self.threads, &mut self.arena, weight, bias)
+        projection(&mut self.threads, &mut self.arena, self.rounding, weight, bias)
             .ok_or_else(|| self.folder.unsupported(format!("{stem}: rows of {inputs} elements")))
     }
 
@@ -211,13 +228,17 @@ impl<'a> Reader<'a> {
 pub(crate) fn projection(
     threads: &mut ThreadPool,
     arena: &mut Arena,
+    rounding: Option<GgmlDType>,
     weight: TensorBytes,
     bias: Option<Vec<f32>>,
 ) -> Option<Projection> {
-    let weight_of = weight.clone();
-    let linear = Linear::new(threads, arena, weight)?;
+    let file = weight.clone();
+    let linear = match rounding {
+        Some(to) => Linear::rounded(threads, arena, weight, to)?,
+        None => Linear::new(threads, arena, weight)?,
+    };
     if linear.is_repacked() {
-        weight_of.forget();
+        file.forget();
     }
     Some(Projection { weight: linear, bias })
 }

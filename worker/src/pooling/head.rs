@@ -190,11 +190,8 @@ impl Head {
                     });
                     width = projection.weight.outputs();
                     let mut product = vec![0.0; count * width];
-                    multiply(isa, threads, &self.scratch, [projection.weight.set(&mut product)]);
-                    for row in product.chunks_exact_mut(width) {
-                        projection.add_bias(row);
-                        function.apply(row);
-                    }
+                    multiply(isa, threads, &self.scratch, [projection.set(&mut product)]);
+                    product.chunks_exact_mut(width).for_each(|row| function.apply(row));
                     rows = product;
                 }
                 Step::Norm(norm) => {

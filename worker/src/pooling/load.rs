@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use baton_proto::TokenizerBundle;
 use baton_proto::v1::PoolingCard;
+use candle_core::quantized::GgmlDType;
 
 use super::head::{Function, Head, Kind, Step};
 use super::methods::Pooling;
@@ -16,6 +17,29 @@ use crate::kernels::arena::Arena;
 use crate::kernels::pool::ThreadPool;
 use crate::model::{Decoder, Model as _};
 
+/// What an encoder's weights are rounded to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dtype {
+    /// Nothing: float32 arithmetic with the numbers of the file.
+    #[default]
+    Float32,
+    /// Bfloat16, and activations too, where the CPU multiplies them.
+    #[value(name = "bfloat16")]
+    BFloat16,
+    /// Eight bits, with a scale for each 32.
+    Int8,
+}
+
+impl Dtype {
+    fn rounding(self) -> Option<GgmlDType> {
+        match self {
+            Self::Float32 => None,
+            Self::BFloat16 => Some(GgmlDType::BF16),
+            Self::Int8 => Some(GgmlDType::Q8_0),
+        }
+    }
+}
+
 /// How to load.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -23,6 +47,8 @@ pub struct Options {
     pub threads: usize,
     /// How activations are rounded before products with quantized weights.
     pub activations: Precision,
+    /// What an encoder's weights are rounded to.
+    pub dtype: Dtype,
     /// In place of what the model's files say.
     pub pooling: Option<Pooling>,
     /// Longest text; by default what the model's files say.
@@ -83,10 +109,15 @@ pub fn load(path: &Path, options: &Options) -> Result<Loaded, LoadError> {
     }
     let modules = st::read(path)?;
     let folder = modules.transformer.clone().unwrap_or_else(|| path.to_owned());
-    match encoder::model_type(&folder)? {
-        Some(kind) if encoder::is_encoder(&kind) => load_encoder(path, &folder, modules, options),
-        _ => load_decoder(path, folder, modules, options),
+    let (model_type, architecture) = encoder::kind(&folder)?;
+    if encoder::is_encoder(&model_type) {
+        return load_encoder(path, &folder, modules, options);
     }
+    if architecture.ends_with("Classification") {
+        let reason = format!("`{architecture}` is not supported: classifiers must be encoders");
+        return Err(LoadError::Unsupported { path: folder, reason });
+    }
+    load_decoder(path, folder, modules, options)
 }
 
 fn load_encoder(
@@ -102,8 +133,16 @@ fn load_encoder(
     let said = modules.max_tokens.or(files.tokenizer_limit()?);
     let max_tokens = longest(config.max_tokens, said, options);
     let threads = start_threads(path, options)?;
-    let mut reader = Reader::new(&files, config.norm_eps, threads);
+    let mut reader = Reader::new(&files, config.norm_eps, options.dtype.rounding(), threads);
     let weights = Weights::read(&mut reader, &config)?;
+    // The head is small.
+    reader.stop_rounding();
+    let (activations, suffix) = match (options.dtype, options.activations) {
+        (Dtype::Float32, _) => (Precision::Float, ""),
+        (Dtype::BFloat16, _) => (Precision::BFloat16, "-bf16"),
+        (Dtype::Int8, Precision::Eight) => (Precision::Eight, "-w8a8"),
+        (Dtype::Int8, _) => (Precision::Sixteen, "-w8"),
+    };
     let (mut head, labels) = match purpose {
         Purpose::Embedding => {
             // As in vLLM, where the files do not say.
@@ -132,9 +171,9 @@ fn load_encoder(
         architecture: files.architecture().to_owned(),
         tokenizer: files.tokenizer()?,
         eos_token_ids: Vec::new(),
-        weights_digest: files.digest().to_owned(),
+        weights_digest: files.digest().to_owned() + suffix,
         model: Model {
-            encoder: Box::new(Bidirectional::new(config, weights, threads)),
+            encoder: Box::new(Bidirectional::new(config, weights, threads, activations)),
             head,
             vocab,
             types,
@@ -151,6 +190,9 @@ fn load_decoder(
     options: &Options,
 ) -> Result<Loaded, LoadError> {
     let files = checkpoint::open(&folder)?;
+    if options.dtype != Dtype::Float32 {
+        return Err(files.unsupported("--dtype is for encoders: this is a decoder".into()));
+    }
     let decoder = Decoder::new(&*files, options.threads, options.activations)?;
     let config = decoder.config().clone();
     let pooling = poolings(&modules, options, Pooling::Last);
@@ -279,9 +321,10 @@ fn add_modules(
                 };
                 let inputs = weight.dims[1];
                 let bias = bias.as_ref().map(floats);
-                let dense = projection(threads, &mut arena, weight, bias).ok_or_else(|| {
-                    unsupported(format!("a Dense module that takes {inputs} dimensions"))
-                })?;
+                let dense =
+                    projection(threads, &mut arena, None, weight, bias).ok_or_else(|| {
+                        unsupported(format!("a Dense module that takes {inputs} dimensions"))
+                    })?;
                 Step::Dense(dense, function)
             }
         };

@@ -14,7 +14,7 @@ mod queue;
 mod run;
 
 pub use head::Head;
-pub use load::{Loaded, Model, Options, load};
+pub use load::{Dtype, Loaded, Model, Options, load};
 pub use methods::Pooling;
 pub use queue::Limits;
 pub use run::{CallHandle, Pooler, Settings};

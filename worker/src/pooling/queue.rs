@@ -181,7 +181,7 @@ mod tests {
         let short = queue.push(&mut call(0, &[10]), now).unwrap();
         let next = ids(&queue.take(200, now));
         assert!(next.contains(&(short, 0)), "{next:?}");
-        // Short calls that never end: the long one still goes on.
+        // Half more short calls than can be served, without end: the long one still goes on.
         let mut served = 0;
         for _ in 0..100 {
             for _ in 0..3 {
@@ -189,7 +189,7 @@ mod tests {
             }
             served += queue.take(100, now).iter().filter(|taken| taken.call == long).count();
         }
-        assert!(served >= 20, "{served} texts of the long call");
+        assert!(served >= 5, "{served} texts of the long call");
     }
 
     #[test]
