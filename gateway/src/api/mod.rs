@@ -10,6 +10,7 @@ pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
 pub mod messages;
+pub mod pooling;
 pub mod requests;
 pub mod responses;
 pub mod rules;

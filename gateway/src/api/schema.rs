@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::pooling::replies::{Classes, Embeddings, PoolingReply, Ranked, Scores};
+
 /// The id of a token of the model.
 #[derive(ToSchema)]
 #[schema(minimum = 0)]
@@ -543,6 +545,16 @@ pub enum Invoked {
     Chat(ChatCompletion),
     /// A completion's.
     Text(TextCompletion),
+    /// Of embeddings.
+    Embeddings(Embeddings),
+    /// Of classes.
+    Classes(Classes),
+    /// Of scores.
+    Scores(Scores),
+    /// Of a rank.
+    Ranked(Ranked),
+    /// Of `POST /pooling`.
+    Pooled(PoolingReply),
 }
 
 /// Log-probabilities of a completion: lists of one length.
@@ -617,6 +629,9 @@ pub struct ModelCard {
     /// How many tokens prompt and answer may have together.
     #[schema(required = true)]
     pub max_model_len: Option<u64>,
+    /// What it can be asked for: generate, embed, classify, score, token_embed, token_classify,
+    /// transcribe, translate.
+    pub tasks: Vec<String>,
     /// What may be done with it.
     #[schema(value_type = Vec<Object>)]
     pub permission: Vec<Value>,
