@@ -47,7 +47,7 @@ fn greedy(
     let (mut start, mut tokens) = (0, prompt.to_vec());
     let (mut output, mut all) = (Vec::new(), Vec::new());
     for _ in 0..steps {
-        let slice = SequenceSlice { start, tokens: &tokens, blocks: &blocks, logits: 1, adapter };
+        let slice = SequenceSlice { start, tokens: &tokens, blocks: &blocks, logits: 1, adapter, ..SequenceSlice::default() };
         let mut logits = Vec::new();
         model.forward(&[slice], &kv, &mut logits).unwrap();
         start += tokens.len();
@@ -141,8 +141,7 @@ fn adapters_in_one_batch_do_not_touch_each_other() {
                 tokens: &tokens[i],
                 blocks: &blocks[i],
                 logits: 1,
-                adapter: adapters[i],
-            })
+                adapter: adapters[i], ..SequenceSlice::default() })
             .collect();
         let mut logits = Vec::new();
         model.forward(&batch, &kv, &mut logits).unwrap();
