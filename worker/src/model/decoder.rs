@@ -43,6 +43,7 @@ pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<Loade
     let rounding = match activations {
         Precision::Sixteen => "",
         Precision::Eight => "-a8",
+        Precision::Float => "-float",
     };
     Ok(LoadedModel {
         model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),
