@@ -46,7 +46,8 @@ fn feed(
 ) {
     let mut at = start;
     for tokens in tokens.chunks(chunk) {
-        let slice = SequenceSlice { start: at, tokens, blocks, logits: 1, ..SequenceSlice::default() };
+        let slice =
+            SequenceSlice { start: at, tokens, blocks, logits: 1, ..SequenceSlice::default() };
         model.model.forward(&[slice], kv, logits).unwrap();
         at += tokens.len();
     }

@@ -13,7 +13,7 @@ mod hugging_face;
 mod sentencepiece;
 mod whisper;
 
-pub use whisper::WhisperFolder;
+pub use whisper::{WhisperFolder, WhisperShape};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

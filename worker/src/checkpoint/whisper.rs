@@ -192,7 +192,9 @@ impl WhisperFolder {
         let Some(listed) = listed.filter(|list| !list.is_empty()) else {
             // As the reference implementation: the last half of the layers.
             let layers = decoder_layers / 2..decoder_layers;
-            return Ok(layers.flat_map(|layer| (0..heads).map(move |head| (layer, head))).collect());
+            return Ok(layers
+                .flat_map(|layer| (0..heads).map(move |head| (layer, head)))
+                .collect());
         };
         let pair = |value: &Value| {
             let at = |i: usize| value.get(i)?.as_u64().map(|at| at as usize);
@@ -351,14 +353,15 @@ fn renamed(tensors: &HashMap<String, TensorBytes>) -> HashMap<String, TensorByte
             renamed.insert(outer, tensor.clone());
             continue;
         }
-        let Some((layer, part)) =
-            rest.strip_prefix("layer_").and_then(|rest| rest.split_once('/'))
+        let Some((layer, part)) = rest.strip_prefix("layer_").and_then(|rest| rest.split_once('/'))
         else {
             continue;
         };
         let parts: &[&str] = match part {
             "self_attention/layer_norm" => &["self_attn_layer_norm"],
-            "self_attention/linear_0" => &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            "self_attention/linear_0" => {
+                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+            }
             "self_attention/linear_1" => &["self_attn.out_proj"],
             "attention/layer_norm" => &["encoder_attn_layer_norm"],
             "attention/linear_0" => &["encoder_attn.q_proj"],

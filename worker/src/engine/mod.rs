@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{PromptTokenLogprob, SamplingParams, SpeechCard, Token, WorkerStatus};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -32,7 +33,7 @@ pub struct NewRequest {
     /// The prompt.
     pub prompt: Vec<u32>,
     /// What a speech model hears before the prompt, as in [`baton_proto::v1::AudioWindow`].
-    pub audio: Option<Arc<Vec<u8>>>,
+    pub audio: Option<Bytes>,
     /// Output of an earlier attempt, to be continued.
     pub output: Vec<u32>,
     /// How to draw tokens.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use baton_proto::BlockHash;
 use baton_proto::v1::{SpeechCard, Token, WorkerStatus};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::{error, warn};
@@ -29,7 +30,7 @@ struct Active {
     sampler: Sampler,
     purpose: Purpose,
     adapter: Option<Arc<Adapter>>,
-    audio: Option<Arc<Vec<u8>>>,
+    audio: Option<Bytes>,
     /// [`Purpose::Align`]: tokens before the transcript.
     prompt: usize,
     arrived: Instant,
@@ -293,7 +294,7 @@ impl Running {
             let sequence = scheduler.get(slice.id)?;
             let active = requests.get(&slice.id);
             let adapter = active.and_then(|active| active.adapter.as_deref());
-            let audio = active.and_then(|active| active.audio.as_deref()).map(Vec::as_slice);
+            let audio = active.and_then(|active| active.audio.as_deref());
             let align = active.filter(|active| active.purpose == Purpose::Align);
             let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
             Some(SequenceSlice {

@@ -6,6 +6,7 @@
 mod config;
 mod decoder;
 mod weights;
+mod whisper;
 
 pub use config::{ModelConfig, Window};
 pub use decoder::{LoadedModel, kv_layout, load};

@@ -104,7 +104,12 @@ pub(super) struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    pub(super) fn linear(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, LoadError> {
+    pub(super) fn linear(
+        &mut self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Linear, LoadError> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.dims != [outputs, inputs] {
             return Err(self.checkpoint.corrupt(format!(
@@ -149,7 +154,11 @@ impl Reader<'_> {
         self.checkpoint.has_tensor(name).then(|| self.norm(name, len)).transpose()
     }
 
-    pub(super) fn optional_vector(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
+    pub(super) fn optional_vector(
+        &self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
         self.checkpoint.has_tensor(name).then(|| self.vector(name, len)).transpose()
     }
 }

@@ -4,9 +4,9 @@
 //! normalized over the tokens, smoothed over time, averaged; then the cheapest monotonic path
 //! through it (dynamic time warping, Sakoe and Chiba 1978).
 
+use super::Context;
 use super::mel::HOP;
 use super::weights::Weights;
-use super::Context;
 use crate::kernels::linear::multiply;
 use crate::kernels::page;
 use crate::kv::BlockId;

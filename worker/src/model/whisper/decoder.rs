@@ -95,7 +95,7 @@ pub(super) fn decode(
         add_to(x, &weights.positions[at * hidden..][..hidden]);
     }
     // Those whose tokens look at the sound one by one first.
-    sounds.sort_by_key(|sound| sound.count > 1);
+    sounds.sort_unstable_by_key(|sound| (sound.count > 1, sound.row));
     let alone = sounds.partition_point(|sound| sound.count == 1);
     let mut heads: Vec<Heads> = Vec::new();
     for (i, layer) in weights.layers.iter().enumerate() {
@@ -114,9 +114,7 @@ pub(super) fn decode(
         };
         context.threads.for_rows((key, hidden), (value, hidden), head);
         let isa = context.isa;
-        attend(
-            isa, context.threads, kv, &pages, i, None, &texts, buffers, query, attended,
-        );
+        attend(isa, context.threads, kv, &pages, i, None, &texts, buffers, query, attended);
         context.taken(attended, rows, hidden);
         context.add(&own.output, x);
 
@@ -125,9 +123,7 @@ pub(super) fn decode(
         context.set([(&cross.query, &mut query[..])]);
         let (single, several) = sounds.split_at(alone);
         if !single.is_empty() {
-            attend(
-                isa, context.threads, kv, &pages, i, None, single, buffers, query, attended,
-            );
+            attend(isa, context.threads, kv, &pages, i, None, single, buffers, query, attended);
         }
         for sound in several {
             for first in (0..sound.count).step_by(TOGETHER) {
@@ -212,9 +208,7 @@ fn look(
     }
     let shape = page::Shape { heads: heads * count, ..context.pages };
     let together = [Queries { row: 0, count: 1, ..*sound }];
-    attend(
-        context.isa, context.threads, kv, &shape, layer, None, &together, buffers, packed, seen,
-    );
+    attend(context.isa, context.threads, kv, &shape, layer, None, &together, buffers, packed, seen);
 }
 
 /// Puts what [`look`] found into the tokens' rows.

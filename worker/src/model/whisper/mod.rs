@@ -171,12 +171,7 @@ impl Context<'_> {
     fn set<const N: usize>(&mut self, products: [(&Affine, &mut [f32]); N]) {
         let mut biased = products;
         let each = biased.each_mut();
-        multiply(
-            self.isa,
-            self.threads,
-            self.input,
-            each.map(|(affine, y)| affine.weight.set(y)),
-        );
+        multiply(self.isa, self.threads, self.input, each.map(|(affine, y)| affine.weight.set(y)));
         for (affine, y) in biased {
             self.bias(affine, y);
         }
