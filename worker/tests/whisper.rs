@@ -448,9 +448,13 @@ fn an_interrupted_pass_goes_on_with_what_it_has() {
     let raising = {
         let (flag, stop) = (flag.clone(), stop.clone());
         std::thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(3));
+            // Ever later, so that a slow machine gets through too.
+            for pause in 2.. {
+                std::thread::sleep(Duration::from_millis(pause));
                 flag.store(true, Ordering::Relaxed);
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
             }
         })
     };
