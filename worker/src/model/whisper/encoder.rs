@@ -4,7 +4,7 @@ use super::Context;
 use super::mel::{self, Mel};
 use super::weights::{Affine, DecoderLayer, Encoder, EncoderLayer, frame_inputs};
 use crate::kernels::bidirectional::{self, Span};
-use crate::kernels::elementwise::{add_to, gelu};
+use crate::kernels::elementwise::add_to;
 use crate::kernels::page;
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
@@ -147,7 +147,5 @@ fn convolve(
         taps.copy_from_slice(&frames[row * step * channels..][..3 * channels]);
         padding.fill(0.0);
     });
-    context.set([(weights, &mut *out)]);
-    let isa = context.isa;
-    context.each_row(out, hidden, |_, row| gelu(isa, row));
+    context.set_active(weights, out);
 }

@@ -21,7 +21,7 @@ use super::{Aligned, Model, ModelConfig, ModelError, SequenceSlice};
 use crate::checkpoint::{Checkpoint as _, LoadError, WhisperFolder, WhisperShape};
 use crate::kernels::activations::{Activations, Precision};
 use crate::kernels::cpu::Isa;
-use crate::kernels::elementwise::{add_to, gelu, layer_norm};
+use crate::kernels::elementwise::{Activation, layer_norm};
 use crate::kernels::linear::multiply;
 use crate::kernels::page;
 use crate::kernels::pool::ThreadPool;
@@ -171,39 +171,29 @@ impl Context<'_> {
 
     /// Products that overwrite.
     fn set<const N: usize>(&mut self, products: [(&Affine, &mut [f32]); N]) {
-        let mut biased = products;
-        let each = biased.each_mut();
-        multiply(self.isa, self.threads, self.input, each.map(|(affine, y)| affine.weight.set(y)));
-        for (affine, y) in biased {
-            self.bias(affine, y);
-        }
+        let products =
+            products.map(|(affine, y)| affine.weight.set(y).bias(affine.bias.as_deref()));
+        multiply(self.isa, self.threads, self.input, products);
+    }
+
+    /// As [`Self::set`], through a GELU.
+    fn set_active(&mut self, affine: &Affine, y: &mut [f32]) {
+        let product = affine.weight.set(y).bias(affine.bias.as_deref());
+        let product = product.activation(Activation::Gelu);
+        multiply(self.isa, self.threads, self.input, [product]);
     }
 
     /// A product that is added to the residual stream.
     fn add(&mut self, affine: &Affine, x: &mut [f32]) {
-        multiply(self.isa, self.threads, self.input, [affine.weight.add_to(x)]);
-        self.bias(affine, x);
-    }
-
-    fn bias(&mut self, affine: &Affine, y: &mut [f32]) {
-        if let Some(bias) = &affine.bias {
-            self.each_row(y, bias.len(), |_, row| add_to(row, bias));
-        }
+        let product = affine.weight.add_to(x).bias(affine.bias.as_deref());
+        multiply(self.isa, self.threads, self.input, [product]);
     }
 
     /// `x += down(gelu(up(norm(x))))`.
     fn mlp(&mut self, mlp: &Mlp, x: &mut [f32], up: &mut [f32], rows: usize) {
         self.normed(&mlp.norm, x, rows);
-        multiply(self.isa, self.threads, self.input, [mlp.up.weight.set(up)]);
-        let (isa, width) = (self.isa, self.shape.ffn);
-        let bias = mlp.up.bias.as_deref();
-        self.input.fill(isa, self.threads, rows, width, |row, out| {
-            out.copy_from_slice(&up[row * width..][..width]);
-            if let Some(bias) = bias {
-                add_to(out, bias);
-            }
-            gelu(isa, out);
-        });
+        self.set_active(&mlp.up, up);
+        self.taken(up, rows, self.shape.ffn);
         self.add(&mlp.down, x);
     }
 
