@@ -258,7 +258,9 @@ async fn keys_and_certificates_that_cannot_be_are_named() {
 #[tokio::test]
 async fn models_that_cannot_do_what_the_role_asks_are_named() {
     let dir = tempfile::tempdir().expect("a folder");
-    let etcd = Etcd::start(dir.path()).await;
+    // Not in the folder in which nothing may be left.
+    let etcd_dir = tempfile::tempdir().expect("a folder");
+    let etcd = Etcd::start(etcd_dir.path()).await;
     let reference = repository().join("tests/reference");
     let (speech, text) = (reference.join("whisper/small-ct2"), reference.join("small/mistral"));
     let start = |role: &str, model: &Path| {
