@@ -33,6 +33,8 @@ PACKAGES = {
     "llama-cpp": (["llama-cpp-python==0.3.36"], {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}),
     "ik-llama-cpp": (["ik-llama-cpp-python"], {}),
     "openvino": (["openvino-genai==2026.4.*", "numpy"], {}),
+    "pooling": (["sentence-transformers==6.2.*", "torch==2.15.*", "onnxruntime==1.32.*",
+                 "onnx==1.23.*", "openvino==2026.4.*"], {}),
     "plot": (["matplotlib"], {}),
 }
 PEERS = ["llama-cpp", "llama-cpp-flash", "ik-llama-cpp", "ik-llama-cpp-flash", "openvino"]

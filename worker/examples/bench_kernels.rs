@@ -1,31 +1,37 @@
-//! Times the matrix product and attention alone, on one thread.
+//! Times the kernels alone, on one thread: matrix products and attention of a decoder, with the
+//! weights of a model, and without one those of encoders.
 //!
-//! `cargo run --release -p baton-worker --example bench_kernels -- MODEL` prints, for every
+//! `cargo run --release -p baton-worker --example bench_kernels -- [MODEL]` prints, for every
 //! instruction set that the CPU has, the best rate of some runs: the machine's other work then
-//! counts little. A multiplication with its addition is one operation.
+//! counts little. A multiplication with its addition is one operation. Beside the encoders' products
+//! stands their share of what the CPU multiplies in registers alone.
 
 use std::error::Error;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use baton_proto::v1::KvDtype;
-use baton_worker::checkpoint;
+use baton_worker::checkpoint::{self, TensorBytes};
 use baton_worker::kernels::activations::{Activations, Precision};
 use baton_worker::kernels::arena::Arena;
 use baton_worker::kernels::attention::{self, Queries};
-use baton_worker::kernels::cpu::Isa;
+use baton_worker::kernels::bidirectional::{self, Span};
+use baton_worker::kernels::cpu::{Isa, SUMS, multiply_adds};
+use baton_worker::kernels::elementwise::{gelu, layer_norm_in_place};
+use baton_worker::kernels::lanes::LANES;
 use baton_worker::kernels::linear::{Linear, multiply};
 use baton_worker::kernels::page::Shape;
 use baton_worker::kernels::pool::ThreadPool;
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::kv_layout;
+use candle_core::quantized::GgmlDType;
 use clap::Parser;
 
 /// Prints thousand million multiply-adds a second.
 #[derive(Parser)]
 struct Arguments {
-    /// A GGUF file or a model's folder.
-    model: PathBuf,
+    /// A GGUF file or a model's folder; without, an encoder's operations are measured.
+    model: Option<PathBuf>,
     /// Runs of each measure; the fastest counts.
     #[arg(long, default_value_t = 30)]
     runs: usize,
@@ -36,12 +42,15 @@ struct Arguments {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
-    let checkpoint = checkpoint::open(&arguments.model)?;
+    let mut isas = Isa::available();
+    isas.truncate(if arguments.best { 1 } else { isas.len() });
+    let Some(model) = &arguments.model else {
+        return isas.into_iter().try_for_each(|isa| encoder(isa, arguments.runs));
+    };
+    let checkpoint = checkpoint::open(model)?;
     let config = checkpoint.config()?;
     let mut pool = ThreadPool::new(1)?;
     let mut arena = Arena::default();
-    let mut isas = Isa::available();
-    isas.truncate(if arguments.best { 1 } else { isas.len() });
     for isa in isas {
         for name in [
             "blk.0.attn_q.weight",
@@ -117,6 +126,83 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
     }
+    Ok(())
+}
+
+/// Products, attention and what is between, in the shapes of MiniLM and of Whisper's encoder.
+fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
+    let (mut pool, mut arena) = (ThreadPool::new(1)?, Arena::default());
+    let peak = fastest(runs, 0x10000 * SUMS * LANES, || {
+        // SAFETY: the CPU has the instruction set.
+        unsafe { multiply_adds(isa, 0x10000) }
+    });
+    println!("{isa:?} multiply-adds in registers {peak:7.1}");
+    for (outputs, inputs) in [(384, 384), (1536, 384), (384, 1536)] {
+        let mut values = vec![0.0; outputs * inputs];
+        noise(3, &mut values);
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let tensor = TensorBytes::anonymous(&bytes, GgmlDType::F32, vec![outputs, inputs]);
+        for (dtype, precision) in [
+            (GgmlDType::F32, Precision::Float),
+            (GgmlDType::BF16, Precision::Float),
+            (GgmlDType::BF16, Precision::BFloat16),
+            (GgmlDType::Q8_0, Precision::Sixteen),
+            (GgmlDType::Q8_0, Precision::Eight),
+        ] {
+            let linear = Linear::rounded(&mut pool, &mut arena, tensor.clone(), dtype)
+                .ok_or("a tensor that is not supported")?;
+            for rows in [1, 10, 128, 512] {
+                let mut x = Activations::new(precision);
+                x.fill(isa, &mut pool, rows, inputs, |row, out| noise(row as u64, out));
+                let mut y = vec![0.0; rows * outputs];
+                let rate = fastest(runs, rows * outputs * inputs, || {
+                    multiply(isa, &mut pool, &x, [linear.set(&mut y)]);
+                });
+                println!(
+                    "{isa:?} {precision:?} {inputs} to {outputs} {dtype:?} x {rows:<4} {rate:7.1} \
+                     {:4.0} %",
+                    100.0 * rate / peak
+                );
+            }
+        }
+    }
+    for (heads, head_dim, count) in [(12, 32, 10), (12, 32, 100), (12, 32, 256), (8, 64, 1500)] {
+        let width = heads * head_dim;
+        let mut q = vec![0.0; 3 * count * width];
+        noise(5, &mut q);
+        let (q, rest) = q.split_at(count * width);
+        let (k, v) = rest.split_at(count * width);
+        let (mut out, mut scratch) = (vec![0.0; q.len()], bidirectional::Scratch::default());
+        let spans = [Span { row: 0, count }];
+        let rate = fastest(runs, 2 * count * count * width, || {
+            bidirectional::attend(
+                isa,
+                &mut pool,
+                heads,
+                head_dim,
+                None,
+                &spans,
+                &mut scratch,
+                q,
+                k,
+                v,
+                &mut out,
+            );
+        });
+        println!(
+            "{isa:?} attention of {heads} x {head_dim} over {count} {rate:7.1} {:4.0} %",
+            100.0 * rate / peak
+        );
+    }
+    let mut x = vec![0.0; 384 * 64];
+    noise(6, &mut x);
+    let (weight, bias) = (vec![1.0; 384], vec![0.1; 384]);
+    let norm = fastest(runs, x.len(), || {
+        x.chunks_exact_mut(384)
+            .for_each(|x| layer_norm_in_place(isa, x, &weight, Some(&bias), 1e-12));
+    });
+    let gelu = fastest(runs, x.len(), || gelu(isa, &mut x));
+    println!("{isa:?} layer norm {norm:.2}, gelu {gelu:.2} thousand million elements a second");
     Ok(())
 }
 

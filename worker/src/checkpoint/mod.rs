@@ -117,11 +117,12 @@ impl TensorBytes {
     /// A tensor that is not in a file.
     ///
     /// # Panics
-    /// When there is no memory.
-    pub(crate) fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
-        let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).expect("memory");
+    /// When the system has no memory left.
+    #[allow(clippy::unwrap_used)]
+    pub fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
+        let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).unwrap();
         map[..bytes.len()].copy_from_slice(bytes);
-        let map = Arc::new(map.make_read_only().expect("memory"));
+        let map = Arc::new(map.make_read_only().unwrap());
         Self { map, start: 0, len: bytes.len(), dtype, dims }
     }
 }

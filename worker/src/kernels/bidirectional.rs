@@ -160,11 +160,8 @@ unsafe fn tile<V: Lanes, const M: usize, const N: usize>(
         let queries = scratch;
         let sums = queries.add(call.head_dim * lanes);
         let weights = sums.add(call.head_dim * lanes);
-        for d in 0..call.head_dim {
-            for lane in 0..lanes {
-                let query = call.q.add((first + lane.min(count - 1)) * call.width + d);
-                *queries.add(d * lanes + lane) = *query * call.scale;
-            }
+        for n in 0..N {
+            read_queries::<V>(call, first, count, n, queries.add(n * LANES), lanes);
         }
         let mut largest = [V::splat(UNSEEN); N];
         let mut total = [V::splat(0.0); N];
@@ -182,18 +179,82 @@ unsafe fn tile<V: Lanes, const M: usize, const N: usize>(
         }
         for n in 0..N {
             let share = V::splat(1.0).div(total[n]);
-            for d in 0..call.head_dim {
-                let at = sums.add(d * lanes + n * LANES);
-                V::load(at).mul(share).store(at);
-            }
-        }
-        for lane in 0..count {
-            for d in 0..call.head_dim {
-                *call.out.add((first + lane) * call.width + d) = *sums.add(d * lanes + lane);
-            }
+            write_sums::<V>(call, first, count, n, sums.add(n * LANES), lanes, share);
         }
     }
     count
+}
+
+/// Turns the `n`-th sixteen queries, scaled, into a vector for each dimension, `lanes` floats apart.
+#[inline(always)]
+unsafe fn read_queries<V: Lanes>(
+    call: &Call,
+    first: usize,
+    count: usize,
+    n: usize,
+    to: *mut f32,
+    lanes: usize,
+) {
+    // SAFETY: the queries up to `count` are rows of the span, those behind repeat the last.
+    unsafe {
+        let row =
+            |lane: usize| call.q.add((first + (n * LANES + lane).min(count - 1)) * call.width);
+        let scale = V::splat(call.scale);
+        let mut d = 0;
+        while d + LANES <= call.head_dim {
+            let mut square = [scale; LANES];
+            for lane in 0..LANES {
+                square[lane] = V::load(row(lane).add(d)).mul(scale);
+            }
+            V::transpose(&mut square);
+            for i in 0..LANES {
+                square[i].store(to.add((d + i) * lanes));
+            }
+            d += LANES;
+        }
+        for d in d..call.head_dim {
+            for lane in 0..LANES {
+                *to.add(d * lanes + lane) = *row(lane).add(d) * call.scale;
+            }
+        }
+    }
+}
+
+/// The way back, of those that exist: rows of the sums, each multiplied by its share.
+#[inline(always)]
+unsafe fn write_sums<V: Lanes>(
+    call: &Call,
+    first: usize,
+    count: usize,
+    n: usize,
+    sums: *const f32,
+    lanes: usize,
+    share: V,
+) {
+    // SAFETY: the queries up to `count` are rows of the span, this task's alone.
+    unsafe {
+        let rows = LANES.min(count.saturating_sub(n * LANES));
+        let row = |lane: usize| call.out.add((first + n * LANES + lane) * call.width);
+        let mut d = 0;
+        while d + LANES <= call.head_dim {
+            let mut square = [share; LANES];
+            for i in 0..LANES {
+                square[i] = V::load(sums.add((d + i) * lanes)).mul(share);
+            }
+            V::transpose(&mut square);
+            for lane in 0..rows {
+                square[lane].store(row(lane).add(d));
+            }
+            d += LANES;
+        }
+        let mut shares = [0.0; LANES];
+        share.store(shares.as_mut_ptr());
+        for d in d..call.head_dim {
+            for lane in 0..rows {
+                *row(lane).add(d) = *sums.add(d * lanes + lane) * shares[lane];
+            }
+        }
+    }
 }
 
 /// The scores of a chunk's keys, a key after the other.
@@ -287,7 +348,10 @@ unsafe fn exponents<V: Lanes, const N: usize>(
                 largest[n] = largest[n].max(V::load(scores.add((key * N + n) * LANES)));
             }
         }
-        let factor: [V; N] = std::array::from_fn(|n| before[n].sub(largest[n]).exp2());
+        let mut factor = before;
+        for n in 0..N {
+            factor[n] = before[n].sub(largest[n]).exp2();
+        }
         let mut sums = [V::splat(0.0); N];
         for key in 0..keys {
             for n in 0..N {

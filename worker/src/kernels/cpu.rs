@@ -1,6 +1,9 @@
 //! Which instruction set runs the kernels: the one place that decides.
 
+use std::hint::black_box;
 use std::sync::OnceLock;
+
+use super::lanes::Lanes;
 
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,3 +137,35 @@ macro_rules! dispatch_dot {
     };
 }
 pub(crate) use dispatch_dot;
+
+/// Independent sums of [`multiply_adds`].
+pub const SUMS: usize = 12;
+
+/// `count` times [`SUMS`] vectors of multiply-adds in registers: the most that a product can reach.
+///
+/// # Safety
+/// The CPU has the instruction set.
+#[inline(always)]
+unsafe fn multiply_adds_kernel<V: Lanes>(count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (a, b) = (V::splat(black_box(0.5)), V::splat(black_box(0.25)));
+        let mut sums = [V::splat(0.0); SUMS];
+        for _ in 0..count {
+            for sum in &mut sums {
+                *sum = sum.mul_add(a, b);
+            }
+        }
+        sums.into_iter().for_each(|sum| {
+            black_box(sum.sum());
+        });
+    }
+}
+dispatch! {
+    /// `count` times [`SUMS`] vectors of multiply-adds in registers: the most that any product can
+    /// reach.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set.
+    pub unsafe fn multiply_adds(count: usize) => multiply_adds_kernel;
+}

@@ -274,13 +274,16 @@ unsafe fn pass<V: Lanes, R: Read, const M: usize, const N: usize>(
         let mut sums = [[V::splat(0.0); N]; M];
         for step in 0..call.inputs / R::STEP {
             for i in 0..R::STEP {
-                let weights: [V; N] = std::array::from_fn(|n| {
-                    R::read(weights.add(n * call.tile_bytes + step * R::BYTES), i)
-                });
+                // Not `from_fn`: what is called in its closure is compiled without the vectors.
+                let mut vectors = [V::splat(0.0); N];
+                for n in 0..N {
+                    let from = weights.add(n * call.tile_bytes + step * R::BYTES);
+                    vectors[n] = R::read(from, i);
+                }
                 for m in 0..M {
                     let x = V::splat(*x.add(m * call.inputs + step * R::STEP + i));
                     for n in 0..N {
-                        sums[m][n] = weights[n].mul_add(x, sums[m][n]);
+                        sums[m][n] = vectors[n].mul_add(x, sums[m][n]);
                     }
                 }
             }

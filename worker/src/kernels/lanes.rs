@@ -10,6 +10,9 @@ use std::arch::x86_64::*;
 /// Number of lanes.
 pub const LANES: usize = 16;
 
+/// `2^x` over ±1/2, highest power first: fitted for the least relative error, 8e-8.
+const EXP2: [f32; 6] = [1.327_647_1e-3, 9.675_541e-3, 5.550_713e-2, 0.240_221_2, 0.693_146_94, 1.0];
+
 /// The finite half-precision float at `from`, exactly, without a branch.
 #[inline(always)]
 pub(super) unsafe fn half(from: *const u8) -> f32 {
@@ -75,8 +78,8 @@ pub unsafe trait Lanes: Copy {
 
     /// `2^self`, to about two units in the last place of single precision.
     ///
-    /// Range reduction to ±1/2 and a degree-5 polynomial, fitted for the least relative error
-    /// (8e-8). Below -126 the result is `2^-126`, which is zero for every use here.
+    /// Range reduction to ±1/2 and a polynomial. Below -126 the result is at most `2^-126`, which is
+    /// zero for every use here.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // SAFETY: the caller has the instruction set.
@@ -84,11 +87,26 @@ pub unsafe trait Lanes: Copy {
             let x = self.max(Self::splat(-126.0));
             let whole = x.round();
             let x = x.sub(whole);
-            let mut p = Self::splat(1.327_647_1e-3);
-            for c in [9.675_541e-3, 5.550_713e-2, 0.240_221_2, 0.693_146_94, 1.0] {
-                p = p.mul_add(x, Self::splat(c));
+            let mut p = Self::splat(EXP2[0]);
+            for c in &EXP2[1..] {
+                p = p.mul_add(x, Self::splat(*c));
             }
             p.mul(whole.exp2_whole())
+        }
+    }
+
+    /// Makes rows of columns.
+    #[inline(always)]
+    unsafe fn transpose(square: &mut [Self; LANES]) {
+        let mut lanes = [[0f32; LANES]; LANES];
+        for i in 0..LANES {
+            // SAFETY: a row has sixteen elements.
+            unsafe { square[i].store(lanes[i].as_mut_ptr()) };
+        }
+        for i in 0..LANES {
+            let column = lanes.map(|row| row[i]);
+            // SAFETY: as above.
+            square[i] = unsafe { Self::load(column.as_ptr()) };
         }
     }
 
@@ -465,6 +483,52 @@ unsafe impl Lanes for Avx512 {
         unsafe {
             let biased = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // As the default, but the last factor takes any exponent.
+        // SAFETY: see the impl.
+        unsafe {
+            let whole = self.round();
+            let x = self.sub(whole);
+            let mut p = Self::splat(EXP2[0]);
+            for c in &EXP2[1..] {
+                p = p.mul_add(x, Self::splat(*c));
+            }
+            Self(_mm512_scalef_ps(p.0, whole.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(square: &mut [Self; LANES]) {
+        // Pairs of rows, then fours, within quarters; then the quarters.
+        // SAFETY: see the impl.
+        unsafe {
+            let mut twos = [_mm512_setzero_ps(); LANES];
+            for i in (0..LANES).step_by(2) {
+                twos[i] = _mm512_unpacklo_ps(square[i].0, square[i + 1].0);
+                twos[i + 1] = _mm512_unpackhi_ps(square[i].0, square[i + 1].0);
+            }
+            let mut fours = [_mm512_setzero_ps(); LANES];
+            for i in (0..LANES).step_by(4) {
+                for half in 0..2 {
+                    let a = _mm512_castps_pd(twos[i + half]);
+                    let b = _mm512_castps_pd(twos[i + half + 2]);
+                    fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            for i in 0..4 {
+                let [a, b, c, d] = [fours[i], fours[4 + i], fours[8 + i], fours[12 + i]];
+                let even = _mm512_shuffle_f32x4::<0x88>(a, b);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(a, b);
+                let next_even = _mm512_shuffle_f32x4::<0x88>(c, d);
+                let next_odd = _mm512_shuffle_f32x4::<0xdd>(c, d);
+                square[i] = Self(_mm512_shuffle_f32x4::<0x88>(even, next_even));
+                square[4 + i] = Self(_mm512_shuffle_f32x4::<0x88>(odd, next_odd));
+                square[8 + i] = Self(_mm512_shuffle_f32x4::<0xdd>(even, next_even));
+                square[12 + i] = Self(_mm512_shuffle_f32x4::<0xdd>(odd, next_odd));
+            }
         }
     }
     #[inline(always)]
