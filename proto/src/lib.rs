@@ -29,6 +29,9 @@ pub use channel::endpoint;
 pub use instance::{InstanceRecord, InstanceRole};
 pub use prefix::{BlockHash, block_hashes};
 
+/// The bounds of `WorkerStatus.steps_by_tokens`, those of vLLM's `iteration_tokens_total`.
+pub const STEP_TOKENS: [u32; 13] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384];
+
 /// The largest gRPC message any Baton process sends or takes.
 ///
 /// Sized for a prompt of a million tokens and for one KV block of a large model; payloads above

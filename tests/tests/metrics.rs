@@ -104,6 +104,13 @@ async fn vllm_s_dashboard_finds_every_series_it_asks_for() {
         let found = now.sum(name, &model);
         assert!(quiet.contains(name) || found > Some(0.0), "{name} is {found:?}\n{text}");
     }
+    // Every prompt's tokens and all drawn ones but a prompt's first came from some step.
+    let steps = |end: &str| {
+        let name = format!("vllm:iteration_tokens_total_{end}");
+        now.sum(&name, &model).unwrap_or_else(|| panic!("{name} is absent\n{text}"))
+    };
+    assert!(steps("sum") >= 100.0 + 23.0 - 3.0, "{}\n{text}", steps("sum"));
+    assert!((1.0..=steps("sum")).contains(&steps("count")), "{}\n{text}", steps("count"));
     // Where prompts' tokens came from adds up to all of them.
     let sources = ["local_compute", "local_cache_hit", "external_kv_transfer"].map(|source| {
         now.sum("vllm:prompt_tokens_by_source_total", &[("source", source)]).expect("a source")
@@ -125,6 +132,27 @@ async fn vllm_s_dashboard_finds_every_series_it_asks_for() {
     let info = now.family("vllm:cache_config_info").expect("a family");
     assert_eq!(info.samples[0].1["cache_dtype"], "int16", "{info:?}");
     assert!(info.samples[0].1["num_gpu_blocks"].parse::<u64>().is_ok_and(|n| n > 0), "{info:?}");
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn draws_under_a_constraint_are_counted() {
+    let cluster = cluster().await;
+    let body = json!({
+        "model": MODEL_NAME, "prompt": "Yes or no?", "max_tokens": 8,
+        "structured_outputs": {"choice": ["absolutely", "certainly not"]},
+    });
+    cluster.api.ok("/v1/completions", &body).await;
+    eventually("draws are counted", Duration::from_secs(5), async || {
+        let (now, _) = scrape(&cluster).await;
+        match now.sum("baton_constrained_tokens_total", &[("model_name", MODEL_NAME)]) {
+            Some(tokens) if (1.0..=9.0).contains(&tokens) => Ok(()),
+            other => Err(format!("{other:?} tokens")),
+        }
+    })
+    .await;
+    let (now, text) = scrape(&cluster).await;
+    assert!(now.sum("baton_constraint_wait_seconds_total", &[]).is_some(), "{text}");
     cluster.finish().await;
 }
 

@@ -4,6 +4,8 @@ use prometheus::core::{AtomicF64, AtomicU64, Collector, GenericCounterVec, Gener
 use prometheus::{HistogramOpts, HistogramVec, Opts, Registry};
 
 pub(super) type CounterVec = GenericCounterVec<AtomicU64>;
+/// Counts what is not whole.
+pub(super) type SecondsVec = GenericCounterVec<AtomicF64>;
 pub(super) type GaugeVec = GenericGaugeVec<AtomicF64>;
 
 /// vLLM's labels. `engine` is the index of a data-parallel engine; seen from outside, a Baton

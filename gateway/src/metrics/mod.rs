@@ -6,6 +6,7 @@
 mod families;
 mod http;
 pub(crate) mod lora;
+mod steps;
 mod tokens;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,15 +15,16 @@ use std::time::Duration;
 
 use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerStatus};
 use parking_lot::{Mutex, RwLock};
-use prometheus::{Encoder as _, HistogramVec, Registry, TextEncoder};
+use prometheus::{Encoder as _, HistogramVec, Opts, Registry, TextEncoder};
 
 use crate::metrics::lora::LoraRequests;
 use crate::workers::Registry as Workers;
 use families::{
-    CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, TTFT, counter, gauge,
-    histogram,
+    CounterVec, ENGINE, GaugeVec, INTER_TOKEN, LABELS, LATENCY, SEQUENCES, SecondsVec, TTFT,
+    counter, gauge, histogram, register,
 };
 use http::HttpMetrics;
+use steps::StepTokens;
 pub use tokens::Siblings;
 use tokens::TokenHistograms;
 
@@ -93,6 +95,9 @@ pub struct Metrics {
     drafts: CounterVec,
     draft_tokens: CounterVec,
     accepted_tokens: CounterVec,
+    steps: StepTokens,
+    constrained: CounterVec,
+    constraint_wait: SecondsVec,
     handoff_bytes: CounterVec,
     handoff_failures: CounterVec,
     workers: GaugeVec,
@@ -101,7 +106,7 @@ pub struct Metrics {
     pub(crate) lora: LoraRequests,
     store_errors: CounterVec,
     /// Each worker's counters at the last scrape.
-    seen: Mutex<HashMap<String, WorkerStatus>>,
+    seen: Mutex<HashMap<String, Arc<WorkerStatus>>>,
 }
 
 impl Metrics {
@@ -280,6 +285,23 @@ impl Metrics {
                 "Tokens guessed ahead that were right.",
                 &LABELS,
             )?,
+            steps: register(&r, StepTokens::new()?)?,
+            constrained: counter(
+                &r,
+                "baton_constrained_tokens_total",
+                "Tokens drawn under a constraint.",
+                &LABELS,
+            )?,
+            constraint_wait: register(
+                &r,
+                SecondsVec::new(
+                    Opts::new(
+                        "baton_constraint_wait_seconds_total",
+                        "Time that engines stood still for a constraint's next tokens.",
+                    ),
+                    &LABELS,
+                )?,
+            )?,
             handoff_bytes: counter(
                 &r,
                 "baton_handoff_bytes_total",
@@ -423,7 +445,7 @@ impl Metrics {
         Ok(text)
     }
 
-    fn take_in(&self, workers: &Workers, seen: &mut HashMap<String, WorkerStatus>) {
+    fn take_in(&self, workers: &Workers, seen: &mut HashMap<String, Arc<WorkerStatus>>) {
         let gauges = [
             &self.running,
             &self.waiting,
@@ -468,9 +490,9 @@ impl Metrics {
                         status.kv_blocks_total;
                 }
             }
-            let before = seen.get(id).copied().unwrap_or_default();
+            let before = seen.get(id).cloned().unwrap_or_default();
             self.add_growth(model, &before, &status);
-            seen.insert(id.to_owned(), *status);
+            seen.insert(id.to_owned(), status);
         }
         for (model, (used, total)) in blocks {
             let share = used as f64 / total.max(1) as f64;
@@ -498,6 +520,11 @@ impl Metrics {
         self.draft_tokens.with_label_values(&labels).inc_by(drafted);
         let accepted = grown(|status| status.spec_decode_accepted_tokens);
         self.accepted_tokens.with_label_values(&labels).inc_by(accepted);
+        self.steps.add(model, before, now);
+        let constrained = grown(|status| status.constrained_tokens);
+        self.constrained.with_label_values(&labels).inc_by(constrained);
+        let waited = Duration::from_micros(grown(|status| status.constraint_wait_us));
+        self.constraint_wait.with_label_values(&labels).inc_by(waited.as_secs_f64());
         let failures = grown(|status| status.handoff_failures);
         self.handoff_failures.with_label_values(&labels).inc_by(failures);
         let bytes = [

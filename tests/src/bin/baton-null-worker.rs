@@ -175,6 +175,6 @@ impl Worker for NullWorker {
         let every = Duration::from_millis(request.into_inner().interval_ms.max(10).into());
         let status = WorkerStatus { kv_blocks_total: 4096, ..WorkerStatus::default() };
         let ticks = IntervalStream::new(tokio::time::interval(every));
-        Ok(Response::new(ticks.map(move |_| Ok(status)).boxed()))
+        Ok(Response::new(ticks.map(move |_| Ok(status.clone())).boxed()))
     }
 }

@@ -173,7 +173,7 @@ impl Engine {
 
     /// Gauges and counters as of the last step.
     pub fn status(&self) -> WorkerStatus {
-        *self.status.lock()
+        self.status.lock().clone()
     }
 
     /// Takes a request, or says why not.

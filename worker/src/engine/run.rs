@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::BlockHash;
 use baton_proto::v1::{SpeechCard, Token, WorkerStatus};
+use baton_proto::{BlockHash, STEP_TOKENS};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -53,6 +53,9 @@ pub(super) struct Running {
     start: Instant,
     prompt_tokens: u64,
     generation_tokens: u64,
+    /// Steps by the tokens that they computed, and the sum of these: see `WorkerStatus`.
+    steps: [u64; STEP_TOKENS.len() + 1],
+    step_tokens: u64,
     logits: Vec<f32>,
     scratch: Scratch,
     /// Empty between steps.
@@ -82,6 +85,8 @@ impl Running {
             start: Instant::now(),
             prompt_tokens: 0,
             generation_tokens: 0,
+            steps: [0; STEP_TOKENS.len() + 1],
+            step_tokens: 0,
             logits: Vec::new(),
             scratch: Scratch::default(),
             batch: Vec::new(),
@@ -325,6 +330,9 @@ impl Running {
             return false;
         }
         self.scheduler.advance(plan);
+        let tokens = plan.tokens();
+        self.steps[STEP_TOKENS.partition_point(|&most| (most as usize) < tokens)] += 1;
+        self.step_tokens += tokens as u64;
         let vocab = self.model.config().vocab;
         let mut logits = std::mem::take(&mut self.logits);
         let (mut rows, mut drafts) = (&mut logits[..], &plan.drafts[..]);
@@ -484,6 +492,10 @@ impl Running {
         status.spec_decode_drafts = stats.drafts;
         status.spec_decode_draft_tokens = stats.draft_tokens;
         status.spec_decode_accepted_tokens = stats.accepted_tokens;
+        // In place: a step allocates nothing.
+        status.steps_by_tokens.resize(self.steps.len(), 0);
+        status.steps_by_tokens.copy_from_slice(&self.steps);
+        status.step_tokens = self.step_tokens;
         status.constrained_tokens = self.scratch.constrained;
         status.constraint_wait_us = self.scratch.waited.as_micros() as u64;
     }
