@@ -166,6 +166,37 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
             }
         }
     }
+    // All products of six layers: few rows are as fast as their weights come from memory.
+    let shapes = [(384, 384), (384, 384), (384, 384), (384, 384), (1536, 384), (384, 1536)];
+    for (dtype, precision) in
+        [(GgmlDType::F32, Precision::Float), (GgmlDType::BF16, Precision::BFloat16)]
+    {
+        let mut layers = Vec::new();
+        for (outputs, inputs) in shapes.repeat(6) {
+            let bytes = vec![0x3c; outputs * inputs * 4];
+            let tensor = TensorBytes::anonymous(&bytes, GgmlDType::F32, vec![outputs, inputs]);
+            let linear = Linear::rounded(&mut pool, &mut arena, tensor, dtype);
+            layers.push(linear.ok_or("a tensor that is not supported")?);
+        }
+        for rows in [1, 10, 24, 128] {
+            let mut x = [384, 1536].map(|_| Activations::new(precision));
+            x[0].fill(isa, &mut pool, rows, 384, |row, out| noise(row as u64, out));
+            x[1].fill(isa, &mut pool, rows, 1536, |row, out| noise(row as u64, out));
+            let mut y = vec![0.0; rows * 1536];
+            let work = layers.iter().map(|l| rows * l.outputs() * l.inputs()).sum();
+            let rate = fastest(runs, work, || {
+                for linear in &layers {
+                    let y = &mut y[..rows * linear.outputs()];
+                    let x = &x[usize::from(linear.inputs() == 1536)];
+                    multiply(isa, &mut pool, x, [linear.set(y)]);
+                }
+            });
+            println!(
+                "{isa:?} {precision:?} six layers {dtype:?} x {rows:<4} {rate:7.1} {:4.0} %",
+                100.0 * rate / peak
+            );
+        }
+    }
     for (heads, head_dim, count) in [(12, 32, 10), (12, 32, 100), (12, 32, 256), (8, 64, 1500)] {
         let width = heads * head_dim;
         let mut q = vec![0.0; 3 * count * width];

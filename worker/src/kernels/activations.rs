@@ -151,6 +151,7 @@ dispatch_dot! {
 /// Rounds floats to the nearest bfloat16, ties to even, in place and as such. Plain code: it is
 /// compiled for each instruction set.
 #[inline(always)]
+#[allow(clippy::extra_unused_type_parameters)]
 unsafe fn to_bfloats_kernel<V: Lanes>(x: *mut f32, len: usize, to: *mut u8) {
     for i in 0..len {
         // SAFETY: the caller grants `len` floats and twice as many bytes.

@@ -89,7 +89,10 @@ macro_rules! dispatch {
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Bf16
                 | $crate::kernels::cpu::Isa::Vnni
-                | $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                | $crate::kernels::cpu::Isa::Avx512 => {
+                    // SAFETY: as above.
+                    unsafe { avx512($($arg),*) }
+                }
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },

@@ -85,7 +85,7 @@ pub(super) unsafe fn multiply(
                     let to = grown(call.tiles + 1);
                     transpose(dtype, bytes, inputs, &call, to);
                     call.weights = to.cast_const().cast();
-                    return multiply_singles(isa, &call);
+                    multiply_singles(isa, &call);
                 }
                 Weights::Panels(panels, first) => {
                     call.weights = panels.tile(first);
