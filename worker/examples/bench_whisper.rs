@@ -130,8 +130,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             let is_time = |token: &&u32| **token >= card.timestamp_begin;
             let text = &tokens
                 [..tokens.len() - usize::from(tokens.last() < Some(&card.start_of_transcript))];
-            let pairs = text.windows(2).filter(|pair| pair.iter().all(|token| is_time(&token)));
-            let last = pairs.last().map(|pair| (pair[0] - card.timestamp_begin) as usize * STEP);
+            let mut pairs = text.windows(2).filter(|pair| pair.iter().all(|token| is_time(&token)));
+            let last =
+                pairs.next_back().map(|pair| (pair[0] - card.timestamp_begin) as usize * STEP);
             let single = text.iter().rev().take_while(is_time).count() == 1;
             at += match last {
                 Some(last) if !single && last > 0 => last,
