@@ -56,6 +56,42 @@ struct Config {
     eos_token_id: Option<Value>,
 }
 
+/// The tensors of all `*.safetensors` files of a folder. What tells them from other ones goes into
+/// the hasher.
+pub(super) fn tensors(
+    path: &Path,
+    hasher: &mut blake3::Hasher,
+) -> Result<HashMap<String, TensorBytes>, LoadError> {
+    let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
+    let listed = std::fs::read_dir(path)
+        .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
+    let mut files: Vec<PathBuf> = listed
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(corrupt("the folder has no *.safetensors file".into()));
+    }
+    let mut tensors = HashMap::new();
+    for file in files {
+        let map = super::map(&file)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
+        // The header's length, eight bytes, comes before it.
+        let data = header + 8;
+        hasher.update(&map[..data]);
+        hasher.update(&(map.len() as u64).to_le_bytes());
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let Some(dtype) = dtype(info.dtype) else { continue };
+            let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
+            tensors.insert(name, tensor);
+        }
+    }
+    Ok(tensors)
+}
+
 /// A mapped and checked folder.
 pub(super) struct Folder {
     path: PathBuf,
@@ -220,41 +256,6 @@ impl Checkpoint for Folder {
     }
 }
 
-/// Maps all `*.safetensors` of a folder. Their headers and lengths go into `hasher`.
-pub(super) fn tensors(
-    path: &Path,
-    hasher: &mut blake3::Hasher,
-) -> Result<HashMap<String, TensorBytes>, LoadError> {
-    let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
-    let listed = std::fs::read_dir(path)
-        .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
-    let mut files: Vec<PathBuf> = listed
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
-        .collect();
-    files.sort();
-    if files.is_empty() {
-        return Err(corrupt("the folder has no *.safetensors file".into()));
-    }
-    let mut tensors = HashMap::new();
-    for file in files {
-        let map = super::map(&file)?;
-        let (header, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
-        // The header's length, eight bytes, comes before it.
-        let data = header + 8;
-        hasher.update(&map[..data]);
-        hasher.update(&(map.len() as u64).to_le_bytes());
-        for (name, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            let Some(dtype) = dtype(info.dtype) else { continue };
-            let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
-            tensors.insert(name, tensor);
-        }
-    }
-    Ok(tensors)
-}
-
 /// Tokenizer and chat template of a folder.
 pub(super) fn tokenizer(path: &Path) -> Result<TokenizerBundle, LoadError> {
     let settings = json(path, "tokenizer_config.json")?.unwrap_or_default();
@@ -289,7 +290,7 @@ pub(super) fn json(folder: &Path, name: &str) -> Result<Option<Value>, LoadError
     })
 }
 
-fn object(json: Option<Value>) -> Map<String, Value> {
+pub(super) fn object(json: Option<Value>) -> Map<String, Value> {
     match json {
         Some(Value::Object(fields)) => fields,
         _ => Map::new(),
@@ -346,7 +347,7 @@ impl Folder {
     }
 }
 
-fn tensor(
+pub(super) fn tensor(
     map: &Arc<Mmap>,
     start: usize,
     len: usize,

@@ -1,9 +1,11 @@
-//! Model files: a GGUF, or a folder as Hugging Face publishes it.
+//! Model files: a GGUF, or a folder as Hugging Face publishes it. Whisper models come in folders of
+//! CTranslate2 too.
 //!
 //! [`Checkpoint`] is what a model needs of either: its shape, its tensors by the names that GGUF has
 //! for them, its tokenizer. Everything that a file claims is checked before it is used, so that a
 //! truncated or corrupt file is an error here and never a fault later.
 
+mod ctranslate2;
 pub mod encoder;
 mod gguf;
 mod gguf_architecture;
@@ -11,6 +13,9 @@ mod gguf_tokenizer;
 mod hugging_face;
 pub mod sentence_transformers;
 mod sentencepiece;
+mod whisper;
+
+pub use whisper::{WhisperFolder, WhisperShape};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -90,18 +95,6 @@ impl TensorBytes {
         &self.map[self.start..self.start + self.len]
     }
 
-    /// Some rows of it.
-    ///
-    /// # Panics
-    /// When it does not have them.
-    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
-        let row = self.len / self.dims[0].max(1);
-        assert!(first + count <= self.dims[0]);
-        let mut dims = self.dims.clone();
-        dims[0] = count;
-        Self { start: self.start + first * row, len: count * row, dims, ..self.clone() }
-    }
-
     /// Lets go of the tensor's pages in memory; they are read from the file again when needed.
     pub fn forget(&self) {
         // What the mapping of a tensor shares with its neighbours stays. A failure costs memory only.
@@ -112,7 +105,18 @@ impl TensorBytes {
         let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 
-    /// A tensor that is not in a file, for tests and benchmarks of what reads one.
+    /// Some of the rows of a tensor of floats.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.dims[0] && self.dtype.block_size() == 1, "rows");
+        let row = self.len / self.dims[0].max(1);
+        let dims = [&[count], &self.dims[1..]].concat();
+        Self { start: self.start + first * row, len: count * row, dims, ..self.clone() }
+    }
+
+    /// A tensor that is not in a file.
     ///
     /// # Panics
     /// When the system has no memory left.

@@ -51,11 +51,10 @@ impl Encoder for Causal {
             let (blocks, rest) = free.split_at(tokens.len().div_ceil(Self::BLOCK_SIZE));
             free = rest;
             batch.push(SequenceSlice {
-                start: 0,
                 tokens,
                 blocks,
                 logits: tokens.len(),
-                adapter: None,
+                ..SequenceSlice::default()
             });
         }
         self.decoder.forward_hidden(&batch, &self.kv, states)

@@ -7,6 +7,7 @@
 //! A worker has an engine, or it pools; what it does not have is FAILED_PRECONDITION.
 
 mod adapters;
+mod align;
 mod generate;
 mod pool;
 mod prefill;
@@ -371,9 +372,9 @@ impl Worker for WorkerService {
 
     async fn align(
         &self,
-        _request: Request<v1::AlignRequest>,
+        request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
-        Err(Status::failed_precondition("this model is none for speech"))
+        align::align(self.engine()?, request.into_inner()).await.map(Response::new)
     }
 
     async fn watch_status(
