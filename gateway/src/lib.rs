@@ -5,6 +5,7 @@
 //! * [`api`]: what clients send and get, without I/O.
 //! * [`generate`]: one sequence's life over the workers.
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
+//! * [`audio`]: from a file of sound to what models hear. [`speech`]: from that to a transcript.
 //! * [`text`]: tokenizer, chat template, stop strings.
 //! * [`output`]: what an answer's text means: reasoning, content, tool calls.
 //! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
@@ -17,6 +18,7 @@
 
 pub mod adapters;
 pub mod api;
+pub mod audio;
 pub mod auth;
 pub mod config;
 pub mod error;
@@ -26,6 +28,7 @@ pub mod metrics;
 pub mod output;
 pub mod quota;
 pub mod routing;
+pub mod speech;
 pub mod store;
 pub mod text;
 pub mod tls;

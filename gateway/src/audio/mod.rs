@@ -1,0 +1,66 @@
+//! Sound: from the bytes of a file to what a speech model hears, 16 kHz mono in 16 bits.
+//!
+//! * [`decode`]: containers and codecs; what is wrong with a file that cannot be heard.
+//! * [`opus`]: the one codec that comes from elsewhere.
+//! * [`resample`]: to 16 kHz, as a stream.
+//! * [`windows`]: reads a file as it is needed, on a bounded number of threads.
+//!
+//! A file is kept as it came and decoded as it is needed, so an hour of sound takes no more memory
+//! than half a minute.
+
+pub mod decode;
+pub mod opus;
+pub mod resample;
+pub mod windows;
+
+use crate::error::ApiError;
+
+/// Samples in a second of what models hear.
+pub const RATE: usize = 16_000;
+
+/// What is quieter is silence: the root mean square of samples, of 32,768; -70 dB of full scale.
+const QUIET: f64 = 10.0;
+
+/// Whether nothing at all is to be heard: models make up words for silence.
+pub fn is_silent(samples: &[i16]) -> bool {
+    // By pieces of 20 ms, so that a short word in a long silence counts.
+    samples.chunks(RATE / 50).all(|piece| {
+        let power: f64 = piece.iter().map(|&sample| f64::from(sample).powi(2)).sum();
+        power <= QUIET * QUIET * piece.len() as f64
+    })
+}
+
+/// Why a file cannot be heard; goes on after the words "`file` ".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault(pub String);
+
+impl Fault {
+    pub(crate) fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+}
+
+impl From<Fault> for ApiError {
+    fn from(fault: Fault) -> Self {
+        Self::bad_value("file", format!("`file` {}", fault.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_told_from_the_faintest_word() {
+        assert!(is_silent(&[]));
+        assert!(is_silent(&[0; 48_000]));
+        // Dither.
+        let dither: Vec<i16> = (0..48_000).map(|i| (i * 7 % 5 - 2) as i16).collect();
+        assert!(is_silent(&dither));
+        let mut word = dither;
+        for (i, sample) in word[30_000..31_000].iter_mut().enumerate() {
+            *sample = if i % 40 < 20 { 40 } else { -40 };
+        }
+        assert!(!is_silent(&word));
+    }
+}
