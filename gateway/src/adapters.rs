@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use baton_membership::{AdapterRecord, AdapterStore, MembershipError};
 use baton_proto::adapter::bad_name;
-use baton_proto::v1::{Adapter, AdapterList, LoadAdapterRequest};
+use baton_proto::v1::{Adapter, AdapterList, LoadAdapterRequest, Task};
 use futures::future::join_all;
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
@@ -178,7 +178,8 @@ impl Catalog {
 
     /// The model that an adapter is for.
     fn base(&self, name: Option<String>) -> Result<Arc<Served>, ApiError> {
-        let models = self.registry.models();
+        let mut models = self.registry.models();
+        models.retain(|served| served.does(&[Task::Generate]));
         match (name, &models[..]) {
             (_, []) => Err(ApiError::unavailable("No worker is running that serves a model.")),
             (Some(name), _) => {

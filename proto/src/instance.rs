@@ -46,6 +46,11 @@ impl InstanceRole {
         matches!(self, Self::Decode | Self::Unified | Self::Audio)
     }
 
+    /// Whether a gateway may send it what clients ask for.
+    pub fn answers(self) -> bool {
+        self.generates() || self == Self::Pooling
+    }
+
     /// Whether it is a worker, of whatever kind.
     pub fn is_worker(self) -> bool {
         !matches!(self, Self::Gateway | Self::Coordinator)

@@ -11,7 +11,8 @@ use serde_json::Value;
 use super::Shared;
 use super::generation::{Order, check, check_length};
 use super::load::Place;
-use super::tokenize::{encode, model};
+use super::model::{Api, model};
+use super::tokenize::encode;
 use crate::api::Body;
 use crate::api::chat::{ChatFields, Conversation};
 use crate::api::sampling::{Sampling, SamplingFields, Wish};
@@ -50,15 +51,20 @@ pub(super) struct Reading {
 }
 
 impl Call {
-    /// Reads the fields of a chat. Fields of `body` that no type takes stay unknown.
-    pub(super) async fn read(shared: &Shared, body: &mut Body) -> Result<Self, ApiError> {
+    /// Reads the fields of a chat that came by `api`. Fields of `body` that no type takes stay
+    /// unknown.
+    pub(super) async fn read(
+        shared: &Shared,
+        body: &mut Body,
+        api: &Api,
+    ) -> Result<Self, ApiError> {
         let fields: SamplingFields = body.read()?;
         let chat: ChatFields = body.read()?;
         let conversation: Conversation = body.read()?;
         let structured: StructuredFields = body.read()?;
         let tools = Tools::read(body)?;
         body.refuse_unsupported()?;
-        let served = model(shared, fields.model.as_deref())?;
+        let served = model(shared, fields.model.as_deref(), api)?;
         let mut wish = Wish {
             logprobs: chat.logprobs()?,
             echo: chat.echo.unwrap_or(false),

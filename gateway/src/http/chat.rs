@@ -9,6 +9,7 @@ use super::Shared;
 use super::call::Call;
 use super::frames::{Frames, Shape};
 use super::generation::Intake;
+use super::model::CHAT;
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::Naming;
 use crate::api::requests::ChatRequest;
@@ -41,7 +42,7 @@ pub(super) async fn answer(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let Intake { arrived, place, mut body, client, request_id } = intake;
-    let call = Call::read(&shared, &mut body).await?;
+    let call = Call::read(&shared, &mut body, &CHAT).await?;
     let envelope = Envelope::new("chatcmpl", &request_id, call.served.name());
     let id = envelope.id.clone();
     let order = call.order(shared.into_inner(), id, Budget::default(), arrived, place);

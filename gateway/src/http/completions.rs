@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use super::Shared;
 use super::frames::{Frames, Shape};
 use super::generation::{Intake, Order, check, check_length};
-use super::tokenize::{encode, model};
+use super::model::{COMPLETIONS, model};
+use super::tokenize::encode;
 use crate::api::completion::{CompletionFields, DEFAULT_MAX_TOKENS, Prompt};
 use crate::api::envelope::Envelope;
 use crate::api::logprobs::{Columns, Naming};
@@ -50,7 +51,7 @@ pub(super) async fn answer(
     let completion: CompletionFields = body.read()?;
     let structured: StructuredFields = body.read()?;
     body.refuse_unsupported()?;
-    let served = model(&shared, fields.model.as_deref())?;
+    let served = model(&shared, fields.model.as_deref(), &COMPLETIONS)?;
     let wish = completion.wish(&structured)?;
     let logprobs = wish.logprobs.is_some();
     let mut sampling = check(&shared, &served, &fields, wish)?;

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::call::Call;
 use super::frames::{Frames, Shape};
 use super::generation::Intake;
+use super::model::MESSAGES;
 use super::{Shared, body};
 use crate::api::Body;
 use crate::api::envelope::Envelope;
@@ -43,7 +44,7 @@ pub(super) async fn create(
     let Intake { arrived, place, mut body, client, request_id } = intake;
     let fields = read(&mut body)?;
     fields.check_max_tokens()?;
-    let call = Call::read(&shared, &mut fields.to_chat()?).await?;
+    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES).await?;
     let Envelope { id, model, .. } = Envelope::new("chatcmpl", &request_id, call.served.name());
     let order = call.order(shared.into_inner(), id.clone(), Budget::default(), arrived, place);
     let parser = call.reading.parser();
@@ -63,7 +64,7 @@ pub(super) async fn count_tokens(
 ) -> Result<HttpResponse, ApiError> {
     let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields = read(&mut body)?;
-    let call = Call::read(&shared, &mut fields.to_chat()?).await?;
+    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES).await?;
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(&body, &mut response);
     Ok(response.json(json!({"input_tokens": call.prompt.len()})))

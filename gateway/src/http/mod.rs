@@ -16,6 +16,7 @@ mod invocations;
 mod load;
 mod lora;
 mod messages;
+mod model;
 mod openapi;
 mod ops;
 mod page;

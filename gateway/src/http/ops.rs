@@ -14,13 +14,13 @@ use crate::error::ApiError;
 
 /// Says whether a request would be served.
 ///
-/// 503 when no worker that generates answers: what a load balancer must know, and what vLLM says
+/// 503 when no worker that serves a model answers: what a load balancer must know, and what vLLM says
 /// when its engine is dead.
 #[utoipa::path(
     get, path = "/health", tag = "operation",
     responses(
         (status = 200, description = "It would."),
-        (status = 503, description = "No worker that generates answers."),
+        (status = 503, description = "No worker that serves a model answers."),
     ),
 )]
 pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
@@ -35,7 +35,7 @@ pub(super) async fn health(shared: web::Data<Shared>) -> HttpResponse {
     method(get, post), path = "/ping", tag = "operation",
     responses(
         (status = 200, description = "It would."),
-        (status = 503, description = "No worker that generates answers."),
+        (status = 503, description = "No worker that serves a model answers."),
     ),
 )]
 pub(super) async fn ping(shared: web::Data<Shared>) -> HttpResponse {

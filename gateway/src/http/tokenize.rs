@@ -7,6 +7,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::model::any_model as model;
 use super::{Shared, body};
 use crate::api::chat::Conversation;
 use crate::api::requests::{DetokenizeRequest, TokenizeRequest};
@@ -15,7 +16,6 @@ use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
 use crate::api::tools::Tools;
 use crate::error::ApiError;
 use crate::text::TextModel;
-use crate::workers::Served;
 
 /// Texts from this length on are tokenized off the threads that serve.
 const LONG_TEXT: usize = 16 * 1024;
@@ -113,18 +113,6 @@ pub(super) async fn info(
     })?;
     let served = model(&shared, query.model.as_deref())?;
     Ok(HttpResponse::Ok().json(&served.text.tokenizer_config))
-}
-
-/// What serves a request's model. Without a name, whatever is there.
-pub(super) fn model(shared: &Shared, name: Option<&str>) -> Result<Arc<Served>, ApiError> {
-    let name = name.unwrap_or_default();
-    match shared.registry.served(name) {
-        Some(served) => Ok(served),
-        None if shared.registry.models().is_empty() => {
-            Err(ApiError::unavailable("No worker is running that serves a model; try again soon."))
-        }
-        None => Err(ApiError::unknown_model(name)),
-    }
 }
 
 /// Tokenizes a text without keeping other requests waiting.

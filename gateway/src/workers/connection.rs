@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use baton_membership::InstanceRecord;
+use baton_membership::{InstanceRecord, InstanceRole};
 use baton_proto::v1::{
     DescribeRequest, FetchTokenizerRequest, ListAdaptersRequest, WatchStatusRequest,
 };
@@ -110,7 +110,10 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
             () = worker.suspect.notified() => return Err(Status::unavailable("a request failed")),
         };
         let Some(status) = status else { return Ok(()) };
-        if worker.adapters.load().version() != Some(status.adapters_version) {
+        // Nobody asks a worker that computes no sequences for adapters.
+        if worker.record.role != InstanceRole::Pooling
+            && worker.adapters.load().version() != Some(status.adapters_version)
+        {
             let list = within(worker.control().list_adapters(ListAdaptersRequest {})).await?;
             worker.set_adapters(&served, list.into_inner());
             registry.adapters_changed.notify_one();

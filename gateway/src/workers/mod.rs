@@ -5,11 +5,13 @@
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+//! * `tasks`: what each model can be asked for.
 //! * [`recent`]: where the last sequences were computed.
 
 mod adapters;
 mod connection;
 pub mod recent;
+mod tasks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
@@ -20,7 +22,7 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership};
 use baton_proto::v1::worker_client::WorkerClient;
-use baton_proto::v1::{Adapter, ModelCard, WorkerDescription, WorkerStatus};
+use baton_proto::v1::{Adapter, ModelCard, Task, WorkerDescription, WorkerStatus};
 use baton_proto::{BlockHash, MAX_MESSAGE_BYTES};
 use parking_lot::{Mutex, RwLock};
 use thread_local::ThreadLocal;
@@ -34,6 +36,7 @@ use crate::routing::{Candidate, choose};
 use crate::text::TextModel;
 use adapters::Loaded;
 use recent::Recent;
+pub use tasks::Lack;
 
 /// How long a worker that refused for want of room is passed over.
 const FULL_FOR: Duration = Duration::from_millis(250);
@@ -214,21 +217,19 @@ impl Registry {
         self.workers.read().values().cloned().collect()
     }
 
-    /// What serves `model`, which is a name of a model or of an adapter; with an empty name,
-    /// whatever was there first.
+    /// What serves `model`, whatever it does; `model` is a name of a model or of an adapter. With an
+    /// empty name, whatever was there first, and what generates before anything else.
     pub fn served(&self, model: &str) -> Option<Arc<Served>> {
-        self.find(|worker| {
-            worker.served().filter(|served| model.is_empty() || served.answers_to(model))
-        })
-        .or_else(|| self.find(|worker| worker.with_adapter(model)))
+        let generating = || self.named(model, |served| served.does(&[Task::Generate]));
+        generating().or_else(|| self.named(model, |_| true))
     }
 
-    /// What a worker that generates has to offer: of one that answers, if there is one, and of the
-    /// one that was there first.
+    /// What a worker that answers clients has to offer: of one that is up, if there is one, and of
+    /// the one that was there first.
     fn find(&self, offer: impl Fn(&Worker) -> Option<Arc<Served>>) -> Option<Arc<Served>> {
         let workers = self.workers();
-        let generating = workers.iter().filter(|worker| worker.record.role.generates());
-        generating
+        let answering = workers.iter().filter(|worker| worker.record.role.answers());
+        answering
             .filter_map(|worker| Some((!worker.alive(), worker.record.started_ms, offer(worker)?)))
             .min_by_key(|(down, started, _)| (*down, *started))
             .map(|(_, _, served)| served)
@@ -238,17 +239,17 @@ impl Registry {
     pub fn models(&self) -> Vec<Arc<Served>> {
         let mut models = BTreeMap::new();
         let workers = self.workers();
-        let generating = workers.iter().filter(|worker| worker.record.role.generates());
-        for served in generating.filter_map(|worker| worker.served()) {
+        let answering = workers.iter().filter(|worker| worker.record.role.answers());
+        for served in answering.filter_map(|worker| worker.served()) {
             models.entry(served.card.name.clone()).or_insert(served);
         }
         models.into_values().collect()
     }
 
-    /// Whether a generation could be served now.
+    /// Whether something could be served now.
     pub fn ready(&self) -> bool {
         self.workers.read().values().any(|worker| {
-            worker.record.role.generates() && worker.alive() && worker.served.load().is_some()
+            worker.record.role.answers() && worker.alive() && worker.served.load().is_some()
         })
     }
 

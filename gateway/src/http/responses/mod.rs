@@ -28,6 +28,7 @@ use super::call::Call;
 use super::connection::Connection;
 use super::generation::{Intake, Order, streaming};
 use super::load::Place;
+use super::model::RESPONSES;
 use super::{Shared, body, connection};
 use crate::api::requests::ResponsesRequest;
 use crate::api::responses::object::{Resolved, ResponseObject, Status};
@@ -144,7 +145,7 @@ async fn prepare(
         None => Vec::new(),
     };
     let mut chat = fields.chat(body, &earlier, &input)?;
-    let call = Call::read(shared, &mut chat).await.map_err(reworded)?;
+    let call = Call::read(shared, &mut chat, &RESPONSES).await.map_err(reworded)?;
     let sampling = &call.sampling;
     let limit = call.served.card.max_model_len;
     let most = room(call.prompt.len(), limit, sampling.max_tokens, BUDGET).map_err(reworded)?;
