@@ -6,6 +6,7 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, Schema, SchemaType, Type};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::audio::{self, AudioFields};
 use super::chat::{ChatFields, Conversation};
 use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
@@ -76,6 +77,14 @@ request!(
     &["input"],
     &[responses::IGNORED],
     &[]
+);
+request!(
+    /// The form of `POST /v1/audio/transcriptions` and `POST /v1/audio/translations`.
+    AudioRequest:
+    [AudioFields],
+    &["file"],
+    &[audio::IGNORED],
+    audio::UNSUPPORTED
 );
 request!(
     /// The body of `POST /tokenize`: with `prompt`, or with `messages`.

@@ -437,7 +437,7 @@ fn penalty(field: &str, value: Option<f64>) -> Result<f32, ApiError> {
     in_range(field, value, 0.0, -2.0..=2.0).map(|value| value as f32)
 }
 
-fn in_range<T: PartialOrd + Display>(
+pub(super) fn in_range<T: PartialOrd + Display>(
     field: &str,
     value: Option<T>,
     default: T,

@@ -11,6 +11,8 @@
 pub mod decode;
 pub mod opus;
 pub mod resample;
+#[cfg(test)]
+mod tests;
 pub mod windows;
 
 use crate::error::ApiError;
@@ -43,24 +45,5 @@ impl Fault {
 impl From<Fault> for ApiError {
     fn from(fault: Fault) -> Self {
         Self::bad_value("file", format!("`file` {}", fault.0))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn silence_is_told_from_the_faintest_word() {
-        assert!(is_silent(&[]));
-        assert!(is_silent(&[0; 48_000]));
-        // Dither.
-        let dither: Vec<i16> = (0..48_000).map(|i| (i * 7 % 5 - 2) as i16).collect();
-        assert!(is_silent(&dither));
-        let mut word = dither;
-        for (i, sample) in word[30_000..31_000].iter_mut().enumerate() {
-            *sample = if i % 40 < 20 { 40 } else { -40 };
-        }
-        assert!(!is_silent(&word));
     }
 }

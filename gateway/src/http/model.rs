@@ -19,6 +19,8 @@ pub(super) const CHAT: Api = Api { name: "Chat Completions", tasks: &[Task::Gene
 pub(super) const COMPLETIONS: Api = Api { name: "Completions", tasks: &[Task::Generate] };
 pub(super) const MESSAGES: Api = Api { name: "Messages", tasks: &[Task::Generate] };
 pub(super) const RESPONSES: Api = Api { name: "Responses", tasks: &[Task::Generate] };
+pub(super) const TRANSCRIPTIONS: Api = Api { name: "Transcriptions", tasks: &[Task::Transcribe] };
+pub(super) const TRANSLATIONS: Api = Api { name: "Translations", tasks: &[Task::Translate] };
 
 /// What serves a request's model by `api`. Without a name, the first that can.
 pub(super) fn model(

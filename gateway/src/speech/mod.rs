@@ -11,6 +11,7 @@
 //! do it.
 
 pub mod languages;
+pub mod listen;
 
 pub mod transcript;
 pub mod words;
