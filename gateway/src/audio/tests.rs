@@ -6,7 +6,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use actix_web::web::Bytes;
-use proptest::test_runner::TestRng;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use rand::Rng as _;
 
 use super::windows::{Decoders, Windows};
 use super::*;
@@ -142,9 +143,8 @@ async fn what_is_no_recording_is_refused_and_named() {
         all.push(&out);
         run("ffmpeg", &all);
     }
-    let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
-    let noise: Vec<u8> =
-        (0..50_000).map(|_| proptest::prelude::RngCore::next_u32(&mut rng) as u8).collect();
+    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let noise: Vec<u8> = (0..50_000).map(|_| rng.next_u32() as u8).collect();
     let text = "This is no sound at all.\n".repeat(100);
     for (what, file, says) in [
         ("nothing", Bytes::new(), "is empty"),
@@ -199,8 +199,7 @@ async fn a_recording_without_a_length_is_heard() {
 
 #[tokio::test]
 async fn damage_anywhere_is_survived() {
-    use proptest::prelude::RngCore as _;
-    let mut rng = TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
+    let mut rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let (mut heard, mut refused) = (0, 0);
     for (name, _, _) in KINDS {
         let whole = read(name).to_vec();
