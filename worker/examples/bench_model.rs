@@ -104,7 +104,7 @@ impl Bench {
                 tokens: &self.tokens[start..end],
                 blocks: &self.tables[sequence],
                 logits: usize::from(end == length),
-                adapter: None,
+                ..SequenceSlice::default()
             };
             self.model.forward(&[slice], &self.kv, &mut self.logits)?;
         }
@@ -121,7 +121,7 @@ impl Bench {
                 tokens: &self.tokens[position..=position],
                 blocks,
                 logits: 1,
-                adapter: None,
+                ..SequenceSlice::default()
             })
             .collect();
         Ok(self.model.forward(&batch, &self.kv, &mut self.logits)?)

@@ -88,7 +88,7 @@ fn measure(
                     tokens: &window[at..=at],
                     blocks,
                     logits: 1,
-                    adapter: None,
+                    ..SequenceSlice::default()
                 })
                 .collect();
             model.forward(&batch, &kv, &mut logits)?;

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
-use baton_proto::v1::{LoadAdapterRequest, ModelCard, Task};
+use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
 use baton_worker::checkpoint::LoadError;
-use baton_worker::config::Settings;
+use baton_worker::config::{Role, Settings};
 use baton_worker::engine::{self, Engine};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::lora::{self, AdapterError, Adapters};
@@ -95,7 +95,14 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
             _ => Failure::new(Exit::BadModel, error),
         })?;
     loaded.tokenizer.chat_template = template.or(loaded.tokenizer.chat_template);
+    check_role(settings.role, loaded.speech.is_some())?;
     let config = loaded.model.config().clone();
+    // What sound takes of each sequence.
+    let leading = loaded.model.audio_positions().next_multiple_of(settings.block_size);
+    if leading > 0 && settings.lora_modules().next().is_some() {
+        let message = "--lora-modules: a speech model takes no adapters";
+        return Err(Failure::new(Exit::Config, message));
+    }
     let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
     let blocks = settings.kv_memory / layout.block_bytes as usize;
     if blocks < 2 {
@@ -114,18 +121,22 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         max_batch_tokens: settings.max_batch_tokens,
         max_running: settings.max_running,
         max_waiting: settings.max_waiting,
-        max_model_len: settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
+        max_model_len: leading
+            + settings.max_model_len.unwrap_or(usize::MAX).min(config.max_context),
+        leading,
         speculation,
         priority_aging: Duration::from_secs(settings.priority_aging_seconds as u64),
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
-    let engine = Engine::start(loaded.model, pool, engine::Settings { limits, eos_token_ids })
-        .map_err(|error| {
-            Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
-        })?;
+    let speech = loaded.speech.clone();
+    let engine_settings = engine::Settings { limits, eos_token_ids, speech };
+    let engine = Engine::start(loaded.model, pool, engine_settings).map_err(|error| {
+        Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
+    })?;
     let (role, instance_role) = settings.role.names();
     let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
-    let bounds = lora::Bounds { adapters: settings.max_loras, rank: settings.max_lora_rank };
+    let max_loras = if leading > 0 { 0 } else { settings.max_loras };
+    let bounds = lora::Bounds { adapters: max_loras, rank: settings.max_lora_rank };
     let adapters = Adapters::new(config.clone(), names.clone(), bounds);
     let adapters = load_adapters(settings, adapters, &names).await?;
     let (name, aliases) = (names[0].clone(), names[1..].to_vec());
@@ -134,15 +145,15 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         name,
         root: settings.model.display().to_string(),
         architecture: config.architecture.clone(),
-        max_model_len: engine.limits().max_model_len as u32,
+        max_model_len: engine.limits().max_model_len.saturating_sub(leading) as u32,
         vocab_size: config.vocab as u32,
         eos_token_ids: loaded.eos_token_ids,
         weights_digest: loaded.weights_digest,
         tokenizer_digest: String::new(),
         aliases,
-        tasks: vec![Task::Generate.into()],
+        tasks: tasks(loaded.speech.as_ref()),
         pooling: None,
-        speech: None,
+        speech: loaded.speech,
     };
     let parts = Parts {
         instance_id: instance.id.clone(),
@@ -155,6 +166,30 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
+}
+
+/// Refuses a model that cannot do what the role asks for.
+fn check_role(role: Role, speech: bool) -> Result<(), Failure> {
+    let message = match (role, speech) {
+        (Role::Pooling, true) => {
+            "--role pooling: the model is one for speech; start it with --role audio"
+        }
+        (Role::Audio, false) => {
+            "--role audio: the model is none for speech; give a Whisper model with --model, or \
+             start it with --role unified"
+        }
+        _ => return Ok(()),
+    };
+    Err(Failure::new(Exit::Config, message))
+}
+
+/// What the model can be asked for.
+fn tasks(speech: Option<&SpeechCard>) -> Vec<i32> {
+    match speech {
+        None => vec![Task::Generate.into()],
+        Some(card) if card.multilingual => vec![Task::Transcribe.into(), Task::Translate.into()],
+        Some(_) => vec![Task::Transcribe.into()],
+    }
 }
 
 /// Reads the adapters that the flags name.

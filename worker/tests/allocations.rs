@@ -122,10 +122,12 @@ fn engine(speculative: usize) -> Engine {
         max_running: 8,
         max_waiting: 8,
         max_model_len: 1000,
+        leading: 0,
         speculation: Speculation { tokens: speculative, ..Speculation::OFF },
         priority_aging: Duration::from_secs(30),
     };
-    Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new() }).unwrap()
+    Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new(), speech: None })
+        .unwrap()
 }
 
 /// Starts a batch, reads it past the warm-up, and counts. Every second sequence runs with the
@@ -140,6 +142,7 @@ fn allocations(
         let adapter = adapter.filter(|_| prompt[0].is_multiple_of(2)).cloned();
         let request = NewRequest {
             prompt,
+            audio: None,
             output: Vec::new(),
             sampling: SamplingParams { max_tokens, ..sampling.clone() },
             constraint: constraint.cloned(),

@@ -30,8 +30,13 @@ fn agrees(name: &str, file: &str) {
     for Case { prompt_token_ids: prompt, output_token_ids, logits: expected } in cases {
         let (mut start, mut tokens, mut logits) = (0, prompt, Vec::new());
         for (token, expected) in output_token_ids.into_iter().zip(expected) {
-            let slice =
-                SequenceSlice { start, tokens: &tokens, blocks: &blocks, logits: 1, adapter: None };
+            let slice = SequenceSlice {
+                start,
+                tokens: &tokens,
+                blocks: &blocks,
+                logits: 1,
+                ..SequenceSlice::default()
+            };
             model.forward(&[slice], &kv, &mut logits).unwrap();
             for (got, expected) in logits.iter().zip(expected) {
                 worst = worst.max((got - expected).abs());

@@ -58,7 +58,13 @@ fn greedy_tokens_are_those_of_transformers_past_the_window_too() {
         let prompt = &case.prompt_token_ids;
         let mut logits = Vec::new();
         let mut feed = |start: usize, tokens: &[u32], logits: &mut Vec<f32>| {
-            let slice = SequenceSlice { start, tokens, blocks: &blocks, logits: 1, adapter: None };
+            let slice = SequenceSlice {
+                start,
+                tokens,
+                blocks: &blocks,
+                logits: 1,
+                ..SequenceSlice::default()
+            };
             model.forward(&[slice], &kv, logits).unwrap();
         };
         for (i, chunk) in prompt.chunks(300).enumerate() {

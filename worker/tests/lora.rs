@@ -47,7 +47,14 @@ fn greedy(
     let (mut start, mut tokens) = (0, prompt.to_vec());
     let (mut output, mut all) = (Vec::new(), Vec::new());
     for _ in 0..steps {
-        let slice = SequenceSlice { start, tokens: &tokens, blocks: &blocks, logits: 1, adapter };
+        let slice = SequenceSlice {
+            start,
+            tokens: &tokens,
+            blocks: &blocks,
+            logits: 1,
+            adapter,
+            ..SequenceSlice::default()
+        };
         let mut logits = Vec::new();
         model.forward(&[slice], &kv, &mut logits).unwrap();
         start += tokens.len();
@@ -142,6 +149,7 @@ fn adapters_in_one_batch_do_not_touch_each_other() {
                 blocks: &blocks[i],
                 logits: 1,
                 adapter: adapters[i],
+                ..SequenceSlice::default()
             })
             .collect();
         let mut logits = Vec::new();

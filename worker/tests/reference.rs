@@ -46,7 +46,8 @@ fn feed(
 ) {
     let mut at = start;
     for tokens in tokens.chunks(chunk) {
-        let slice = SequenceSlice { start: at, tokens, blocks, logits: 1, adapter: None };
+        let slice =
+            SequenceSlice { start: at, tokens, blocks, logits: 1, ..SequenceSlice::default() };
         model.model.forward(&[slice], kv, logits).unwrap();
         at += tokens.len();
     }
@@ -152,7 +153,7 @@ fn logits_do_not_depend_on_chunks_batch_or_blocks() {
             tokens,
             blocks,
             logits: 1,
-            adapter: None,
+            ..SequenceSlice::default()
         })
         .collect();
     model.model.forward(&batch, &kv, &mut together).unwrap();

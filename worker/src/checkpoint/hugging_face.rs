@@ -56,6 +56,42 @@ struct Config {
     eos_token_id: Option<Value>,
 }
 
+/// The tensors of all `*.safetensors` files of a folder. What tells them from other ones goes into
+/// the hasher.
+pub(super) fn tensors(
+    path: &Path,
+    hasher: &mut blake3::Hasher,
+) -> Result<HashMap<String, TensorBytes>, LoadError> {
+    let corrupt = |reason: String| LoadError::Corrupt { path: path.to_owned(), reason };
+    let listed = std::fs::read_dir(path)
+        .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
+    let mut files: Vec<PathBuf> = listed
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(corrupt("the folder has no *.safetensors file".into()));
+    }
+    let mut tensors = HashMap::new();
+    for file in files {
+        let map = super::map(&file)?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
+        // The header's length, eight bytes, comes before it.
+        let data = header + 8;
+        hasher.update(&map[..data]);
+        hasher.update(&(map.len() as u64).to_le_bytes());
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let Some(dtype) = dtype(info.dtype) else { continue };
+            let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
+            tensors.insert(name, tensor);
+        }
+    }
+    Ok(tensors)
+}
+
 /// A mapped and checked folder.
 pub(super) struct Folder {
     path: PathBuf,
@@ -70,34 +106,9 @@ impl Folder {
         let text = read(&path.join("config.json"))?;
         let config: Config = serde_json::from_str(&text)
             .map_err(|error| corrupt(format!("config.json: {error}")))?;
-        let listed = std::fs::read_dir(path)
-            .map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
-        let mut files: Vec<PathBuf> = listed
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|file| file.extension().is_some_and(|end| end == "safetensors"))
-            .collect();
-        files.sort();
-        if files.is_empty() {
-            return Err(corrupt("the folder has no *.safetensors file".into()));
-        }
         let mut hasher = blake3::Hasher::new();
         hasher.update(text.as_bytes());
-        let mut tensors = HashMap::new();
-        for file in files {
-            let map = super::map(&file)?;
-            let (header, metadata) = SafeTensors::read_metadata(&map)
-                .map_err(|error| corrupt(format!("{}: {error}", file.display())))?;
-            // The header's length, eight bytes, comes before it.
-            let data = header + 8;
-            hasher.update(&map[..data]);
-            hasher.update(&(map.len() as u64).to_le_bytes());
-            for (name, info) in metadata.tensors() {
-                let (start, end) = info.data_offsets;
-                let Some(dtype) = dtype(info.dtype) else { continue };
-                let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
-                tensors.insert(name, tensor);
-            }
-        }
+        let tensors = tensors(path, &mut hasher)?;
         let digest = hasher.finalize().to_hex().to_string();
         Ok(Self { path: path.to_owned(), config, tensors, digest })
     }
@@ -273,7 +284,7 @@ impl Checkpoint for Folder {
     }
 }
 
-fn object(json: Option<Value>) -> Map<String, Value> {
+pub(super) fn object(json: Option<Value>) -> Map<String, Value> {
     match json {
         Some(Value::Object(fields)) => fields,
         _ => Map::new(),
@@ -321,7 +332,7 @@ impl Folder {
     }
 }
 
-fn tensor(
+pub(super) fn tensor(
     map: &Arc<Mmap>,
     start: usize,
     len: usize,
@@ -341,7 +352,7 @@ fn dtype(dtype: Dtype) -> Option<GgmlDType> {
 }
 
 /// A file that a folder must have.
-fn read(path: &Path) -> Result<String, LoadError> {
+pub(super) fn read(path: &Path) -> Result<String, LoadError> {
     std::fs::read_to_string(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => LoadError::Corrupt {
             path: path.to_owned(),

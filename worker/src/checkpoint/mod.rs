@@ -1,14 +1,19 @@
-//! Model files: a GGUF, or a folder as Hugging Face publishes it.
+//! Model files: a GGUF, or a folder as Hugging Face publishes it. Whisper models come in folders of
+//! CTranslate2 too.
 //!
 //! [`Checkpoint`] is what a model needs of either: its shape, its tensors by the names that GGUF has
 //! for them, its tokenizer. Everything that a file claims is checked before it is used, so that a
 //! truncated or corrupt file is an error here and never a fault later.
 
+mod ctranslate2;
 mod gguf;
 mod gguf_architecture;
 mod gguf_tokenizer;
 mod hugging_face;
 mod sentencepiece;
+mod whisper;
+
+pub use whisper::{WhisperFolder, WhisperShape};
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -98,12 +103,25 @@ impl TensorBytes {
         let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
     }
 
-    /// A tensor that is not in a file, for tests of what reads one.
-    #[cfg(test)]
+    /// Some of the rows of a tensor of floats.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub(crate) fn rows(&self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.dims[0] && self.dtype.block_size() == 1, "rows");
+        let row = self.len / self.dims[0].max(1);
+        let dims = [&[count], &self.dims[1..]].concat();
+        Self { start: self.start + first * row, len: count * row, dims, ..self.clone() }
+    }
+
+    /// A tensor that is not in a file.
+    ///
+    /// # Panics
+    /// When there is no memory.
     pub(crate) fn anonymous(bytes: &[u8], dtype: GgmlDType, dims: Vec<usize>) -> Self {
-        let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).unwrap();
+        let mut map = memmap2::MmapMut::map_anon(bytes.len().max(1)).expect("memory");
         map[..bytes.len()].copy_from_slice(bytes);
-        let map = Arc::new(map.make_read_only().unwrap());
+        let map = Arc::new(map.make_read_only().expect("memory"));
         Self { map, start: 0, len: bytes.len(), dtype, dims }
     }
 }

@@ -14,7 +14,8 @@ mod run;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::{PromptTokenLogprob, SamplingParams, Token, WorkerStatus};
+use baton_proto::v1::{PromptTokenLogprob, SamplingParams, SpeechCard, Token, WorkerStatus};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
@@ -22,7 +23,7 @@ use crate::constraint::Compiled;
 use crate::kv::BlockId;
 use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
-use crate::model::Model;
+use crate::model::{Aligned, Model};
 use crate::scheduler::{Limits, Refusal, SequenceId};
 use inbox::{Command, Inbox};
 
@@ -31,6 +32,8 @@ use inbox::{Command, Inbox};
 pub struct NewRequest {
     /// The prompt.
     pub prompt: Vec<u32>,
+    /// What a speech model hears before the prompt, as in [`baton_proto::v1::AudioWindow`].
+    pub audio: Option<Bytes>,
     /// Output of an earlier attempt, to be continued.
     pub output: Vec<u32>,
     /// How to draw tokens.
@@ -61,10 +64,12 @@ pub enum Purpose {
     /// KV blocks and the first token, for a peer. The blocks are kept until the request's handle
     /// is dropped.
     Prefill,
+    /// When each token was said: the prompt is followed by a transcript, which `output` holds.
+    Align,
 }
 
-/// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `Prompt`s, `Token`s,
-/// `Finished`.
+/// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `NoSpeech`,
+/// `Prompt`s, `Token`s, `Finished`.
 #[derive(Debug)]
 pub enum Event {
     /// It has its blocks.
@@ -85,6 +90,10 @@ pub enum Event {
     },
     /// The next prompt tokens and how likely they were, from the second on.
     Prompt(Vec<PromptTokenLogprob>),
+    /// Speech models: how likely it is that nobody speaks.
+    NoSpeech(f32),
+    /// [`Purpose::Align`]: what was asked for.
+    Aligned(Aligned),
     /// A token was drawn.
     Token(Token),
     /// It is over.
@@ -114,6 +123,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
+    /// The special tokens of a speech model.
+    pub speech: Option<SpeechCard>,
 }
 
 /// The running engine.
@@ -122,6 +133,7 @@ pub struct Engine {
     status: Arc<Mutex<WorkerStatus>>,
     limits: Limits,
     vocab: usize,
+    speech: Option<Arc<SpeechCard>>,
     pool: Arc<KvPool>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
@@ -136,11 +148,12 @@ impl Engine {
         let inbox = Arc::new(Inbox::new(limits));
         let status = Arc::new(Mutex::new(WorkerStatus::default()));
         let vocab = model.config().vocab;
-        let engine =
-            run::Running::new(model, pool.clone(), limits, settings.eos_token_ids, &inbox, &status);
+        let speech = settings.speech.map(Arc::new);
+        let special = (settings.eos_token_ids, speech.clone());
+        let engine = run::Running::new(model, pool.clone(), limits, special, &inbox, &status);
         let thread =
             std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(Self { inbox, status, limits, vocab, pool, thread: Mutex::new(Some(thread)) })
+        Ok(Self { inbox, status, limits, vocab, speech, pool, thread: Mutex::new(Some(thread)) })
     }
 
     /// The KV pool.
@@ -151,6 +164,11 @@ impl Engine {
     /// The bounds in force.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// The special tokens of a speech model.
+    pub fn speech(&self) -> Option<&SpeechCard> {
+        self.speech.as_deref()
     }
 
     /// Gauges and counters as of the last step.
@@ -165,13 +183,17 @@ impl Engine {
         let biased = request.sampling.logit_bias.keys();
         let allowed = &request.sampling.allowed_token_ids;
         let bad = request.sampling.bad_words.iter().flat_map(|word| &word.token_ids);
-        let mut named = tokens.chain(stops).chain(biased).chain(allowed).chain(bad);
+        let rules = request.sampling.speech.as_ref();
+        let suppressed = rules.iter().flat_map(|rules| &rules.suppress_token_ids);
+        let mut named =
+            tokens.chain(stops).chain(biased).chain(allowed).chain(bad).chain(suppressed);
         if let Some(&id) = named.find(|id| **id as usize >= self.vocab) {
             return Err(SubmitError::TokenOutOfRange { id, vocab: self.vocab });
         }
         if request.sampling.bad_words.iter().any(|word| word.token_ids.is_empty()) {
             return Err(SubmitError::EmptyBadWord);
         }
+        self.check_speech(&request)?;
         let scored = scored(&request);
         if let Some(count) = request.sampling.prompt_logprobs
             && scored.saturating_mul(count.min(self.vocab as u32) as usize + 1)
@@ -181,7 +203,7 @@ impl Engine {
         }
         let done = request.output.len();
         let new = most_new(&request.sampling, done, request.purpose);
-        let len = request.prompt.len() + done;
+        let len = self.limits.leading + request.prompt.len() + done;
         self.limits.check_fits(len, new)?;
         // Room for every event there can be: one for each token, and a few more.
         let most =
@@ -189,6 +211,27 @@ impl Engine {
         let (sender, events) = mpsc::channel(most);
         let id = self.inbox.add(request, sender)?;
         Ok(RequestHandle { id, events, inbox: self.inbox.clone() })
+    }
+
+    /// Sound, and what is said of it, must be there where the model hears and only there.
+    fn check_speech(&self, request: &NewRequest) -> Result<(), SubmitError> {
+        let rules = request.sampling.speech.is_some();
+        match (&self.speech, &request.audio) {
+            (None, Some(_)) => Err(SubmitError::NotSpeech("audio")),
+            (None, None) if rules => Err(SubmitError::NotSpeech("sampling.speech")),
+            (None, None) => Ok(()),
+            (Some(_), None) => Err(SubmitError::NoAudio),
+            (Some(_), Some(audio)) => {
+                let bytes = audio.len();
+                if bytes == 0 || bytes > MAX_AUDIO_BYTES || !bytes.is_multiple_of(2) {
+                    return Err(SubmitError::AudioLength { bytes });
+                }
+                if request.sampling.prompt_logprobs.is_some() {
+                    return Err(SubmitError::PromptLogprobsOfSpeech);
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Refuses new requests from here on; those that are in go on.
@@ -206,6 +249,9 @@ impl Engine {
     }
 }
 
+/// Half a minute of sound: 16 kHz, two bytes a sample.
+const MAX_AUDIO_BYTES: usize = 30 * 16_000 * 2;
+
 /// Alternatives of prompt tokens that one request may ask for, in all: some 200 MB as they wait for
 /// a slow reader.
 const MAX_PROMPT_LOGPROBS: usize = 1 << 24;
@@ -221,7 +267,7 @@ fn scored(request: &NewRequest) -> usize {
 /// The most tokens that a request with `done` output tokens may still draw.
 fn most_new(sampling: &SamplingParams, done: usize, purpose: Purpose) -> usize {
     match purpose {
-        Purpose::Prefill => 1,
+        Purpose::Prefill | Purpose::Align => 1,
         Purpose::Generate { .. } => (sampling.max_tokens as usize).saturating_sub(done).max(1),
     }
 }
@@ -246,6 +292,24 @@ pub enum SubmitError {
         /// How many there are.
         vocab: usize,
     },
+    /// A field for speech models.
+    #[error("`{0}` is for speech models; this model is none")]
+    NotSpeech(&'static str),
+    /// A speech model hears nothing.
+    #[error("`audio` is missing: this is a speech model")]
+    NoAudio,
+    /// A window that is empty, too long or no sequence of samples.
+    #[error(
+        "`audio.samples` has {bytes} bytes; send 16 kHz samples of two bytes each, at most \
+         {MAX_AUDIO_BYTES} bytes and at least one sample"
+    )]
+    AudioLength {
+        /// Bytes sent.
+        bytes: usize,
+    },
+    /// What is not computed for speech models.
+    #[error("`prompt_logprobs` is not supported by speech models")]
+    PromptLogprobsOfSpeech,
     /// A bad word that would forbid nothing.
     #[error("an entry of `bad_words` has no tokens")]
     EmptyBadWord,

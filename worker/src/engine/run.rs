@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::BlockHash;
-use baton_proto::v1::{Token, WorkerStatus};
+use baton_proto::v1::{SpeechCard, Token, WorkerStatus};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tracing::{error, warn};
@@ -17,7 +18,7 @@ use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
 use crate::recycle::recycle;
-use crate::sampler::{Draw, Sampler, Scratch, score};
+use crate::sampler::{Draw, Sampler, Scratch, probability, score};
 use crate::scheduler::{Limits, NewSequence, Plan, Scheduler, SequenceId, Slice};
 
 /// The longest sleep: deadlines are looked at this often when nothing else happens.
@@ -29,6 +30,9 @@ struct Active {
     sampler: Sampler,
     purpose: Purpose,
     adapter: Option<Arc<Adapter>>,
+    audio: Option<Bytes>,
+    /// [`Purpose::Align`]: tokens before the transcript.
+    prompt: usize,
     arrived: Instant,
     deadline: Instant,
     /// [`Purpose::Prefill`]: leading blocks announced as complete.
@@ -40,6 +44,7 @@ pub(super) struct Running {
     pool: Arc<KvPool>,
     limits: Limits,
     eos: Vec<u32>,
+    speech: Option<Arc<SpeechCard>>,
     inbox: Arc<Inbox>,
     status: Arc<Mutex<WorkerStatus>>,
     scheduler: Scheduler,
@@ -59,7 +64,7 @@ impl Running {
         mut model: Box<dyn Model>,
         pool: Arc<KvPool>,
         limits: Limits,
-        eos: Vec<u32>,
+        (eos, speech): (Vec<u32>, Option<Arc<SpeechCard>>),
         inbox: &Arc<Inbox>,
         status: &Arc<Mutex<WorkerStatus>>,
     ) -> Self {
@@ -69,6 +74,7 @@ impl Running {
             pool,
             limits,
             eos,
+            speech,
             inbox: inbox.clone(),
             status: status.clone(),
             scheduler: Scheduler::new(limits),
@@ -147,8 +153,9 @@ impl Running {
         let scored = scored(&request);
         let NewRequest {
             prompt,
+            audio,
             output,
-            sampling,
+            mut sampling,
             salt,
             adapter,
             purpose,
@@ -158,19 +165,35 @@ impl Running {
         } = request;
         let root = BlockHash::root(&salt);
         let root = adapter.as_ref().map_or(root, |adapter| root.with_adapter(adapter.digest()));
+        let root = audio.as_ref().map_or(root, |samples| root.with_audio(samples));
         let new = most_new(&sampling, output.len(), purpose);
+        let rules = sampling.speech.take().zip(self.speech.clone());
         let mut sampler = Sampler::new(sampling, &self.eos, &prompt, &output);
+        if let Some((rules, card)) = rules {
+            sampler.follow(&rules, card, &output);
+        }
+        let leading = self.limits.leading;
+        let undivided = purpose == Purpose::Align;
+        // Where it is told whether anybody speaks.
+        let probe = self.speech.as_ref().filter(|_| !undivided).and_then(|card| {
+            let start = prompt.iter().rposition(|token| *token == card.start_of_transcript);
+            start.map(|at| leading + at)
+        });
+        let before = prompt.len();
         // Every next token of a constrained sequence would have to be waited for: nothing is
         // guessed ahead of it.
-        let drafts = constraint.is_none();
+        let drafts = constraint.is_none() && !undivided;
         if let Some(constraint) = constraint {
             sampler.constrain(constraint.session(&output));
         }
-        let mut tokens = prompt;
+        // The positions of the sound have no tokens; the chain's root tells what they hold.
+        let mut tokens = vec![0; leading];
+        tokens.extend(prompt);
         tokens.extend(&output);
         let (pull_from, hold) = match purpose {
             Purpose::Generate { pull_from } => (pull_from.filter(|_| scored == 0), false),
             Purpose::Prefill => (None, true),
+            Purpose::Align => (None, false),
         };
         let longest = tokens.len().saturating_add(new).min(self.limits.max_model_len);
         let arrived_at = arrived.saturating_duration_since(self.start);
@@ -185,8 +208,20 @@ impl Running {
             arrived: arrived_at,
             scored,
             drafts,
+            probe,
+            undivided,
         });
-        let active = Active { events, sampler, purpose, adapter, arrived, deadline, announced: 0 };
+        let active = Active {
+            events,
+            sampler,
+            purpose,
+            adapter,
+            audio,
+            prompt: before,
+            arrived,
+            deadline,
+            announced: 0,
+        };
         self.requests.insert(id, active);
     }
 
@@ -205,7 +240,7 @@ impl Running {
         for &id in &plan.admitted {
             let Some(active) = self.requests.get(&id) else { continue };
             let Some(sequence) = self.scheduler.get(id) else { continue };
-            self.prompt_tokens += sequence.tokens().len() as u64;
+            self.prompt_tokens += (sequence.tokens().len() - self.limits.leading) as u64;
             let (cached, waited) = (sequence.cached(), active.arrived.elapsed());
             self.send(id, Event::Admitted { cached, waited });
             // Cached blocks are complete already.
@@ -257,7 +292,10 @@ impl Running {
         batch.extend(plan.slices.iter().filter_map(|slice| {
             let drafted = take_drafts(&mut drafts, slice);
             let sequence = scheduler.get(slice.id)?;
-            let adapter = requests.get(&slice.id).and_then(|active| active.adapter.as_deref());
+            let active = requests.get(&slice.id);
+            let adapter = active.and_then(|active| active.adapter.as_deref());
+            let audio = active.and_then(|active| active.audio.as_deref());
+            let align = active.filter(|active| active.purpose == Purpose::Align);
             let own = || &sequence.tokens()[slice.start..slice.start + slice.len];
             Some(SequenceSlice {
                 start: slice.start,
@@ -265,6 +303,9 @@ impl Running {
                 blocks: sequence.blocks(),
                 logits: slice.logits,
                 adapter,
+                audio,
+                probe: slice.probe,
+                align: align.map(|active| active.prompt),
             })
         }));
         let (model, logits) = (&mut self.model, &mut self.logits);
@@ -288,6 +329,10 @@ impl Running {
         let mut logits = std::mem::take(&mut self.logits);
         let (mut rows, mut drafts) = (&mut logits[..], &plan.drafts[..]);
         for slice in &plan.slices {
+            if slice.probe.is_some() {
+                let row = rows.split_off_mut(..vocab).unwrap_or_default();
+                self.probe(slice.id, row);
+            }
             let own = rows.split_off_mut(..slice.logits * vocab).unwrap_or_default();
             match take_drafts(&mut drafts, slice) {
                 None if slice.scored > 0 => self.score(slice, own.chunks_exact(vocab)),
@@ -304,6 +349,13 @@ impl Running {
     fn after(&mut self, slice: &Slice, logits: &mut [f32]) {
         let Some(active) = self.requests.get_mut(&slice.id) else { return };
         let purpose = active.purpose;
+        if purpose == Purpose::Align {
+            let aligned = self.model.aligned();
+            if let Some(aligned) = aligned {
+                self.send(slice.id, Event::Aligned(aligned));
+            }
+            return self.end(slice.id, Finish::Length);
+        }
         let Some(token) = self.draw(slice.id, logits) else { return };
         match purpose {
             Purpose::Generate { .. } => {
@@ -316,6 +368,14 @@ impl Running {
                 // Its blocks are kept until the handle is dropped.
                 self.scheduler.finish(slice.id);
             }
+            Purpose::Align => {}
+        }
+    }
+
+    /// Tells how likely it is that nobody speaks, by the logits after the start of the transcript.
+    fn probe(&mut self, id: SequenceId, logits: &[f32]) {
+        if let Some(card) = &self.speech {
+            self.send(id, Event::NoSpeech(probability(logits, card.no_speech)));
         }
     }
 

@@ -18,14 +18,17 @@ pub enum Precision {
     Sixteen,
     /// To eight bits, as llama.cpp does: half the multiplications where the CPU multiplies bytes.
     Eight,
+    /// Not at all: for weights that are floats. Quantized ones are decoded for each product, slowly.
+    Float,
 }
 
 impl Precision {
-    /// The largest magnitude after scaling.
-    fn largest(self) -> f32 {
+    /// The largest magnitude after scaling; `None` when nothing is rounded.
+    fn largest(self) -> Option<f32> {
         match self {
-            Self::Sixteen => 127.0 * 256.0,
-            Self::Eight => 127.0,
+            Self::Sixteen => Some(127.0 * 256.0),
+            Self::Eight => Some(127.0),
+            Self::Float => None,
         }
     }
 }
@@ -73,7 +76,7 @@ impl Activations {
     }
 
     fn row_bytes(&self) -> usize {
-        self.width / BLOCK * BLOCK_BYTES
+        if self.precision == Precision::Float { 0 } else { self.width / BLOCK * BLOCK_BYTES }
     }
 
     /// Makes `rows` rows of `width` floats; `write(row, out)` writes all of each, on any thread.
@@ -98,6 +101,7 @@ impl Activations {
         let blocks = &mut self.blocks[..rows * bytes];
         pool.for_rows((floats, width), (blocks, bytes), |row, out, blocks| {
             write(row, out);
+            let Some(largest) = largest else { return };
             // SAFETY: `isa` is available; a row has `width / BLOCK` blocks.
             unsafe { quantize(isa, out.as_ptr(), width / BLOCK, largest, blocks.as_mut_ptr()) }
         });

@@ -1,6 +1,6 @@
 //! `y = x Wᵀ`: a weight matrix and its product with rows of activations.
 
-use super::activations::Activations;
+use super::activations::{Activations, Precision};
 use super::arena::Arena;
 use super::cpu::Isa;
 use super::packed::Packed;
@@ -141,11 +141,11 @@ pub fn multiply<const N: usize>(
             unsafe {
                 let y = y.at(rows.start * stride + first);
                 match &weights.packed {
-                    Some(packed) => {
+                    Some(packed) if x.precision() != Precision::Float => {
                         let tiles = (first / LANES, outputs.div_ceil(LANES));
                         integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
                     }
-                    None => {
+                    _ => {
                         let (dtype, panel) = (weights.weight.dtype, weights.rows(first, outputs));
                         let inputs = weights.inputs;
                         let (count, x) = (rows.len(), x.floats()[rows.start * inputs..].as_ptr());
@@ -168,7 +168,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kernels::activations::Precision;
 
     fn tensor<B: GgmlType>(
         dtype: GgmlDType,
@@ -205,11 +204,13 @@ mod tests {
 
     fn check(tensor: TensorBytes, rows: usize, seed: u64) {
         check_at(Precision::Sixteen, 32512.0, tensor.clone(), rows, seed);
-        check_at(Precision::Eight, 127.0, tensor, rows, seed);
+        check_at(Precision::Eight, 127.0, tensor.clone(), rows, seed);
+        check_at(Precision::Float, f32::NAN, tensor, rows, seed);
     }
 
     fn check_at(precision: Precision, largest: f32, tensor: TensorBytes, rows: usize, seed: u64) {
-        let quantized = !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
+        let quantized = precision != Precision::Float
+            && !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
         let linear =
             Linear::new(&mut ThreadPool::new(3).unwrap(), &mut Arena::default(), tensor).unwrap();
         let (n, k) = (linear.outputs(), linear.inputs());

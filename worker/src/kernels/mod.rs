@@ -11,8 +11,9 @@
 //! * [`low_rank`]: `y += (x Aᵀ) Bᵀ` for the rows of each LoRA adapter.
 //! * [`page`]: how keys and values lie in a KV block.
 //! * [`attention`]: softmax attention that walks those pages.
+//! * [`bidirectional`]: softmax attention over whole texts, without pages.
 //! * [`rope`]: rotary position embedding.
-//! * [`elementwise`]: RMSNorm, gated activations.
+//! * [`elementwise`]: norms, activations.
 //! * [`pool`]: the threads.
 //!
 //! Every kernel gives a row the same bits whatever else is in the batch: sums run over the same
@@ -30,6 +31,7 @@
 pub mod activations;
 pub mod arena;
 pub mod attention;
+pub mod bidirectional;
 pub mod cpu;
 pub(crate) mod dot;
 pub mod elementwise;

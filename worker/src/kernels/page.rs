@@ -152,6 +152,44 @@ pub unsafe fn store(
     }
 }
 
+/// The first keys of one head, `keys.len() / head_dim` of them, one after the other.
+///
+/// # Panics
+/// When the blocks hold fewer, or have no such layer or head.
+pub fn read_keys(
+    kv: &KvPool,
+    shape: &Shape,
+    layer: usize,
+    blocks: &[BlockId],
+    head: usize,
+    keys: &mut [f32],
+) {
+    assert!(head < shape.kv_heads && (layer + 1) * shape.layer_bytes() <= kv.block_bytes());
+    let (head_dim, size) = (shape.head_dim, shape.block_size);
+    for (position, key) in keys.chunks_exact_mut(head_dim).enumerate() {
+        let (block, slot) = (kv.block_ptr(blocks[position / size]), position % size);
+        // SAFETY: inside the block by the assert; the caller of a pass owns what it reads.
+        unsafe {
+            match shape.dtype {
+                KvDtype::I8 => {
+                    let page = shape.page::<i8>(block, layer, Matrix::Keys, head);
+                    let scale = *page.scales.add(slot);
+                    for (d, x) in key.iter_mut().enumerate() {
+                        *x = f32::from(*page.elements.add(d * size + slot)) * scale;
+                    }
+                }
+                _ => {
+                    let page = shape.page::<i16>(block, layer, Matrix::Keys, head);
+                    let scale = *page.scales.add(slot);
+                    for (d, x) in key.iter_mut().enumerate() {
+                        *x = f32::from(*page.elements.add(d * size + slot)) * scale;
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// [`store`] for one type of elements.
 unsafe fn put<E: Element>(
     shape: &Shape,

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_proto::TokenizerBundle;
-use baton_proto::v1::{KvDtype, KvLayout};
+use baton_proto::v1::{KvDtype, KvLayout, SpeechCard};
 
 use super::config::ModelConfig;
 use super::weights::{Projection, Weights};
+use super::whisper::Whisper;
 use super::{Model, ModelError, SequenceSlice};
-use crate::checkpoint::{self, Checkpoint, LoadError};
+use crate::checkpoint::{self, Checkpoint, LoadError, WhisperFolder};
 use crate::kernels::activations::{Activations, Precision};
 use crate::kernels::attention::{self, Queries};
 use crate::kernels::cpu::Isa;
@@ -34,21 +35,34 @@ pub struct LoadedModel {
     pub tokenizer: TokenizerBundle,
     /// Equal for equal files.
     pub weights_digest: String,
+    /// For the clients of a speech model.
+    pub speech: Option<SpeechCard>,
 }
 
 /// Loads a checkpoint to run on `threads` threads.
 pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<LoadedModel, LoadError> {
+    if let Some(folder) = WhisperFolder::open(path)? {
+        return Ok(LoadedModel {
+            model: Box::new(Whisper::new(&folder, threads)?),
+            eos_token_ids: folder.eos_token_ids()?,
+            tokenizer: folder.tokenizer()?,
+            weights_digest: folder.digest(),
+            speech: Some(folder.card()?),
+        });
+    }
     let checkpoint = checkpoint::open(path)?;
     // Workers of one digest must compute the same.
     let rounding = match activations {
         Precision::Sixteen => "",
         Precision::Eight => "-a8",
+        Precision::Float => "-float",
     };
     Ok(LoadedModel {
         model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),
         eos_token_ids: checkpoint.eos_token_ids()?,
         tokenizer: checkpoint.tokenizer()?,
         weights_digest: checkpoint.digest() + rounding,
+        speech: None,
     })
 }
 

@@ -6,6 +6,7 @@
 mod config;
 mod decoder;
 mod weights;
+mod whisper;
 
 pub use config::{ModelConfig, Window};
 pub use decoder::{LoadedModel, kv_layout, load};
@@ -20,7 +21,7 @@ use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 
 /// The new tokens of one sequence in one step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct SequenceSlice<'a> {
     /// Position of `tokens[0]`; KV for all positions before it is in `blocks`.
     pub start: usize,
@@ -33,6 +34,22 @@ pub struct SequenceSlice<'a> {
     pub logits: usize,
     /// What the sequence is computed with, beside the model's own weights.
     pub adapter: Option<&'a Adapter>,
+    /// Speech models: the samples that the sequence's leading positions stand for.
+    pub audio: Option<&'a [u8]>,
+    /// Speech models: a token of the slice whose logits are wanted too, in a row before the others.
+    pub probe: Option<usize>,
+    /// Speech models: when each token was said is wanted, of those from this one on, counted after
+    /// the sound. The slice ends with the sequence and has all its tokens after the sound.
+    pub align: Option<usize>,
+}
+
+/// When the tokens of a transcript were said.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Aligned {
+    /// Of each token and of the end: when it begins, in positions of the sound.
+    pub starts: Vec<u32>,
+    /// Of the same: how likely it was.
+    pub probabilities: Vec<f32>,
 }
 
 /// A failed step. The engine fails the step's requests and goes on.
@@ -57,10 +74,21 @@ pub trait Model: Send {
     /// its blocks back within a layer's time, not a step's.
     fn set_interrupt(&mut self, _flag: Arc<AtomicBool>) {}
 
+    /// Positions that the sound takes before the text of each sequence; 0 for models of text. Their
+    /// tokens mean nothing.
+    fn audio_positions(&self) -> usize {
+        0
+    }
+
+    /// What the last pass found for a slice with [`SequenceSlice::align`], one after the other.
+    fn aligned(&mut self) -> Option<Aligned> {
+        None
+    }
+
     /// Computes all slices in one pass and writes their keys and values into `kv`.
     ///
     /// `logits` is resized to `n × vocab`, row-major, where `n` is the sum of the slices'
-    /// `logits`, in their order.
+    /// `logits`, and one more for each `probe`, in their order.
     ///
     /// The caller owns the blocks that the pass writes: position `p` of a slice lies in
     /// `blocks[p / block_size]`. No block written is shared; blocks that are only read may be.

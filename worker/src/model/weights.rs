@@ -97,14 +97,19 @@ impl Weights {
     }
 }
 
-struct Reader<'a> {
-    checkpoint: &'a dyn Checkpoint,
-    threads: &'a mut ThreadPool,
-    arena: Arena,
+pub(super) struct Reader<'a> {
+    pub(super) checkpoint: &'a dyn Checkpoint,
+    pub(super) threads: &'a mut ThreadPool,
+    pub(super) arena: Arena,
 }
 
 impl Reader<'_> {
-    fn linear(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Linear, LoadError> {
+    pub(super) fn linear(
+        &mut self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Linear, LoadError> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.dims != [outputs, inputs] {
             return Err(self.checkpoint.corrupt(format!(
@@ -124,7 +129,7 @@ impl Reader<'_> {
         Ok(linear)
     }
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+    pub(super) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.dims != [len] || !quant::supported(tensor.dtype) {
             return Err(self.checkpoint.corrupt(format!(
@@ -149,7 +154,11 @@ impl Reader<'_> {
         self.checkpoint.has_tensor(name).then(|| self.norm(name, len)).transpose()
     }
 
-    fn optional_vector(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
+    pub(super) fn optional_vector(
+        &self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
         self.checkpoint.has_tensor(name).then(|| self.vector(name, len)).transpose()
     }
 }

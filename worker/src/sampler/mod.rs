@@ -5,14 +5,19 @@
 //! over draws what it would have drawn. The vocabulary is never sorted: top-k and top-p work on the
 //! candidates that a selection or a threshold leaves.
 
+mod speech;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_proto::v1::{PromptTokenLogprob, SamplingParams, Token, TokenLogprob};
+use baton_proto::v1::{
+    PromptTokenLogprob, SamplingParams, SpeechCard, SpeechRules, Token, TokenLogprob,
+};
 
+use self::speech::Speech;
 use crate::constraint::{Session, State};
 
 /// Memory that draws work in; any sampler may use it. Grown to the vocabulary and kept.
@@ -54,6 +59,8 @@ pub struct Sampler {
     tail: Vec<u32>,
     look_back: usize,
     constraint: Option<Session>,
+    /// Present under rules of transcripts.
+    speech: Option<Speech>,
     /// Prompt tokens, once each: for the repetition penalty. Empty when that is off.
     prompt: Vec<u32>,
     /// Output tokens and how often. Empty when no penalty is on.
@@ -75,6 +82,7 @@ impl Sampler {
             tail: Vec::with_capacity(look_back),
             look_back,
             constraint: None,
+            speech: None,
             prompt: Vec::new(),
             output: HashMap::new(),
             drawn: 0,
@@ -93,6 +101,13 @@ impl Sampler {
     /// whatever `min_tokens` and `ignore_eos` say.
     pub fn constrain(&mut self, constraint: Session) {
         self.constraint = Some(constraint);
+    }
+
+    /// Draws under the rules of transcripts, after `output`.
+    pub fn follow(&mut self, rules: &SpeechRules, card: Arc<SpeechCard>, output: &[u32]) {
+        let mut speech = Speech::new(rules, card, self.eos.first().copied());
+        output.iter().for_each(|&token| speech.record(token));
+        self.speech = Some(speech);
     }
 
     /// Whether a token that was drawn ends the sequence.
@@ -115,6 +130,9 @@ impl Sampler {
         self.drawn += 1;
         if self.penalized() {
             *self.output.entry(token).or_default() += 1;
+        }
+        if let Some(speech) = &mut self.speech {
+            speech.record(token);
         }
         if self.look_back > 0 {
             if self.tail.len() == self.look_back {
@@ -258,6 +276,9 @@ impl Sampler {
             self.eos.iter().for_each(|&token| forbid(token));
         }
         self.forbidden().for_each(forbid);
+        if let Some(speech) = &self.speech {
+            speech.apply(logits);
+        }
         if !self.allowed.is_empty() {
             keep_only(logits, &self.allowed);
         }
@@ -384,6 +405,11 @@ pub fn score(
         rank: logits.iter().filter(|logit| **logit >= own).count() as u32,
         top: top.map(|&id| TokenLogprob { id, logprob: logits[id as usize] - log_sum }).collect(),
     }
+}
+
+/// How likely a token is.
+pub fn probability(logits: &[f32], token: u32) -> f32 {
+    logits.get(token as usize).map_or(0.0, |logit| (logit - log_sum(logits)).exp())
 }
 
 /// The lowest token with the largest logit.

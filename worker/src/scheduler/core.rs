@@ -23,6 +23,8 @@ pub struct Slice {
     pub logits: usize,
     /// How many of the logits are wanted for themselves, the prompt's own: all or none.
     pub scored: usize,
+    /// One of its tokens, counted from `start`, whose logits are wanted too.
+    pub probe: Option<usize>,
 }
 
 impl Slice {
@@ -179,6 +181,9 @@ impl Scheduler {
     pub fn advance(&mut self, plan: &Plan) {
         for slice in &plan.slices {
             if let Some(sequence) = self.sequences.get_mut(&slice.id) {
+                if slice.probe.is_some() {
+                    sequence.probe = None;
+                }
                 sequence.computed = slice.start + slice.len - slice.drafted();
                 sequence.scores = sequence.scores.max(sequence.computed.min(sequence.scored));
                 self.commit(slice.id);
@@ -247,8 +252,13 @@ impl Scheduler {
         let len = sequence.tokens.len();
         sequence.computed = match complete {
             true => len,
-            // Its last token must be computed here, for the logits.
-            false => ((sequence.committed + arrived) * self.limits.block_size).min(len - 1),
+            // Its last token must be computed here, for the logits, and a part of the leading
+            // positions is none.
+            false => {
+                let came = (sequence.committed + arrived) * self.limits.block_size;
+                let came = came.min(sequence.probe.unwrap_or(usize::MAX)).min(len - 1);
+                if came < self.limits.leading { 0 } else { came }
+            }
         };
         self.join(id);
         self.commit(id);
@@ -273,7 +283,16 @@ impl Scheduler {
     fn slice(&self, id: SequenceId, budget: &mut Budget) -> Option<Slice> {
         let sequence = self.sequences.get(&id)?;
         let (start, todo) = (sequence.computed, sequence.todo());
-        let mut slice = Slice { id, start, len: todo.min(budget.tokens), logits: 0, scored: 0 };
+        // What goes together goes with what is left of a step, however little that is.
+        let together = match sequence.undivided {
+            true => todo,
+            false => self.limits.leading.saturating_sub(start),
+        };
+        let len = match budget.tokens {
+            0 => 0,
+            tokens => todo.min(tokens.max(together)),
+        };
+        let mut slice = Slice { id, start, len, logits: 0, scored: 0, probe: None };
         if sequence.scoring() {
             // Logits that were computed before a preemption are not wanted again.
             let known = sequence.scores.saturating_sub(start);
@@ -284,7 +303,9 @@ impl Scheduler {
         } else if slice.len == todo {
             slice.logits = 1;
         }
-        budget.tokens -= slice.len;
+        slice.probe = sequence.probe.and_then(|at| at.checked_sub(start));
+        slice.probe = slice.probe.filter(|at| *at < slice.len);
+        budget.tokens = budget.tokens.saturating_sub(slice.len);
         budget.scored -= slice.scored;
         (slice.len > 0).then_some(slice)
     }
@@ -387,10 +408,12 @@ impl Scheduler {
         if scoring && budget.scored == 0 {
             return Admission::Later;
         }
-        // The last token is always computed: its logits are wanted. So may be all.
-        let shared = if scoring { 0 } else { (len - 1) / block_size };
+        let shared = sequence.sharable(&self.limits) / block_size;
         let hashes = sequence.hashes(shared, block_size);
         self.blocks.match_prefix(hashes, &mut self.found);
+        if self.found.len() * block_size < self.limits.leading {
+            self.found.clear();
+        }
         let found = self.found.len();
         let next = hashes.get(found).copied();
         if next.is_some_and(|hash| self.in_flight.contains_key(&hash)) {

@@ -17,8 +17,11 @@ pub struct Limits {
     pub max_running: usize,
     /// Requests that may wait for admission.
     pub max_waiting: usize,
-    /// Prompt and output of one sequence, in tokens.
+    /// Positions of one sequence: prompt and output, and the leading ones before them.
     pub max_model_len: usize,
+    /// Positions that every sequence begins with and that are computed together, whole blocks: the
+    /// window of sound of a speech model. 0 for text.
+    pub leading: usize,
     /// How much is guessed ahead.
     pub speculation: Speculation,
     /// A sequence goes before those of the next lower priority that arrived at most this long
@@ -75,14 +78,16 @@ pub enum Refusal {
 }
 
 impl Limits {
-    /// Refuses a sequence of `tokens` tokens, to be continued by at most `max_new`, that could
-    /// never be finished here.
+    /// Refuses a sequence of `tokens` positions, the leading ones included, to be continued by at
+    /// most `max_new`, that could never be finished here.
     pub fn check_fits(&self, tokens: usize, max_new: usize) -> Result<(), Refusal> {
-        if tokens == 0 {
+        let text = tokens.saturating_sub(self.leading);
+        if text == 0 {
             return Err(Refusal::Empty);
         }
         if tokens >= self.max_model_len {
-            return Err(Refusal::ContextLength { max: self.max_model_len, tokens });
+            let max = self.max_model_len.saturating_sub(self.leading);
+            return Err(Refusal::ContextLength { max, tokens: text });
         }
         let longest = tokens.saturating_add(max_new).min(self.max_model_len);
         // The last token is sampled and never computed.

@@ -60,6 +60,10 @@ pub struct NewSequence {
     pub scored: usize,
     /// Whether tokens may be guessed ahead of it.
     pub drafts: bool,
+    /// A position whose logits are wanted too, once. It is computed even where its block is known.
+    pub probe: Option<usize>,
+    /// Everything after the leading positions is computed, and in one step.
+    pub undivided: bool,
 }
 
 /// A sequence under a scheduler's care.
@@ -78,6 +82,10 @@ pub struct Sequence {
     /// Leading positions whose logits are wanted, and how many of them were computed.
     pub(super) scored: usize,
     pub(super) scores: usize,
+    /// A position whose logits are wanted too, until they were computed.
+    pub(super) probe: Option<usize>,
+    /// Whether everything after the leading positions is computed, and in one step.
+    pub(super) undivided: bool,
     /// `None` when nothing is guessed ahead.
     pub(super) drafts: Option<Drafts>,
     /// Tokens found in the prefix cache at the first admission.
@@ -111,6 +119,8 @@ impl Sequence {
             },
             scored: new.scored,
             scores: 0,
+            probe: new.probe,
+            undivided: new.undivided,
             drafts: Drafts::new(limits.speculation).filter(|_| new.drafts && !new.hold),
             cached: None,
             waits_for: None,
@@ -153,6 +163,16 @@ impl Sequence {
     /// Whether logits of its prompt are wanted that were not computed yet.
     pub(super) fn scoring(&self) -> bool {
         self.scores < self.scored
+    }
+
+    /// Leading positions that may be taken from the prefix cache: the last one is always computed,
+    /// because its logits are wanted. So may be others.
+    pub(super) fn sharable(&self, limits: &Limits) -> usize {
+        match (self.scoring(), self.undivided) {
+            (true, _) => 0,
+            (false, true) => limits.leading,
+            (false, false) => self.probe.unwrap_or(usize::MAX).min(self.tokens.len() - 1),
+        }
     }
 
     /// In whose name its blocks are referenced.

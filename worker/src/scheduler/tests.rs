@@ -90,6 +90,8 @@ impl Simulation {
             arrived: Duration::from_micros(id),
             scored,
             drafts: true,
+            probe: None,
+            undivided: false,
         });
         let request =
             Request { max_new, generated: 0, written: 0, aborted: false, scored, scores: 0 };
@@ -333,7 +335,7 @@ proptest! {
     ) {
         let max_model_len = (block_size * blocks + 1).min(60);
         let mut simulation = Simulation::new(Limits {
-            block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len,
+            block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len, leading: 0,
             speculation: Speculation { tokens: speculative, ngram_min: 1, ngram_max: 3 },
             priority_aging: Duration::from_micros(5),
         });
@@ -376,6 +378,7 @@ const ROOMY: Limits = Limits {
     max_running: 8,
     max_waiting: 4,
     max_model_len: 200,
+    leading: 0,
     speculation: Speculation::OFF,
     priority_aging: Duration::from_secs(10),
 };
@@ -392,6 +395,8 @@ fn new(id: SequenceId, tokens: Vec<u32>) -> NewSequence {
         arrived: Duration::from_secs(id),
         scored: 0,
         drafts: true,
+        probe: None,
+        undivided: false,
     }
 }
 

@@ -46,6 +46,7 @@ pub(super) async fn start(
         .engine
         .submit(NewRequest {
             prompt: request.prompt_token_ids.clone(),
+            audio: request.audio.as_ref().map(|audio| audio.samples.clone()),
             output: request.output_token_ids.clone(),
             sampling,
             constraint,
@@ -118,7 +119,11 @@ impl Driver {
                 Event::Prompt(scores) => self.prompt(scores).await,
                 Event::Token(token) => self.token(token).await,
                 Event::Finished(finish) => return self.finish(finish).await,
-                Event::Blocks { .. } => true,
+                Event::NoSpeech(probability) => {
+                    self.started.no_speech_probability = Some(probability);
+                    true
+                }
+                Event::Blocks { .. } | Event::Aligned(_) => true,
             };
             if !sent {
                 return;
@@ -190,7 +195,7 @@ impl Driver {
         let have = order.cached_blocks() * layout.block_size as usize;
         let mut token_ids = self.request.prompt_token_ids.clone();
         token_ids.extend(&self.request.output_token_ids);
-        let tokens = token_ids.len();
+        let tokens = shared.engine.limits().leading + token_ids.len();
         let request = PrefillRequest {
             request_id: self.request.request_id.clone(),
             token_ids,
@@ -207,9 +212,10 @@ impl Driver {
             audio: self.request.audio.clone(),
         };
         // A failure is logged and counted where it happened; the engine computes the rest.
-        if let Ok(transport) =
+        if let Ok((transport, no_speech)) =
             shared.puller.pull(&peer.address, request, order, self.deadline).await
         {
+            started.no_speech_probability = no_speech;
             started.handed_off_tokens = (tokens - have) as u32;
             started.prefill_instance_id = peer.instance_id.clone();
             started.set_transport(transport);

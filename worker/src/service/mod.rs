@@ -5,6 +5,7 @@
 //! frees the blocks.
 
 mod adapters;
+mod align;
 mod generate;
 mod prefill;
 
@@ -270,9 +271,9 @@ impl Worker for WorkerService {
 
     async fn align(
         &self,
-        _request: Request<v1::AlignRequest>,
+        request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
-        Err(Status::failed_precondition("this model is none for speech"))
+        align::align(&self.shared, request.into_inner()).await.map(Response::new)
     }
 
     async fn watch_status(

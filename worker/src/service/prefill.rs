@@ -31,7 +31,9 @@ pub(super) async fn start(
     }
     let block_size = shared.engine.limits().block_size;
     let (have, len) = (request.have_tokens as usize, request.token_ids.len());
-    if !have.is_multiple_of(block_size) || have >= len.max(1) {
+    // Sound comes before the tokens.
+    let positions = shared.engine.limits().leading + len;
+    if !have.is_multiple_of(block_size) || have >= positions.max(1) {
         return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the prompt"));
     }
     let wanted: Vec<_> =
@@ -53,6 +55,7 @@ pub(super) async fn start(
         .engine
         .submit(NewRequest {
             prompt: request.token_ids[..prompt].to_vec(),
+            audio: request.audio.map(|audio| audio.samples),
             output: request.token_ids[prompt..].to_vec(),
             sampling,
             constraint,
@@ -120,7 +123,8 @@ async fn publish(
             Event::Finished(Finish::Stuck(reason)) => return Err(Status::invalid_argument(reason)),
             Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
             Event::Finished(_) => return Err(Status::unavailable("the worker is shutting down")),
-            Event::Prompt(_) => {}
+            Event::NoSpeech(probability) => finished.no_speech_probability = Some(probability),
+            Event::Prompt(_) | Event::Aligned(_) => {}
             Event::Pull(_) => return Err(Status::internal("a prefill was told to pull")),
         }
     }

@@ -59,7 +59,8 @@ impl Puller {
         status.handoff_bytes_grpc = self.counters.bytes_grpc.load(Relaxed);
     }
 
-    /// Fills an order from a peer and ends it; returns what carried the blocks. When this fails
+    /// Fills an order from a peer and ends it; returns what carried the blocks, and of a speech
+    /// model how likely the peer found it that nobody speaks. When this fails
     /// the order is ended too, with what has come: the engine computes the rest.
     pub async fn pull(
         &self,
@@ -67,7 +68,7 @@ impl Puller {
         request: v1::PrefillRequest,
         order: PullOrder,
         deadline: Instant,
-    ) -> Result<v1::Transport, TransferError> {
+    ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         self.counters.requests.fetch_add(1, Relaxed);
         let pulled = self.try_pull(address, request, order, deadline).await;
         if pulled.is_err() {
@@ -82,16 +83,19 @@ impl Puller {
         mut request: v1::PrefillRequest,
         mut order: PullOrder,
         deadline: Instant,
-    ) -> Result<v1::Transport, TransferError> {
+    ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         loop {
             let peer = self.peer(address)?;
             request.transports = peer.kinds.iter().map(|&kind| kind.into()).collect();
             request.timeout_ms = millis_until(deadline);
             let attempt = self.attempt(&peer, &request, &mut order, deadline).await;
             match attempt {
-                Ok((transport, first)) => {
+                Ok((transport, finished)) => {
+                    let first = finished
+                        .first_token
+                        .ok_or_else(|| TransferError::Protocol("no first token".into()))?;
                     order.complete(first).map_err(TransferError::Protocol)?;
-                    return Ok(transport);
+                    return Ok((transport, finished.no_speech_probability));
                 }
                 // The best transport does not reach this peer: go on without it.
                 Err(error @ TransferError::NotHere { .. }) if peer.kinds.len() > 1 => {
@@ -115,7 +119,7 @@ impl Puller {
         request: &v1::PrefillRequest,
         order: &mut PullOrder,
         deadline: Instant,
-    ) -> Result<(v1::Transport, v1::Token), TransferError> {
+    ) -> Result<(v1::Transport, v1::PrefillFinished), TransferError> {
         let mut client = WorkerClient::new(peer.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -137,12 +141,7 @@ impl Puller {
         };
         loop {
             match next(&mut events, deadline).await {
-                Ok(Some(Event::Finished(finished))) => {
-                    let first = finished
-                        .first_token
-                        .ok_or_else(|| TransferError::Protocol("no first token".into()))?;
-                    return Ok((transport.kind(), first));
-                }
+                Ok(Some(Event::Finished(finished))) => return Ok((transport.kind(), finished)),
                 Ok(Some(event)) => {
                     arrived.fetch_add(source.take(event, order)?, Relaxed);
                 }
