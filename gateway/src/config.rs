@@ -77,6 +77,11 @@ pub struct Settings {
     #[arg(long, env = "BATON_ENABLE_PROMPT_TOKENS_DETAILS")]
     pub enable_prompt_tokens_details: bool,
 
+    /// The most texts that one request may have embedded, classified or compared; more are
+    /// answered 400.
+    #[arg(long, env = "BATON_MAX_TEXTS", default_value = "2048", value_parser = parse_positive)]
+    pub max_texts: usize,
+
     /// Seconds a request may take in all.
     #[arg(long, env = "BATON_REQUEST_TIMEOUT", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub request_timeout: u64,
@@ -273,6 +278,7 @@ impl Settings {
             "reasoning_parser": self.reasoning_parser.map(|it| format!("{it:?}")),
             "trust_request_chat_template": self.trust_request_chat_template,
             "enable_prompt_tokens_details": self.enable_prompt_tokens_details,
+            "max_texts": self.max_texts,
             "request_timeout": self.request_timeout,
             "max_body_bytes": self.max_body_bytes,
             "head_timeout": self.head_timeout,

@@ -3,7 +3,8 @@
 //! * [`adapters`]: LoRA adapters are loaded and unloaded on all workers of a model.
 //! * [`http`]: routes, bodies, streams of events, clients that leave.
 //! * [`api`]: what clients send and get, without I/O.
-//! * [`generate`]: one sequence's life over the workers.
+//! * [`generate`]: one sequence's life over the workers. [`pool`]: vectors, classes and scores of
+//!   texts, likewise.
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
 //! * [`audio`]: from a file of sound to what models hear. [`speech`]: from that to a transcript.
 //! * [`text`]: tokenizer, chat template, stop strings.
@@ -26,6 +27,7 @@ pub mod generate;
 pub mod http;
 pub mod metrics;
 pub mod output;
+pub mod pool;
 pub mod quota;
 pub mod routing;
 pub mod speech;

@@ -81,6 +81,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             handoff_min_tokens: settings.handoff_min_tokens,
             max_logprobs: u32::try_from(settings.max_logprobs).ok(),
             trust_request_chat_template: settings.trust_request_chat_template,
+            max_texts: settings.max_texts,
             prompt_tokens_details: settings.enable_prompt_tokens_details,
         },
         parsers: Parsers {

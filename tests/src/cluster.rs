@@ -1,14 +1,14 @@
 //! Starts, changes and stops a cluster.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_proto::v1::WorkerStatus;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::binaries::{MODEL_NAME, model, program};
+use crate::binaries::{EMBEDDER_NAME, MODEL_NAME, embedder, model, program};
 use crate::etcd::Etcd;
 use crate::http::Api;
 use crate::poll::eventually;
@@ -25,6 +25,8 @@ pub enum Role {
     Decode,
     /// Does both.
     Unified,
+    /// Computes vectors, classes and scores.
+    Pooling,
 }
 
 impl Role {
@@ -34,6 +36,7 @@ impl Role {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Unified => "unified",
+            Self::Pooling => "pooling",
         }
     }
 }
@@ -62,6 +65,8 @@ pub struct Builder {
     prefill: usize,
     decode: usize,
     unified: usize,
+    /// Pooling workers' models, and the names that they are served under.
+    pooling: Vec<(PathBuf, String)>,
     coordinator: bool,
     lease_ttl: u64,
     keys: Vec<String>,
@@ -87,6 +92,17 @@ impl Builder {
     /// This many unified workers.
     pub fn unified(mut self, count: usize) -> Self {
         self.unified = count;
+        self
+    }
+
+    /// This many pooling workers, of the model that embeds.
+    pub fn pooling(self, count: usize) -> Self {
+        self.pooling_model(count, embedder(), EMBEDDER_NAME)
+    }
+
+    /// This many pooling workers, of this model under this name.
+    pub fn pooling_model(mut self, count: usize, model: PathBuf, name: &str) -> Self {
+        self.pooling.extend(std::iter::repeat_n((model, name.to_owned()), count));
         self
     }
 
@@ -184,6 +200,16 @@ impl Builder {
                 workers.push(Worker { role, process, address: String::new() });
             }
         }
+        for (n, (model, name)) in self.pooling.iter().enumerate() {
+            let mut extra = self.worker_args.clone();
+            extra.extend(["--model".into(), model.into()]);
+            extra.extend(["--served-model-name".into(), name.into()]);
+            let role = Role::Pooling;
+            let mut spec = worker_spec(format!("pooling-{n}"), role, &common, &extra);
+            spec.env = self.worker_env.clone();
+            let process = Process::start(&spec, dir.path());
+            workers.push(Worker { role, process, address: String::new() });
+        }
         for worker in &mut workers {
             worker.address = worker.process.ready().await;
         }
@@ -214,7 +240,7 @@ impl Builder {
 pub struct Cluster {
     /// A client of the gateway.
     pub api: Api,
-    /// Its workers, in the order prefill, decode, unified, then those added.
+    /// Its workers, in the order prefill, decode, unified, pooling, then those added.
     pub workers: Vec<Worker>,
     /// Its etcd.
     pub etcd: Etcd,
@@ -234,6 +260,7 @@ impl Cluster {
             prefill: 0,
             decode: 0,
             unified: 0,
+            pooling: Vec::new(),
             coordinator: false,
             lease_ttl: 5,
             keys: Vec::new(),

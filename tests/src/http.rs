@@ -97,6 +97,20 @@ impl Api {
         self.post(path, body).await.ok()
     }
 
+    /// `POST path` with a JSON body whose reply must be a success of bytes.
+    pub async fn bytes(&self, path: &str, body: &Value) -> (HeaderMap, Vec<u8>) {
+        let mut request = self.client.post(format!("{}{path}", self.base));
+        if let Some(key) = &self.key {
+            request = request.header(AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let request = request.header(CONTENT_TYPE, "application/json").body(body.to_string());
+        let reply = request.send().await.unwrap_or_else(|e| panic!("{path}: {e:?}"));
+        assert_eq!(reply.status(), StatusCode::OK, "{path}");
+        assert_eq!(reply.headers()[CONTENT_TYPE], "application/octet-stream");
+        let headers = reply.headers().clone();
+        (headers, reply.bytes().await.expect("a body").to_vec())
+    }
+
     /// `POST path` with a JSON body whose reply must be a stream.
     pub async fn stream(&self, path: &str, body: &Value) -> Sse {
         let bytes = self.events(Method::POST, path, Some(body)).await;

@@ -8,6 +8,41 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+/// Tensors of a file of `safetensors`.
+pub struct Tensors {
+    header: Value,
+    data: Vec<u8>,
+}
+
+impl Tensors {
+    /// Reads `reference/NAME`.
+    pub fn load(name: &str) -> Self {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference").join(name);
+        let mut bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let length = bytes[..8].try_into().map(u64::from_le_bytes).expect("eight bytes") as usize;
+        let header = serde_json::from_slice(&bytes[8..8 + length]).expect("a header");
+        Self { header, data: bytes.split_off(8 + length) }
+    }
+
+    /// The numbers of an `F32` tensor.
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        self.words(name, "F32").map(f32::from_bits).collect()
+    }
+
+    /// The numbers of an `I32` tensor, none of them negative.
+    pub fn numbers(&self, name: &str) -> Vec<u32> {
+        self.words(name, "I32").collect()
+    }
+
+    fn words(&self, name: &str, kind: &str) -> impl Iterator<Item = u32> {
+        let tensor = &self.header[name];
+        assert_eq!(tensor["dtype"], kind, "{name}");
+        let at = |end: usize| tensor["data_offsets"][end].as_u64().expect("an offset") as usize;
+        let words = self.data[at(0)..at(1)].as_chunks::<4>().0;
+        words.iter().map(|word| u32::from_le_bytes(*word))
+    }
+}
+
 /// One greedy continuation.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Greedy {
@@ -75,6 +110,13 @@ pub fn tokenize() -> Vec<Tokenized> {
 /// All chat-template cases.
 pub fn chat_template() -> Vec<Templated> {
     read("chat_template.json")
+}
+
+/// The texts whose embeddings `pooling/minilm.safetensors` holds.
+pub fn embedded_texts() -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("reference/pooling/minilm.json");
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 fn read<T: DeserializeOwned>(name: &str) -> Vec<T> {

@@ -1,6 +1,6 @@
 //! The official `openai` Python client against a cluster.
 
-use baton_tests::binaries::MODEL_NAME;
+use baton_tests::binaries::{EMBEDDER_NAME, MODEL_NAME};
 use baton_tests::{Cluster, python};
 
 /// The client's release that this test was written against.
@@ -13,6 +13,16 @@ async fn the_official_client_drives_chat_completions_streaming_models_and_errors
     let url = format!("{}/v1", cluster.api.base());
     let arguments = [&url, "client-key", MODEL_NAME];
     println!("{}", python::drive(OPENAI, "openai_client/drive.py", &arguments).await);
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn the_official_client_drives_embeddings() {
+    let builder = Cluster::builder().unified(1).pooling(1);
+    let cluster = builder.api_key("client-key").start().await;
+    let url = format!("{}/v1", cluster.api.base());
+    let arguments = [&url, "client-key", EMBEDDER_NAME, MODEL_NAME];
+    println!("{}", python::drive(OPENAI, "openai_client/embeddings.py", &arguments).await);
     cluster.finish().await;
 }
 

@@ -150,6 +150,26 @@ async fn up_serves_until_ctrl_c_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn an_embedder_runs_beside_the_model_that_chats() {
+    let operator = Operator::new();
+    let flags = ["--prefill", "0", "--decode", "0", "--unified", "1", "--embedder"];
+    let (mut up, printed, _) = operator.up(&flags).await;
+    assert!(printed.contains("pooling"), "{printed}");
+    assert!(paste(&printed)["choices"].is_array());
+    let second = printed.rfind("curl ").expect("a second command");
+    let reply = paste(&printed[second..]);
+    let vector = reply["data"][0]["embedding"].as_array();
+    assert_eq!((vector.map(Vec::len), &reply["model"]), (Some(384), &"minilm".into()), "{reply}");
+    let (code, status, stderr) = operator.run(&["status"]).await;
+    assert_eq!(code, 0, "{stderr}");
+    assert!(status.contains("pooling") && status.contains("1 texts in 1 batches"), "{status}");
+    up.interrupt();
+    let ended = up.end(STOP_WITHIN).await;
+    assert!(ended.success(), "{ended}: {}", up.stderr());
+    operator.nothing_left().await;
+}
+
+#[tokio::test]
 async fn nothing_outlives_a_killed_up() {
     let operator = Operator::new();
     let (mut up, _, _) = operator.up(&["--prefill", "0", "--decode", "0", "--unified", "1"]).await;

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use baton_membership::daemon::{Exit, Failure};
+use baton_proto::InstanceRole;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::{ClusterView, GetClusterRequest, WorkerStatus};
 use clap::Args;
@@ -71,6 +72,8 @@ fn as_json(view: &ClusterView) -> serde_json::Value {
             "kv_blocks_requests": status.kv_blocks_requests,
             "kv_blocks_handoff": status.kv_blocks_handoff,
             "kv_blocks_cached": status.kv_blocks_cached,
+            "pooled_texts": status.pooled_inputs,
+            "pooled_batches": status.pooled_batches,
             "draining": status.draining,
         })
     };
@@ -99,7 +102,7 @@ fn as_json(view: &ClusterView) -> serde_json::Value {
 
 fn table(view: &ClusterView) -> Table {
     let mut table =
-        new_table(&["role", "address", "model", "up", "running", "waiting", "KV blocks"]);
+        new_table(&["role", "address", "model", "up", "running", "waiting", "KV blocks or texts"]);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     for instance in &view.instances {
         let role = match instance.id == view.leader {
@@ -109,6 +112,11 @@ fn table(view: &ClusterView) -> Table {
         let up = now.saturating_sub(Duration::from_millis(instance.started_ms)).as_secs();
         let is_worker = !matches!(instance.role.as_str(), "gateway" | "coordinator");
         let (running, waiting, blocks) = match &instance.status {
+            Some(status) if instance.role == InstanceRole::Pooling.as_str() => (
+                status.running.to_string(),
+                status.waiting.to_string(),
+                format!("{} texts in {} batches", status.pooled_inputs, status.pooled_batches),
+            ),
             Some(status) => (
                 status.running.to_string(),
                 status.waiting.to_string(),

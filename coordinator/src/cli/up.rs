@@ -25,6 +25,9 @@ const STOP_WITHIN: Duration = Duration::from_secs(10);
 const ECHO: Duration = Duration::from_millis(500);
 /// Seconds that running requests get when the cluster stops.
 const DRAIN_SECONDS: &str = "5";
+/// The role of the worker that embeds, and the name of its model by default.
+const POOLING: &str = "pooling";
+const EMBEDDER: &str = "minilm";
 /// Waits before a process that ended is started again: the first, and the longest.
 const RESTART: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// A process that ran this long is not in a crash loop.
@@ -62,6 +65,11 @@ pub struct UpArgs {
     #[arg(long, value_name = "NAME")]
     served_model_name: Option<String>,
 
+    /// Serve embeddings too, by a worker of its own: with a small model that is downloaded on
+    /// first use, named minilm, or with the one in FOLDER.
+    #[arg(long, value_name = "FOLDER")]
+    embedder: Option<Option<PathBuf>>,
+
     /// Memory of each worker's KV cache.
     #[arg(long, default_value = "1GiB", value_name = "SIZE")]
     kv_memory: String,
@@ -73,6 +81,13 @@ pub struct UpArgs {
     /// A key that clients must send; may be repeated.
     #[arg(long = "api-key", value_name = "KEY")]
     api_keys: Vec<String>,
+}
+
+impl UpArgs {
+    /// Workers of all roles.
+    fn workers(&self) -> usize {
+        self.prefill + self.decode + self.unified + usize::from(self.embedder.is_some())
+    }
 }
 
 /// Starts the cluster and runs it until it is told to stop.
@@ -92,9 +107,18 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
             (fetched, Some(name))
         }
     };
+    let embedder = match &args.embedder {
+        None => None,
+        Some(Some(folder)) => Some(Served { model: folder.clone(), name: None }),
+        Some(None) => {
+            let model = model::fetch(model::Known::Minilm)?;
+            Some(Served { model, name: Some(EMBEDDER.to_owned()) })
+        }
+    };
     let mut cluster = Cluster::new(lock, &args)?;
     let started = Instant::now();
-    let start = cluster.start(&args, &model, name.as_deref());
+    let served = Served { model, name };
+    let start = cluster.start(&args, &served, embedder.as_ref());
     let ended = tokio::select! {
         ended = start => ended,
         () = stop_signals.next() => {
@@ -114,6 +138,13 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     eprintln!("stopping");
     cluster.stop(&mut stop_signals).await;
     Ok(())
+}
+
+/// A model, and the name that it is served under.
+struct Served {
+    model: PathBuf,
+    /// The worker's own choice without it.
+    name: Option<String>,
 }
 
 /// Says it now, under the flag's name here, and not when everything else has started.
@@ -153,8 +184,8 @@ impl Cluster {
     async fn start(
         &mut self,
         args: &UpArgs,
-        model: &Path,
-        name: Option<&str>,
+        model: &Served,
+        embedder: Option<&Served>,
     ) -> Result<(), Failure> {
         self.start_etcd().await?;
         let gateway = self.spec("gateway", "gateway", "baton-gateway", &{
@@ -176,7 +207,7 @@ impl Cluster {
             &["--listen".into(), format!("127.0.0.1:{}", self.coordinator)],
         );
         let mut specs = vec![coordinator];
-        specs.extend(self.workers(args, model, name));
+        specs.extend(self.workers(args, model, embedder));
         specs.push(gateway);
         let logs = self.lock.directory().join("logs");
         let first = self.processes.len();
@@ -243,25 +274,22 @@ impl Cluster {
         }
     }
 
-    fn workers(&self, args: &UpArgs, model: &Path, name: Option<&str>) -> Vec<Spec> {
+    fn workers(&self, args: &UpArgs, model: &Served, embedder: Option<&Served>) -> Vec<Spec> {
         let roles = [("prefill", args.prefill), ("decode", args.decode), ("unified", args.unified)];
-        let count: usize = roles.iter().map(|(_, count)| count).sum();
+        let count = args.workers();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = args.threads.unwrap_or(cores.div_ceil(count)).to_string();
         let mut specs = Vec::new();
         for (role, count) in roles {
             for n in 1..=count {
-                let mut flags: Vec<String> = vec!["--role".into(), role.into()];
-                flags.extend(["--listen".into(), "127.0.0.1:0".into()]);
-                flags.extend(["--model".into(), model.display().to_string()]);
+                let mut flags = worker_flags(role, model, &threads);
                 flags.extend(["--kv-memory".into(), args.kv_memory.clone()]);
-                flags.extend(["--threads".into(), threads.clone()]);
-                flags.extend(["--drain-timeout".into(), DRAIN_SECONDS.into()]);
-                if let Some(name) = name {
-                    flags.extend(["--served-model-name".into(), name.into()]);
-                }
                 specs.push(self.spec(&format!("{role}-{n}"), role, "baton-worker", &flags));
             }
+        }
+        if let Some(embedder) = embedder {
+            let flags = worker_flags(POOLING, embedder, &threads);
+            specs.push(self.spec("pooling-1", POOLING, "baton-worker", &flags));
         }
         specs
     }
@@ -275,7 +303,7 @@ impl Cluster {
 
     /// Waits until the gateway has found the workers.
     async fn wait_until_served(&self, gateway: &str, args: &UpArgs) -> Result<(), Failure> {
-        let expected = args.prefill + args.decode + args.unified;
+        let expected = args.workers();
         let client = reqwest::Client::builder()
             .no_proxy()
             .timeout(Duration::from_secs(2))
@@ -319,6 +347,12 @@ impl Cluster {
              \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}], \
              \"temperature\": 0, \"max_tokens\": 50}}'"
         );
+        if args.embedder.is_some() {
+            println!(
+                "\ncurl -s {url}/v1/embeddings -H 'Content-Type: application/json'{key} -d '{{\
+                 \"input\": \"The capital of France is Paris.\"}}'"
+            );
+        }
     }
 
     /// Starts again what ends, for ever.
@@ -340,7 +374,7 @@ impl Cluster {
     /// Stops all, last started first, all workers at once. Another signal kills what is left.
     async fn stop(&mut self, stop_signals: &mut StopSignals) {
         let order: [&[&str]; 4] =
-            [&["gateway"], &["prefill", "decode", "unified"], &["coordinator"], &["etcd"]];
+            [&["gateway"], &["prefill", "decode", "unified", POOLING], &["coordinator"], &["etcd"]];
         for roles in order {
             let group = self.processes.iter_mut().filter(|p| roles.contains(&p.spec.role));
             let stops = group.map(|process| process.stop(STOP_WITHIN));
@@ -353,6 +387,19 @@ impl Cluster {
         self.processes.clear();
         let _ = std::fs::remove_dir_all(self.lock.directory().join("etcd"));
     }
+}
+
+/// The flags of a worker of any role.
+fn worker_flags(role: &str, served: &Served, threads: &str) -> Vec<String> {
+    let mut flags: Vec<String> = vec!["--role".into(), role.into()];
+    flags.extend(["--listen".into(), "127.0.0.1:0".into()]);
+    flags.extend(["--model".into(), served.model.display().to_string()]);
+    flags.extend(["--threads".into(), threads.into()]);
+    flags.extend(["--drain-timeout".into(), DRAIN_SECONDS.into()]);
+    if let Some(name) = &served.name {
+        flags.extend(["--served-model-name".into(), name.clone()]);
+    }
+    flags
 }
 
 /// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.

@@ -27,11 +27,6 @@ pub const UNSUPPORTED: &[(&str, &str)] =
 /// The fields of the form, but for the file.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct AudioFields {
-    /// The recording: WAV, MP3, FLAC, Ogg, WebM, MP4, M4A, AIFF or CAF.
-    #[serde(skip)]
-    #[schema(value_type = String, format = Binary, nullable = false)]
-    #[expect(dead_code, reason = "the document alone knows it as a field")]
-    file: (),
     /// A served model; any that does this, when it is absent.
     #[schema(nullable = false)]
     pub model: Option<String>,

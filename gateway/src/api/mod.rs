@@ -11,6 +11,7 @@ pub mod envelope;
 pub mod gbnf;
 pub mod logprobs;
 pub mod messages;
+pub mod pooling;
 pub mod requests;
 pub mod responses;
 pub mod sampling;

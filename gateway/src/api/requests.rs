@@ -10,8 +10,13 @@ use super::audio::{self, AudioFields};
 use super::chat::{ChatFields, Conversation};
 use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
+use super::pooling::cohere::{self, CohereEmbedFields};
+use super::pooling::embed::{EmbedFields, EncodingFields, PoolFields};
+use super::pooling::score::{PairFields, RerankFields, ScoreFields};
+use super::pooling::{self, InputFields, PoolingFields};
 use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
+use super::schema::AudioFile;
 use super::structured::StructuredFields;
 use super::tokenize::{DetokenizeFields, TokenizeFields};
 use super::tools::ToolFields;
@@ -81,10 +86,58 @@ request!(
 request!(
     /// The form of `POST /v1/audio/transcriptions` and `POST /v1/audio/translations`.
     AudioRequest:
-    [AudioFields],
+    [AudioFile, AudioFields],
     &["file"],
     &[audio::IGNORED],
     audio::UNSUPPORTED
+);
+request!(
+    /// The body of `POST /v1/embeddings`: with `input`, or with `messages`.
+    EmbeddingRequest:
+    [Conversation, InputFields, PoolingFields, EmbedFields, EncodingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /pooling`: with `input`, or with `messages`.
+    PoolingRequest:
+    [Conversation, InputFields, PoolingFields, PoolFields, EncodingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /classify`: with `input`, or with `messages`.
+    ClassifyRequest:
+    [Conversation, InputFields, PoolingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /score`: with two fields of texts.
+    ScoreRequest:
+    [ScoreFields, PairFields, PoolingFields],
+    &[],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /rerank`.
+    RerankRequest:
+    [RerankFields, PairFields, PoolingFields],
+    &["query", "documents"],
+    &[pooling::IGNORED],
+    &[]
+);
+request!(
+    /// The body of `POST /v2/embed`.
+    CohereEmbedRequest:
+    [CohereEmbedFields],
+    &[],
+    &[pooling::IGNORED, cohere::IGNORED],
+    &[]
 );
 request!(
     /// The body of `POST /tokenize`: with `prompt`, or with `messages`.
@@ -103,10 +156,12 @@ request!(
     &[]
 );
 request!(
-    /// The body of `POST /invocations`: with `messages` a chat's, else with `prompt` a completion's,
-    /// with all of its fields.
+    /// The body of `POST /invocations`: that of the route which does it. With `messages` a chat's,
+    /// else with `prompt` a completion's, else with `input` that of embeddings, of classes or of
+    /// `/pooling`, by what the model does; then that of scores, and of ranks. `query` and
+    /// `documents` are a rank's.
     InvocationRequest:
-    [CompletionFields, Conversation],
+    [CompletionFields, Conversation, InputFields, ScoreFields, RerankFields],
     &[],
     &[],
     &[]

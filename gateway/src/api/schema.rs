@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::pooling::replies::{Classes, Embeddings, PoolingReply, Ranked, Scores};
+
 /// The id of a token of the model.
 #[derive(ToSchema)]
 #[schema(minimum = 0)]
@@ -515,6 +517,14 @@ pub struct TextChoice {
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// The file of a transcription or translation.
+#[derive(ToSchema)]
+pub struct AudioFile {
+    /// The recording: WAV, MP3, FLAC, Ogg, WebM, MP4, M4A, AIFF or CAF.
+    #[schema(format = Binary)]
+    pub file: String,
+}
+
 /// The reply of a transcription or translation, of `response_format` json or verbose_json.
 #[derive(ToSchema)]
 pub struct Transcription {
@@ -603,6 +613,16 @@ pub enum Invoked {
     Chat(ChatCompletion),
     /// A completion's.
     Text(TextCompletion),
+    /// Of embeddings.
+    Embeddings(Embeddings),
+    /// Of classes.
+    Classes(Classes),
+    /// Of scores.
+    Scores(Scores),
+    /// Of a rank.
+    Ranked(Ranked),
+    /// Of `POST /pooling`.
+    Pooled(PoolingReply),
 }
 
 /// Log-probabilities of a completion: lists of one length.
@@ -677,6 +697,9 @@ pub struct ModelCard {
     /// How many tokens prompt and answer may have together.
     #[schema(required = true)]
     pub max_model_len: Option<u64>,
+    /// What it can be asked for: generate, embed, classify, score, token_embed, token_classify,
+    /// transcribe, translate.
+    pub tasks: Vec<String>,
     /// What may be done with it.
     #[schema(value_type = Vec<Object>)]
     pub permission: Vec<Value>,

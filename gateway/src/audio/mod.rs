@@ -40,10 +40,9 @@ impl Fault {
     pub(crate) fn new(what: impl Into<String>) -> Self {
         Self(what.into())
     }
-}
 
-impl From<Fault> for ApiError {
-    fn from(fault: Fault) -> Self {
-        Self::bad_value("file", format!("`file` {}", fault.0))
+    /// What a client is told.
+    pub fn refused(self) -> ApiError {
+        ApiError::bad_value("file", format!("`file` {}", self.0))
     }
 }

@@ -60,8 +60,9 @@ impl Decoders {
     pub async fn open(self: &Arc<Self>, file: Bytes, until: Instant) -> Result<Windows, ApiError> {
         let (max_seconds, whole) = (self.max_seconds, file.clone());
         let seconds =
-            self.run(until, move |patience| measure(whole, max_seconds, &patience)).await??;
-        let sound = self.run(until, move |_| Sound::open(file)).await??;
+            self.run(until, move |patience| measure(whole, max_seconds, &patience)).await?;
+        let seconds = seconds.map_err(Fault::refused)?;
+        let sound = self.run(until, move |_| Sound::open(file)).await?.map_err(Fault::refused)?;
         Ok(Windows {
             decoders: self.clone(),
             until,
@@ -91,7 +92,8 @@ impl Decoders {
             Ok(done) => Ok(done),
             // A decoder that panics met what its author did not think of.
             Err(error) if error.is_panic() => {
-                Err(Fault::new("is damaged (its decoder gave up); convert it to WAV.").into())
+                let what = "is damaged (its decoder gave up); convert it to WAV.";
+                Err(Fault::new(what).refused())
             }
             Err(error) => Err(ApiError::internal(format!("Decoding failed: {error}."))),
         }
@@ -132,7 +134,8 @@ impl Windows {
                 };
                 read.map(|()| (sound, samples, from))
             };
-            let (sound, samples, from) = self.decoders.run(self.until, read).await??;
+            let read = self.decoders.run(self.until, read).await?;
+            let (sound, samples, from) = read.map_err(Fault::refused)?;
             (self.sound, self.samples, self.start) = (Some(sound), samples, from);
         }
         let gone = start.saturating_sub(self.start).min(self.samples.len());

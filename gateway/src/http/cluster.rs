@@ -24,7 +24,7 @@ use crate::workers::recent::Placement;
 ///   },
 ///   "workers": [{                 // by id
 ///     "id": "decode-5f0c…",
-///     "role": "decode",           // prefill, decode or unified
+///     "role": "decode",           // prefill, decode, unified, pooling or audio
 ///     "state": "up",              // up, draining or down
 ///     "model": "smollm2",
 ///     "version": "0.1.0",
@@ -38,7 +38,8 @@ use crate::workers::recent::Placement;
 ///       "block_bytes": 195840,
 ///       "prompt_tokens": 900, "generation_tokens": 5000,         // since its start, as all below
 ///       "preemptions": 0,
-///       "handoffs": {"requests": 4, "failures": 0, "bytes_shm": 800000, "bytes_grpc": 0}
+///       "handoffs": {"requests": 4, "failures": 0, "bytes_shm": 800000, "bytes_grpc": 0},
+///       "pooled": {"texts": 0, "batches": 0}                     // of pooling workers
 ///     }
 ///   }],
 ///   "recent": [{                  // the last 64 sequences of this gateway, newest first
@@ -116,6 +117,7 @@ fn describe(worker: &Worker) -> Value {
                 "bytes_shm": status.handoff_bytes_shared_memory,
                 "bytes_grpc": status.handoff_bytes_grpc,
             },
+            "pooled": {"texts": status.pooled_inputs, "batches": status.pooled_batches},
         })
     });
     json!({

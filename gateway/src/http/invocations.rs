@@ -2,17 +2,23 @@
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::Value;
 
 use super::generation::Intake;
-use super::{Shared, chat, completions};
+use super::model::{Api, CHAT, CLASSIFY, EMBEDDINGS, POOLING};
+use super::{Shared, chat, classify, completions, embed, rerank, score};
 use crate::api::requests::InvocationRequest;
 use crate::api::schema::{Invoked, StreamEvent};
 use crate::error::ApiError;
 
+/// Fields that hold texts to be scored, two and two.
+const PAIRS: [(&str, &str); 4] =
+    [("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2")];
+
 /// SageMaker's header for the adapter, which is a model here.
 const ADAPTER: &str = "x-amzn-sagemaker-adapter-identifier";
 
-/// Answers a chat or completes a text, by what the body holds.
+/// Does what another route does, by what the body holds and what its model can.
 #[utoipa::path(
     post, path = "/invocations", tag = "generation", request_body = InvocationRequest,
     params((
@@ -35,14 +41,30 @@ pub(super) async fn invoke(
         intake.body.set("model", adapter.into());
     }
     // In vLLM's order. What has both is a chat.
+    let name = intake.body.get("model").and_then(Value::as_str).unwrap_or_default();
+    let does = |api: &Api| shared.registry.able(name, api.tasks()).is_ok();
     let has = |field: &str| intake.body.get(field).is_some();
-    if has("messages") {
+    let texts = has("input") || has("messages");
+    // Only the model tells whether messages are to be answered or to be embedded.
+    if has("messages") && (does(&CHAT) || !does(&POOLING)) {
         chat::answer(intake, shared).await
     } else if has("prompt") {
         completions::answer(intake, shared).await
+    } else if texts && !has("task") && does(&EMBEDDINGS) {
+        embed::answer_embeddings(intake, shared).await
+    } else if texts && !has("task") && does(&CLASSIFY) {
+        classify::answer(intake, shared).await
+    } else if PAIRS.iter().any(|(one, two)| has(one) && has(two)) {
+        score::answer(intake, shared).await
+    } else if has("query") && has("documents") {
+        rerank::answer(intake, shared).await
+    } else if texts {
+        embed::answer_pooling(intake, shared).await
     } else {
         let message = "Cannot find suitable handler for request. Expected one of: \
-                       ['ChatCompletionRequest', 'CompletionRequest'].";
+                       ['ChatCompletionRequest', 'CompletionRequest', 'EmbeddingRequest', \
+                       'ClassificationRequest', 'ScoreRequest', 'RerankRequest', \
+                       'PoolingRequest'].";
         Err(ApiError::no_handler(message))
     }
 }

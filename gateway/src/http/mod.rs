@@ -22,6 +22,7 @@ mod multipart;
 mod openapi;
 mod ops;
 mod page;
+mod pooling;
 mod request_id;
 mod responses;
 mod routes;
@@ -51,6 +52,7 @@ use crate::metrics::Metrics;
 use crate::quota::Quota;
 use crate::workers::Registry;
 use connection::Connection;
+use pooling::{classify, cohere, embed, rerank, score};
 
 pub use call::Parsers;
 pub use cors::Policy;
@@ -104,6 +106,8 @@ pub struct Limits {
     pub max_logprobs: Option<u32>,
     /// Whether a request may bring a chat template of its own.
     pub trust_request_chat_template: bool,
+    /// The most texts that one request may have embedded, classified or compared.
+    pub max_texts: usize,
     /// Whether `usage` tells of cached prompt tokens.
     pub prompt_tokens_details: bool,
 }

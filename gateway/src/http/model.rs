@@ -15,9 +15,24 @@ pub(super) struct Api {
     tasks: &'static [Task],
 }
 
+impl Api {
+    /// One of which a model must have.
+    pub(super) fn tasks(&self) -> &'static [Task] {
+        self.tasks
+    }
+}
+
 pub(super) const CHAT: Api = Api { name: "Chat Completions", tasks: &[Task::Generate] };
 pub(super) const COMPLETIONS: Api = Api { name: "Completions", tasks: &[Task::Generate] };
 pub(super) const MESSAGES: Api = Api { name: "Messages", tasks: &[Task::Generate] };
+pub(super) const EMBEDDINGS: Api = Api { name: "Embeddings", tasks: &[Task::Embed] };
+pub(super) const POOLING: Api = Api {
+    name: "Pooling",
+    tasks: &[Task::Embed, Task::Classify, Task::Score, Task::TokenEmbed, Task::TokenClassify],
+};
+pub(super) const CLASSIFY: Api = Api { name: "Classification", tasks: &[Task::Classify] };
+pub(super) const SCORE: Api = Api { name: "Score", tasks: &[Task::Score, Task::Embed] };
+pub(super) const RERANK: Api = Api { name: "Rerank (Score)", tasks: SCORE.tasks };
 pub(super) const RESPONSES: Api = Api { name: "Responses", tasks: &[Task::Generate] };
 pub(super) const TRANSCRIPTIONS: Api = Api { name: "Transcriptions", tasks: &[Task::Transcribe] };
 pub(super) const TRANSLATIONS: Api = Api { name: "Translations", tasks: &[Task::Translate] };

@@ -11,6 +11,8 @@ use super::Shared;
 use crate::api::envelope::unix_seconds;
 use crate::api::schema::{ModelCard, Models, ServerLoad, Version};
 use crate::error::ApiError;
+use crate::workers::Served;
+use crate::workers::tasks::name;
 
 /// Says whether a request would be served.
 ///
@@ -108,11 +110,13 @@ fn cards(shared: &Shared) -> Vec<Value> {
     for served in shared.registry.models() {
         let names = std::iter::once(&served.card.name).chain(&served.card.aliases);
         let (root, len) = (&served.card.root, Some(served.card.max_model_len));
-        cards.extend(names.map(|name| card(name, root, None, len, created)));
+        let tasks = tasks(&served);
+        cards.extend(names.map(|name| card(name, root, None, len, &tasks, created)));
     }
     for served in shared.registry.adapters() {
         let path = served.adapter.as_ref().map_or("", |adapter| &adapter.path);
-        cards.push(card(served.name(), path, Some(&served.card.name), None, created));
+        let parent = Some(&*served.card.name);
+        cards.push(card(served.name(), path, parent, None, &tasks(&served), created));
     }
     // Two models may share a name: whoever asks for it gets the first.
     let mut seen = HashSet::new();
@@ -120,7 +124,19 @@ fn cards(shared: &Shared) -> Vec<Value> {
     cards
 }
 
-fn card(name: &str, root: &str, parent: Option<&str>, len: Option<u32>, created: u64) -> Value {
+/// The names of what a model can be asked for.
+fn tasks(served: &Served) -> Vec<&'static str> {
+    served.tasks().into_iter().map(name).collect()
+}
+
+fn card(
+    name: &str,
+    root: &str,
+    parent: Option<&str>,
+    len: Option<u32>,
+    tasks: &[&str],
+    created: u64,
+) -> Value {
     json!({
         "id": name,
         "object": "model",
@@ -129,6 +145,7 @@ fn card(name: &str, root: &str, parent: Option<&str>, len: Option<u32>, created:
         "root": root,
         "parent": parent,
         "max_model_len": len,
+        "tasks": tasks,
         "permission": [{
             "id": format!("modelperm-{}", uuid::Uuid::new_v4().simple()),
             "object": "model_permission",

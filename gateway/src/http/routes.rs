@@ -34,6 +34,15 @@ routes! {
     "/v1/responses/{id}/input_items": get responses::input_items;
     "/v1/audio/transcriptions": post audio::transcribe;
     "/v1/audio/translations": post audio::translate;
+    "/v1/embeddings": post embed::embeddings;
+    "/v2/embed": post cohere::embed;
+    "/pooling": post embed::pool;
+    "/classify": post classify::classify;
+    "/score": post score::score;
+    "/v1/score": post score::score_v1;
+    "/rerank": post rerank::rerank;
+    "/v1/rerank": post rerank::rerank_v1;
+    "/v2/rerank": post rerank::rerank_v2;
     "/invocations": post invocations::invoke;
     "/tokenize": post tokenize::tokenize;
     "/detokenize": post tokenize::detokenize;

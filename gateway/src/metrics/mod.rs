@@ -6,6 +6,7 @@
 mod families;
 mod http;
 pub(crate) mod lora;
+mod pooling;
 mod tokens;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -23,6 +24,7 @@ use families::{
     histogram,
 };
 use http::HttpMetrics;
+pub use pooling::PoolingRecord;
 pub use tokens::Siblings;
 use tokens::TokenHistograms;
 
@@ -90,6 +92,8 @@ pub struct Metrics {
     waiting: GaugeVec,
     kv_usage: GaugeVec,
     preemptions: CounterVec,
+    pooled_texts: CounterVec,
+    pooled_batches: CounterVec,
     drafts: CounterVec,
     draft_tokens: CounterVec,
     accepted_tokens: CounterVec,
@@ -261,6 +265,18 @@ impl Metrics {
                 &r,
                 "vllm:num_preemptions_total",
                 "Sequences put back for want of KV blocks.",
+                &LABELS,
+            )?,
+            pooled_texts: counter(
+                &r,
+                "baton_pooled_texts_total",
+                "Texts that pooling workers have computed.",
+                &LABELS,
+            )?,
+            pooled_batches: counter(
+                &r,
+                "baton_pooled_batches_total",
+                "Batches that they computed them in.",
                 &LABELS,
             )?,
             drafts: counter(
@@ -509,6 +525,10 @@ impl Metrics {
         let grown = |of: fn(&WorkerStatus) -> u64| of(now).saturating_sub(of(before));
         let labels = [model, ENGINE];
         self.preemptions.with_label_values(&labels).inc_by(grown(|status| status.preemptions));
+        let pooled = grown(|status| status.pooled_inputs);
+        self.pooled_texts.with_label_values(&labels).inc_by(pooled);
+        let batches = grown(|status| status.pooled_batches);
+        self.pooled_batches.with_label_values(&labels).inc_by(batches);
         self.drafts.with_label_values(&labels).inc_by(grown(|status| status.spec_decode_drafts));
         let drafted = grown(|status| status.spec_decode_draft_tokens);
         self.draft_tokens.with_label_values(&labels).inc_by(drafted);

@@ -483,7 +483,7 @@ mod tests {
     fn the_ratio_is_that_of_zlib() {
         // As `len(text) / len(zlib.compress(text))` in Python.
         let sentence = "The quick brown fox jumps over the lazy dog.";
-        assert!((compression_ratio(sentence) - 44.0 / 51.0).abs() < 0.03);
+        assert!((compression_ratio(sentence) - 44.0 / 51.0).abs() < 0.1);
         assert!(compression_ratio(&"again and ".repeat(30)) > 10.0);
         assert_eq!(compression_ratio(""), 0.0);
     }

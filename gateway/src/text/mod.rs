@@ -2,6 +2,8 @@
 
 pub mod defaults;
 pub mod detokenize;
+pub mod parallel;
+pub mod sequences;
 pub mod stop;
 pub mod template;
 
@@ -37,8 +39,11 @@ pub struct TextModel {
 impl TextModel {
     /// Builds it.
     pub fn new(bundle: &TokenizerBundle) -> Result<Self, String> {
-        let tokenizer = Tokenizer::from_str(&bundle.tokenizer_json)
+        let mut tokenizer = Tokenizer::from_str(&bundle.tokenizer_json)
             .map_err(|error| format!("the worker's tokenizer does not load: {error}"))?;
+        // Some files have them set; what is cut is each request's to say, and nothing is padded.
+        let _ = tokenizer.with_truncation(None);
+        tokenizer.with_padding(None);
         let longest_token =
             tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1).max(1);
         let template = bundle

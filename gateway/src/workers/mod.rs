@@ -5,13 +5,13 @@
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
-//! * `tasks`: what each model can be asked for.
+//! * [`tasks`]: what each model can be asked for.
 //! * [`recent`]: where the last sequences were computed.
 
 mod adapters;
 mod connection;
 pub mod recent;
-mod tasks;
+pub mod tasks;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
@@ -108,6 +108,11 @@ impl Worker {
     /// Whether it may be sent requests.
     pub fn alive(&self) -> bool {
         self.alive.load(Relaxed) && !self.status.load().as_ref().is_some_and(|s| s.draining)
+    }
+
+    /// Whether it lives, draining or not.
+    pub fn answers(&self) -> bool {
+        self.alive.load(Relaxed)
     }
 
     /// Takes the worker out of routing until it answers again.

@@ -33,6 +33,21 @@ impl Served {
     }
 }
 
+/// A task's name, as requests and lists have it.
+pub fn name(task: Task) -> &'static str {
+    match task {
+        Task::Generate => "generate",
+        Task::Embed => "embed",
+        Task::Classify => "classify",
+        Task::Score => "score",
+        Task::TokenEmbed => "token_embed",
+        Task::TokenClassify => "token_classify",
+        Task::Transcribe => "transcribe",
+        Task::Translate => "translate",
+        Task::Unspecified => "unknown",
+    }
+}
+
 impl Registry {
     /// What serves `model` and does one of `tasks`. `model` is a name of a model or of an adapter;
     /// with an empty one, the model that was there first of those that do it.

@@ -1,0 +1,300 @@
+//! The texts of one request, from tokens to vectors, over the workers that there are.
+//!
+//! They are cut into calls of bounded size ([`split`]), a few of which are under way at a time. A
+//! call has no effect but its answer, so one that fails is sent to another worker. Dropping the
+//! future cancels all calls, down to the workers' queues.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_proto::MAX_MESSAGE_BYTES;
+use baton_proto::v1::{PoolInput, PoolOutput, PoolRequest, PoolResponse, Task};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use tokio::time::timeout_at;
+use tonic::{Code, Status};
+use tracing::{debug, warn};
+
+use crate::error::ApiError;
+use crate::workers::{Registry, Served, Worker};
+
+/// Tokens and texts of one call, unless a single text has more.
+const CALL_TOKENS: usize = 8 * 1024;
+const CALL_TEXTS: usize = 256;
+/// Calls of a request under way for each worker: one computes, the next waits in its queue.
+const CALLS_PER_WORKER: usize = 2;
+/// Failures after which a call is given up: it may be the texts that bring workers down.
+const MAX_FAILURES: usize = 3;
+/// How long a call waits for a worker that answers.
+const START_WITHIN: Duration = Duration::from_secs(1);
+/// How long a call waits for room, when others of its request are under way.
+const ROOM_WITHIN: Duration = Duration::from_secs(30);
+/// Between two looks for a worker.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How often a worker with a call is checked for life. One that is silent twice has lost the call.
+const CHECK_EVERY: Duration = Duration::from_millis(500);
+
+/// What is to be computed.
+#[derive(Clone)]
+pub struct Job {
+    /// The model.
+    pub served: Arc<Served>,
+    /// For logs, here and on the workers.
+    pub request_id: String,
+    /// What of each text.
+    pub task: Task,
+    /// Whether embeddings get length one, and classes and scores the model's activation.
+    pub activate: bool,
+    /// To how many dimensions embeddings are cut; 0 is all.
+    pub dimensions: u32,
+    /// Lower is sooner.
+    pub priority: i32,
+    /// When to give up.
+    pub deadline: Instant,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Pooled {
+    /// In the order of the texts.
+    pub outputs: Vec<PoolOutput>,
+    /// The longest that any of the calls waited at its worker.
+    pub queue: Duration,
+    /// The longest that any of them was computed.
+    pub compute: Duration,
+}
+
+/// Computes all of `inputs`.
+pub async fn run(
+    registry: &Registry,
+    job: &Job,
+    inputs: Vec<PoolInput>,
+) -> Result<Pooled, ApiError> {
+    let count = inputs.len();
+    let lengths: Vec<usize> = inputs.iter().map(|input| input.token_ids.len()).collect();
+    let calls = split(&lengths, call_tokens(job)?);
+    let alone = calls.len() == 1;
+    let mut inputs = inputs.into_iter();
+    let calls: Vec<Vec<PoolInput>> =
+        calls.into_iter().map(|call| inputs.by_ref().take(call.len()).collect()).collect();
+    let at_once = CALLS_PER_WORKER * registry.of_model(&job.served).len().max(1);
+    let mut answers =
+        stream::iter(calls.into_iter().map(|inputs| call(registry, job, inputs, alone)))
+            .buffered(at_once);
+    let mut pooled = Pooled {
+        outputs: Vec::with_capacity(count),
+        queue: Duration::ZERO,
+        compute: Duration::ZERO,
+    };
+    while let Some(answer) = answers.try_next().await? {
+        pooled.outputs.extend(answer.outputs);
+        pooled.queue = pooled.queue.max(Duration::from_micros(answer.queue_us));
+        pooled.compute = pooled.compute.max(Duration::from_micros(answer.compute_us));
+    }
+    Ok(pooled)
+}
+
+/// Tokens of one call: fewer where each brings a row of its own back, which must fit the message.
+fn call_tokens(job: &Job) -> Result<usize, ApiError> {
+    if !matches!(job.task, Task::TokenEmbed | Task::TokenClassify) {
+        return Ok(CALL_TOKENS);
+    }
+    let card = job.served.card.pooling.clone().unwrap_or_default();
+    let width = match job.task {
+        Task::TokenClassify => card.labels.len(),
+        _ => card.dimensions as usize,
+    };
+    let row = width.max(1) * size_of::<f32>();
+    Ok((MAX_MESSAGE_BYTES / 2 / row).clamp(1, CALL_TOKENS))
+}
+
+/// Cuts texts of these lengths into calls.
+fn split(lengths: &[usize], call_tokens: usize) -> Vec<Range<usize>> {
+    let mut calls: Vec<Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (at, length) in lengths.iter().enumerate() {
+        match calls.last_mut() {
+            Some(call) if call.len() < CALL_TEXTS && tokens + length <= call_tokens => {
+                call.end += 1;
+                tokens += length;
+            }
+            _ => {
+                calls.push(at..at + 1);
+                tokens = *length;
+            }
+        }
+    }
+    calls
+}
+
+/// Has one call answered, by whichever worker does it.
+async fn call(
+    registry: &Registry,
+    job: &Job,
+    inputs: Vec<PoolInput>,
+    alone: bool,
+) -> Result<PoolResponse, ApiError> {
+    let count = inputs.len();
+    let tokens = inputs.iter().map(|input| input.token_ids.len()).sum();
+    let mut request = PoolRequest {
+        request_id: job.request_id.clone(),
+        inputs,
+        task: job.task.into(),
+        activate: job.activate,
+        dimensions: job.dimensions,
+        timeout_ms: 0,
+        priority: job.priority,
+    };
+    let begun = Instant::now();
+    let mut failures = 0;
+    let mut failed: Vec<String> = Vec::new();
+    loop {
+        // Each worker is asked once in a round.
+        let mut asked = failed.clone();
+        let mut full = false;
+        while let Some(ticket) = registry.choose_pooling(&job.served, tokens, &asked) {
+            let left = job.deadline.saturating_duration_since(Instant::now());
+            request.timeout_ms = left.as_millis().max(1) as u64;
+            let status = match ask(&ticket.worker, job.deadline, request.clone()).await? {
+                Ok(answer) => match sound(&answer, count) {
+                    Ok(()) => return Ok(answer),
+                    Err(message) => {
+                        warn!(id = ticket.worker.record.id, message, "a worker's answer is wrong");
+                        return Err(ApiError::internal(message));
+                    }
+                },
+                Err(status) => status,
+            };
+            let worker = &ticket.worker;
+            asked.push(worker.record.id.clone());
+            match status.code() {
+                Code::ResourceExhausted => {
+                    worker.mark_full();
+                    full = true;
+                    continue;
+                }
+                Code::InvalidArgument => {
+                    return Err(ApiError::bad_value("input", capitalized(status.message())));
+                }
+                Code::DeadlineExceeded => return Err(ApiError::timed_out()),
+                // The worker lives, and says that it failed: it would fail elsewhere too.
+                Code::Internal if std::error::Error::source(&status).is_none() => {
+                    warn!(id = worker.record.id, %status, "a worker failed a call");
+                    return Err(ApiError::internal(capitalized(status.message())));
+                }
+                _ => {
+                    warn!(id = worker.record.id, %status, "a worker does not answer a call");
+                    worker.mark_down();
+                }
+            }
+            failures += 1;
+            if failures >= MAX_FAILURES {
+                return Err(ApiError::unavailable(
+                    "The workers that had the texts failed; try again.",
+                ));
+            }
+            failed.push(worker.record.id.clone());
+            debug!(request_id = job.request_id, "asking another worker");
+        }
+        let patience = match full {
+            true if alone => Duration::ZERO,
+            true => ROOM_WITHIN,
+            false => START_WITHIN,
+        };
+        if Instant::now() >= job.deadline {
+            return Err(ApiError::timed_out());
+        }
+        if begun.elapsed() >= patience {
+            return Err(match full {
+                true => ApiError::overloaded("All workers' queues are full; try again soon."),
+                false => nobody(job.served.name()),
+            });
+        }
+        // A worker that failed may be back as good as new.
+        failed.clear();
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Asks one worker. The outer error is for the client, the inner one is to be judged.
+async fn ask(
+    worker: &Worker,
+    deadline: Instant,
+    request: PoolRequest,
+) -> Result<Result<PoolResponse, Status>, ApiError> {
+    let mut client = worker.client();
+    tokio::select! {
+        answer = timeout_at(deadline.into(), client.pool(request)) => match answer {
+            Ok(answer) => Ok(answer.map(|reply| reply.into_inner())),
+            Err(_) => Err(ApiError::timed_out()),
+        },
+        () = silent(worker) => Ok(Err(Status::unavailable("the worker has gone silent"))),
+    }
+}
+
+/// Waits until a worker has been silent for a while.
+async fn silent(worker: &Worker) {
+    let mut checks = 0;
+    while checks < 2 {
+        tokio::time::sleep(CHECK_EVERY).await;
+        checks = if worker.answers() { 0 } else { checks + 1 };
+    }
+}
+
+/// Whether an answer is one: as many outputs as texts, and all of them numbers.
+fn sound(answer: &PoolResponse, count: usize) -> Result<(), &'static str> {
+    if answer.outputs.len() != count {
+        return Err("The worker did not answer for each text.");
+    }
+    let numbers = |output: &PoolOutput| output.values.iter().all(|value| value.is_finite());
+    match answer.outputs.iter().all(numbers) {
+        true => Ok(()),
+        false => Err("The model computed values that are no numbers."),
+    }
+}
+
+fn nobody(model: &str) -> ApiError {
+    ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
+}
+
+fn capitalized(message: &str) -> String {
+    let mut letters = message.chars();
+    match letters.next() {
+        Some(first) => first.to_uppercase().chain(letters).chain(['.']).collect(),
+        None => "The worker gave no reason.".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_with_values_that_are_no_numbers_is_none() {
+        let output = |values: &[f32]| PoolOutput { values: values.to_vec(), width: 2 };
+        let answer = |outputs: Vec<PoolOutput>| PoolResponse { outputs, ..Default::default() };
+        assert!(sound(&answer(vec![output(&[1.0, -2.0])]), 1).is_ok());
+        assert!(sound(&answer(vec![output(&[1.0, f32::NAN])]), 1).is_err());
+        assert!(sound(&answer(vec![output(&[f32::INFINITY, 0.0])]), 1).is_err());
+        assert!(sound(&answer(vec![]), 1).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn calls_hold_all_texts_in_order_and_are_bounded(
+            lengths in proptest::collection::vec(1usize..600, 1..2000),
+            call_tokens in 1usize..2000,
+        ) {
+            let calls = split(&lengths, call_tokens);
+            let texts: Vec<usize> = calls.iter().cloned().flatten().collect();
+            prop_assert_eq!(texts, (0..lengths.len()).collect::<Vec<_>>());
+            for call in calls {
+                let tokens: usize = lengths[call.clone()].iter().sum();
+                prop_assert!(call.len() == 1 || tokens <= call_tokens, "{tokens}");
+                prop_assert!(call.len() <= CALL_TEXTS);
+            }
+        }
+    }
+}
