@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use baton_tests::binaries::{model, program};
+use baton_tests::binaries::{model, program, repository};
 use baton_tests::etcd::Etcd;
 use baton_tests::process::{Process, Spec};
 use baton_tests::{leftovers, ports};
@@ -252,6 +252,30 @@ async fn keys_and_certificates_that_cannot_be_are_named() {
         let flags: Vec<OsString> = flags.iter().map(Into::into).collect();
         fails(&dir, "baton-gateway", &flags, 2, names).await;
     }
+}
+
+/// A role and a model that do not go together are told before anything serves.
+#[tokio::test]
+async fn models_that_cannot_do_what_the_role_asks_are_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let etcd = Etcd::start(dir.path()).await;
+    let reference = repository().join("tests/reference");
+    let (speech, text) = (reference.join("whisper/small-ct2"), reference.join("small/mistral"));
+    let start = |role: &str, model: &Path| {
+        let worker = ["--etcd", etcd.url(), "--listen", "127.0.0.1:0", "--threads", "1"];
+        let model = ["--role", role, "--model", path(model)];
+        worker.iter().chain(&model).map(Into::into).collect::<Vec<OsString>>()
+    };
+    let within = Duration::from_secs(20);
+    let audio = start("audio", &text);
+    fails_within(&dir, "baton-worker", &audio, 2, &["--role audio", "none for speech"], within)
+        .await;
+    let pooling = start("pooling", &speech);
+    fails_within(&dir, "baton-worker", &pooling, 2, &["--role pooling", "for speech"], within)
+        .await;
+    let mut adapted = start("audio", &speech);
+    adapted.extend(args(["--lora-modules", "a=/no/such/folder"]));
+    fails_within(&dir, "baton-worker", &adapted, 2, &["--lora-modules", "speech"], within).await;
 }
 
 #[tokio::test]

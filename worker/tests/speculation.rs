@@ -27,10 +27,12 @@ fn engine(tokens: usize, blocks: usize) -> Engine {
         max_running: 8,
         max_waiting: 64,
         max_model_len: 120,
+        leading: 0,
         speculation: Speculation { tokens, ngram_min: 1, ngram_max: 3 },
         priority_aging: Duration::from_secs(30),
     };
-    Engine::start(model, pool, Settings { limits, eos_token_ids: vec![7, 8] }).unwrap()
+    Engine::start(model, pool, Settings { limits, eos_token_ids: vec![7, 8], speech: None })
+        .unwrap()
 }
 
 /// Everything that a client sees of a request.
@@ -110,6 +112,7 @@ fn request() -> impl Strategy<Value = NewRequest> {
             };
             NewRequest {
                 prompt,
+                audio: None,
                 output,
                 sampling,
                 constraint: None,
@@ -175,6 +178,7 @@ fn what_repeats_is_guessed_and_counted() {
     };
     let request = NewRequest {
         prompt: vec![1, 2, 3],
+        audio: None,
         output: Vec::new(),
         sampling,
         constraint: None,

@@ -1,7 +1,10 @@
 //! Rows of activations, as floats and as what the integer products read.
 
-use super::cpu::{Isa, dispatch_dot};
+use half::bf16;
+
+use super::cpu::{Isa, dispatch, dispatch_dot};
 use super::dot::{BLOCK, Dot};
+use super::lanes::Lanes;
 use super::pool::ThreadPool;
 
 /// Bytes of a block: 64 of activations, then as floats the scale, the scaled sum of all, and the
@@ -20,6 +23,9 @@ pub enum Precision {
     Eight,
     /// Not at all: for weights that are floats. Quantized ones are decoded for each product, slowly.
     Float,
+    /// To bfloat16, for weights of that type: two multiplications in the time of one where the CPU
+    /// has them. Others are treated as with `Float`.
+    BFloat16,
 }
 
 impl Precision {
@@ -28,7 +34,7 @@ impl Precision {
         match self {
             Self::Sixteen => Some(127.0 * 256.0),
             Self::Eight => Some(127.0),
-            Self::Float => None,
+            Self::Float | Self::BFloat16 => None,
         }
     }
 }
@@ -69,14 +75,18 @@ impl Activations {
         &self.floats[..self.rows * self.width]
     }
 
-    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats.
+    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats; or its elements as bfloat16.
     pub(super) fn row_blocks(&self, row: usize) -> &[u8] {
         let bytes = self.row_bytes();
         &self.blocks[row * bytes..][..bytes]
     }
 
     fn row_bytes(&self) -> usize {
-        if self.precision == Precision::Float { 0 } else { self.width / BLOCK * BLOCK_BYTES }
+        match self.precision {
+            Precision::Float => 0,
+            Precision::BFloat16 => self.width * size_of::<bf16>(),
+            _ => self.width / BLOCK * BLOCK_BYTES,
+        }
     }
 
     /// Makes `rows` rows of `width` floats; `write(row, out)` writes all of each, on any thread.
@@ -96,11 +106,15 @@ impl Activations {
         self.floats.resize(self.floats.len().max(rows * width), 0.0);
         let bytes = self.row_bytes();
         self.blocks.resize(self.blocks.len().max(rows * bytes), 0);
-        let largest = self.precision.largest();
+        let (precision, largest) = (self.precision, self.precision.largest());
         let floats = &mut self.floats[..rows * width];
         let blocks = &mut self.blocks[..rows * bytes];
         pool.for_rows((floats, width), (blocks, bytes), |row, out, blocks| {
             write(row, out);
+            if precision == Precision::BFloat16 {
+                // SAFETY: `isa` is available; a row has two bytes for each float.
+                unsafe { to_bfloats(isa, out.as_mut_ptr(), width, blocks.as_mut_ptr()) }
+            }
             let Some(largest) = largest else { return };
             // SAFETY: `isa` is available; a row has `width / BLOCK` blocks.
             unsafe { quantize(isa, out.as_ptr(), width / BLOCK, largest, blocks.as_mut_ptr()) }
@@ -133,3 +147,21 @@ dispatch_dot! {
         x: *const f32, blocks: usize, largest: f32, to: *mut u8,
     ) => quantize_kernel, VnniDot;
 }
+
+/// Rounds floats to the nearest bfloat16, ties to even, in place and as such. Plain code: it is
+/// compiled for each instruction set.
+#[inline(always)]
+unsafe fn to_bfloats_kernel<V: Lanes>(x: *mut f32, len: usize, to: *mut u8) {
+    for i in 0..len {
+        // SAFETY: the caller grants `len` floats and twice as many bytes.
+        unsafe {
+            let bits = (*x.add(i)).to_bits();
+            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+            // What is not a number stays so.
+            let bits = if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x0040_0000 } else { rounded };
+            *x.add(i) = f32::from_bits(bits & 0xffff_0000);
+            to.cast::<u16>().add(i).write_unaligned((bits >> 16) as u16);
+        }
+    }
+}
+dispatch! { unsafe fn to_bfloats(x: *mut f32, len: usize, to: *mut u8) => to_bfloats_kernel; }

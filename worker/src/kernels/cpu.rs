@@ -5,6 +5,8 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 as below, with dot products of bfloat16.
+    Bf16,
     /// AVX-512 as below, with integer dot products of bytes.
     Vnni,
     /// AVX-512F with its byte, doubleword and vector-length parts.
@@ -37,6 +39,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
             {
                 if is_x86_feature_detected!("avx512vnni") {
+                    if is_x86_feature_detected!("avx512bf16") {
+                        all.push(Self::Bf16);
+                    }
                     all.push(Self::Vnni);
                 }
                 all.push(Self::Avx512);
@@ -79,9 +84,9 @@ macro_rules! dispatch {
             match isa {
                 // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::Isa::Vnni | $crate::kernels::cpu::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
+                $crate::kernels::cpu::Isa::Bf16
+                | $crate::kernels::cpu::Isa::Vnni
+                | $crate::kernels::cpu::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -114,7 +119,9 @@ macro_rules! dispatch_dot {
             match isa {
                 // SAFETY: `Isa::available` found the features; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::Isa::Vnni => unsafe { vnni($($arg),*) },
+                $crate::kernels::cpu::Isa::Bf16 | $crate::kernels::cpu::Isa::Vnni => unsafe {
+                    vnni($($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::Isa::Avx512 | $crate::kernels::cpu::Isa::Avx2 => unsafe {

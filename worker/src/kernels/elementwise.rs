@@ -150,6 +150,33 @@ pub enum Activation {
     Gelu,
 }
 
+/// What follows a product, for some of a row: `x = activation(x + bias)`, where there are such.
+pub(super) fn finish(
+    isa: Isa,
+    bias: Option<&[f32]>,
+    activation: Option<Activation>,
+    x: &mut [f32],
+) {
+    if let Some(bias) = bias {
+        add_to(x, bias);
+    }
+    let Some(activation) = activation else { return };
+    let (whole, rest) = x.split_at_mut(x.len() / LANES * LANES);
+    let mut last = [0.0; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    for x in [whole, &mut last] {
+        // SAFETY: a multiple of sixteen elements.
+        unsafe {
+            match activation {
+                Activation::Silu => silu_all(isa, x.as_mut_ptr(), x.len()),
+                Activation::GeluTanh => gelu_tanh_all(isa, x.as_mut_ptr(), x.len()),
+                Activation::Gelu => gelu_all(isa, x.as_mut_ptr(), x.len()),
+            }
+        }
+    }
+    rest.copy_from_slice(&last[..rest.len()]);
+}
+
 /// `out = activation(gate) · up` (Shazeer 2020), any number of elements.
 ///
 /// # Panics
@@ -178,42 +205,6 @@ unsafe fn times_sigmoid<V: Lanes>(x: V, y: V) -> V {
     }
 }
 
-#[inline(always)]
-unsafe fn silu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
-    // SAFETY: `len` elements each, by the caller.
-    unsafe {
-        for i in (0..len).step_by(LANES) {
-            let g = V::load(gate.add(i));
-            times_sigmoid(g, g).mul(V::load(up.add(i))).store(out.add(i));
-        }
-    }
-}
-dispatch! {
-    unsafe fn silu_gated(
-        gate: *const f32, up: *const f32, out: *mut f32, len: usize,
-    ) => silu_kernel;
-}
-
-#[inline(always)]
-unsafe fn gelu_tanh_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
-    // SAFETY: `len` elements each, by the caller.
-    unsafe {
-        // (1 + tanh(u)) / 2 is sigmoid(2 u), with u = √(2/π) (x + 0.044715 x³).
-        const LINEAR: f32 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
-        let (linear, cubic) = (V::splat(LINEAR), V::splat(LINEAR * 0.044_715));
-        for i in (0..len).step_by(LANES) {
-            let g = V::load(gate.add(i));
-            let u = g.mul(g).mul_add(cubic, linear).mul(g);
-            times_sigmoid(g, u).mul(V::load(up.add(i))).store(out.add(i));
-        }
-    }
-}
-dispatch! {
-    unsafe fn gelu_tanh_gated(
-        gate: *const f32, up: *const f32, out: *mut f32, len: usize,
-    ) => gelu_tanh_kernel;
-}
-
 /// `x = x · Φ(x)`, the Gaussian error linear unit by its definition, any number of elements.
 ///
 /// # Panics
@@ -224,6 +215,24 @@ pub fn gelu(isa: Isa, x: &mut [f32]) {
     unsafe { gelu_all(isa, x.as_mut_ptr(), x.len()) }
 }
 
+/// `x · sigmoid(x)`.
+#[inline(always)]
+unsafe fn silu<V: Lanes>(x: V) -> V {
+    // SAFETY: the caller has the instruction set.
+    unsafe { times_sigmoid(x, x) }
+}
+
+/// `x · (1 + tanh(u)) / 2`, which is `x · sigmoid(2 u)`, with `u = √(2/π) (x + 0.044715 x³)`.
+#[inline(always)]
+unsafe fn gelu_tanh<V: Lanes>(x: V) -> V {
+    const LINEAR: f32 = 2.0 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2;
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let (linear, cubic) = (V::splat(LINEAR), V::splat(LINEAR * 0.044_715));
+        times_sigmoid(x, x.mul(x).mul_add(cubic, linear).mul(x))
+    }
+}
+
 /// `x · Φ(x)` with `Φ(x) = (1 + erf(x / √2)) / 2`.
 ///
 /// It is `max(x, 0) − |x| Q(|x|)` with the tail `Q(a) = e^(−a²/2) (c₁ t + … + c₈ t⁸)`, `t = 1 / (1 +
@@ -232,7 +241,7 @@ pub fn gelu(isa: Isa, x: &mut [f32]) {
 /// 0..12, 8e-8. So small results keep their digits too.
 #[inline(always)]
 #[allow(clippy::excessive_precision)]
-pub(super) unsafe fn times_normal<V: Lanes>(x: V) -> V {
+unsafe fn times_normal<V: Lanes>(x: V) -> V {
     const P: f32 = 0.3;
     const C: [f32; 8] = [
         0.119_616_27,
@@ -259,30 +268,41 @@ pub(super) unsafe fn times_normal<V: Lanes>(x: V) -> V {
     }
 }
 
-#[inline(always)]
-unsafe fn gelu_all_kernel<V: Lanes>(x: *mut f32, len: usize) {
-    // SAFETY: `len` elements, by the caller.
-    unsafe {
-        for i in (0..len).step_by(LANES) {
-            times_normal(V::load(x.add(i))).store(x.add(i));
+/// An activation of all elements, and its product with others.
+macro_rules! activations {
+    ($($of:ident: $all:ident, $all_kernel:ident, $gated:ident, $gated_kernel:ident;)*) => {$(
+        #[inline(always)]
+        unsafe fn $all_kernel<V: Lanes>(x: *mut f32, len: usize) {
+            // SAFETY: `len` elements, by the caller.
+            unsafe {
+                for i in (0..len).step_by(LANES) {
+                    $of(V::load(x.add(i))).store(x.add(i));
+                }
+            }
         }
-    }
-}
-dispatch! { unsafe fn gelu_all(x: *mut f32, len: usize) => gelu_all_kernel; }
-
-#[inline(always)]
-unsafe fn gelu_kernel<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, len: usize) {
-    // SAFETY: `len` elements each, by the caller.
-    unsafe {
-        for i in (0..len).step_by(LANES) {
-            times_normal(V::load(gate.add(i))).mul(V::load(up.add(i))).store(out.add(i));
+        dispatch! { unsafe fn $all(x: *mut f32, len: usize) => $all_kernel; }
+        #[inline(always)]
+        unsafe fn $gated_kernel<V: Lanes>(
+            gate: *const f32, up: *const f32, out: *mut f32, len: usize,
+        ) {
+            // SAFETY: `len` elements each, by the caller.
+            unsafe {
+                for i in (0..len).step_by(LANES) {
+                    $of(V::load(gate.add(i))).mul(V::load(up.add(i))).store(out.add(i));
+                }
+            }
         }
-    }
+        dispatch! {
+            unsafe fn $gated(
+                gate: *const f32, up: *const f32, out: *mut f32, len: usize,
+            ) => $gated_kernel;
+        }
+    )*};
 }
-dispatch! {
-    unsafe fn gelu_gated(
-        gate: *const f32, up: *const f32, out: *mut f32, len: usize,
-    ) => gelu_kernel;
+activations! {
+    silu: silu_all, silu_all_kernel, silu_gated, silu_gated_kernel;
+    gelu_tanh: gelu_tanh_all, gelu_tanh_all_kernel, gelu_tanh_gated, gelu_tanh_gated_kernel;
+    times_normal: gelu_all, gelu_all_kernel, gelu_gated, gelu_gated_kernel;
 }
 
 #[cfg(test)]

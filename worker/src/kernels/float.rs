@@ -1,151 +1,405 @@
-//! `y = x Wᵀ` for weights that are floats in the file: float32, float16, bfloat16.
+//! `y = x Wᵀ` in float arithmetic: each output is one sum over the inputs in ascending order,
+//! whatever the number of rows.
 //!
-//! A panel of weights is decoded once into cache and multiplied with tiles of rows. Each output is
-//! a dot product kept in sixteen lanes and summed in one fixed order, whatever the number of rows.
+//! A tile of sums, some rows by some vectors of outputs, stays in registers over all inputs: for
+//! each input its rows' activations are broadcast and multiplied with vectors of weights (the outer
+//! product of Goto and van de Geijn 2008, without blocking of the inputs: the tiles' weights are
+//! read in runs, which the prefetchers keep up with).
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 
+use super::activations::{Activations, Precision};
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
 use super::linear::Into;
+use super::panels::{Element, Panels};
 use super::quant;
 
+/// Vectors of outputs in a tile, with AVX-512.
+pub(super) const TILES: usize = 4;
+
+/// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.
+const MANY: usize = 13;
+
 thread_local! {
-    /// A decoded panel. One per thread for the life of the thread: nothing is allocated in a step.
+    /// Weights of one task as floats. One per thread for the life of the thread: nothing is
+    /// allocated in a step.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Multiplies `rows` rows of `x` by the weight rows in `panel` into `y`.
+/// Some rows of a matrix.
+pub(super) enum Weights<'a> {
+    /// Tiles from this one on.
+    Panels(&'a Panels, usize),
+    /// Rows as in the file.
+    Rows(GgmlDType, &'a [u8]),
+}
+
+/// Where the result goes.
+pub(super) struct Output {
+    /// The first row's element of the first output.
+    pub(super) y: *mut f32,
+    /// Floats from a row to the next.
+    pub(super) stride: usize,
+    pub(super) outputs: usize,
+    pub(super) into: Into,
+}
+
+/// Multiplies some rows of `x` by some weights.
 ///
 /// # Safety
-/// `isa` is available, `panel` is whole rows of `inputs` weights, `x` points to `rows × inputs`
-/// floats, and `y` to the first row's element of the panel's first output in rows of `stride`
-/// floats, of which the panel's are this caller's alone.
-#[allow(clippy::too_many_arguments)]
+/// `isa` is available and `x` was filled on it, the rows exist, the weights are `outputs` rows of
+/// `x.width()`, and the output's elements are this caller's alone.
 pub(super) unsafe fn multiply(
     isa: Isa,
-    dtype: GgmlDType,
-    panel: &[u8],
-    inputs: usize,
-    rows: usize,
-    x: *const f32,
-    y: *mut f32,
-    stride: usize,
-    into: Into,
+    weights: &Weights<'_>,
+    x: &Activations,
+    rows: Range<usize>,
+    output: &Output,
 ) {
-    let row_bytes = inputs / dtype.block_size() * dtype.type_size();
-    let outputs = panel.len() / row_bytes;
+    let inputs = x.width();
+    let mut call = Call {
+        weights: std::ptr::null(),
+        tile_bytes: inputs * LANES * size_of::<f32>(),
+        tiles: output.outputs.div_ceil(LANES),
+        inputs,
+        rows: rows.len(),
+        x: x.floats()[rows.start * inputs..].as_ptr(),
+        y: output.y,
+        stride: output.stride,
+        outputs: output.outputs,
+        add: output.into == Into::Add,
+    };
     SCRATCH.with_borrow_mut(|decoded| {
-        decoded.resize((outputs * inputs).max(decoded.len()), 0.0);
-        let weights = panel.chunks_exact(row_bytes);
-        for (bytes, out) in weights.zip(decoded.chunks_exact_mut(inputs)) {
-            quant::decode_row(dtype, bytes, out);
+        let mut grown = |tiles: usize| {
+            decoded.resize(decoded.len().max(tiles * LANES * inputs), 0.0);
+            decoded.as_mut_ptr()
+        };
+        // SAFETY: the scratch holds all tiles as floats; the rest is the caller's promise.
+        unsafe {
+            match *weights {
+                Weights::Rows(dtype, bytes) => {
+                    let to = grown(call.tiles + 1);
+                    transpose(dtype, bytes, inputs, &call, to);
+                    call.weights = to.cast_const().cast();
+                    return multiply_singles(isa, &call);
+                }
+                Weights::Panels(panels, first) => {
+                    call.weights = panels.tile(first);
+                    call.tile_bytes = panels.tile_bytes();
+                    let widen = match panels.element {
+                        Element::Single => return multiply_singles(isa, &call),
+                        #[cfg(target_arch = "x86_64")]
+                        Element::Pairs
+                            if x.precision() == Precision::BFloat16 && isa == Isa::Bf16 =>
+                        {
+                            call.x = x.row_blocks(rows.start).as_ptr().cast();
+                            return bfloat::multiply_rows(&call);
+                        }
+                        Element::Half if call.rows < MANY => return multiply_halves(isa, &call),
+                        Element::Pairs if call.rows < MANY => return multiply_pairs(isa, &call),
+                        Element::Half => widen_halves,
+                        Element::Pairs => widen_pairs,
+                    };
+                    let to = grown(call.tiles);
+                    widen(isa, call.weights, call.tiles * inputs, to);
+                    call.weights = to.cast_const().cast();
+                    call.tile_bytes = inputs * LANES * size_of::<f32>();
+                    multiply_singles(isa, &call);
+                }
+            }
         }
-        let call = Call { outputs, inputs, rows, x, y, stride, add: into == Into::Add };
-        // SAFETY: `decoded` holds `outputs × inputs` floats; the rest is handed on.
-        unsafe { multiply_panel(isa, decoded.as_ptr(), &call) }
     });
 }
 
-/// One panel's multiplication.
+/// Decodes rows of a file into tiles; what is left of the last tile holds old weights.
+unsafe fn transpose(dtype: GgmlDType, bytes: &[u8], inputs: usize, call: &Call, to: *mut f32) {
+    let row_bytes = inputs / dtype.block_size() * dtype.type_size();
+    let tiles = call.tiles * LANES * inputs;
+    for (output, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
+        // SAFETY: the caller grants the tiles, and a row behind them.
+        unsafe {
+            let row = std::slice::from_raw_parts_mut(to.add(tiles), inputs);
+            quant::decode_row(dtype, bytes, row);
+            let to = to.add(output / LANES * LANES * inputs + output % LANES);
+            for (i, value) in row.iter().enumerate() {
+                *to.add(i * LANES) = *value;
+            }
+        }
+    }
+}
+
+/// One task's multiplication.
 struct Call {
-    outputs: usize,
+    weights: *const u8,
+    tile_bytes: usize,
+    tiles: usize,
     inputs: usize,
     rows: usize,
     x: *const f32,
-    /// The panel's first column in the first row.
     y: *mut f32,
-    /// Floats from one row of `y` to the next.
     stride: usize,
+    /// Outputs that exist, of the tiles' `16 · tiles`.
+    outputs: usize,
     add: bool,
 }
 
 impl Call {
     #[inline(always)]
-    unsafe fn put(&self, row: usize, output: usize, value: f32) {
-        // SAFETY: inside the panel's columns of `y`, which are this task's alone.
+    unsafe fn put<V: Lanes>(&self, row: usize, output: usize, values: V) {
+        // SAFETY: only outputs that exist are written, and they are this task's alone.
         unsafe {
             let y = self.y.add(row * self.stride + output);
-            *y = if self.add { *y + value } else { value };
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn multiply_kernel<V: Lanes>(panel: *const f32, call: &Call) {
-    // Tiles as large as the registers allow: 24 sums of 32 registers with AVX-512, 4 of 8 pairs
-    // with AVX2.
-    let tall = if V::WIDE { 6 } else { 2 };
-    let mut row = 0;
-    while row < call.rows {
-        let count = tall.min(call.rows - row);
-        // SAFETY: rows `row..row + count` exist.
-        unsafe {
-            match (V::WIDE, count) {
-                (true, 6) => multiply_rows::<V, 6, 4>(panel, call, row),
-                (true, 5) => multiply_rows::<V, 5, 4>(panel, call, row),
-                (true, 4) => multiply_rows::<V, 4, 4>(panel, call, row),
-                (true, 3) => multiply_rows::<V, 3, 4>(panel, call, row),
-                (true, 2) => multiply_rows::<V, 2, 4>(panel, call, row),
-                (false, 2) => multiply_rows::<V, 2, 2>(panel, call, row),
-                _ => multiply_rows::<V, 1, 4>(panel, call, row),
+            if output + LANES <= self.outputs {
+                let values = if self.add { V::load(y).add(values) } else { values };
+                values.store(y);
+                return;
+            }
+            let mut lanes = [0.0; LANES];
+            values.store(lanes.as_mut_ptr());
+            for (i, value) in lanes[..self.outputs - output].iter().enumerate() {
+                *y.add(i) = if self.add { *y.add(i) + value } else { *value };
             }
         }
-        row += count;
     }
 }
 
-#[inline(always)]
-unsafe fn multiply_rows<V: Lanes, const M: usize, const N: usize>(
-    panel: *const f32,
-    call: &Call,
-    row: usize,
-) {
-    let mut output = 0;
-    // SAFETY: the tiles cover the panel's rows once.
-    unsafe {
-        while output + N <= call.outputs {
-            multiply_tile::<V, M, N>(panel, call, row, output);
-            output += N;
-        }
-        while output < call.outputs {
-            multiply_tile::<V, M, 1>(panel, call, row, output);
-            output += 1;
-        }
+/// How the weights of a tile are read.
+trait Read {
+    /// Inputs of a step.
+    const STEP: usize;
+    /// Bytes of a step.
+    const BYTES: usize;
+    /// The sixteen weights of the step's input `i`.
+    unsafe fn read<V: Lanes>(from: *const u8, i: usize) -> V;
+}
+
+struct Singles;
+struct Halves;
+struct Pairs;
+
+impl Read for Singles {
+    const STEP: usize = 1;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn read<V: Lanes>(from: *const u8, _: usize) -> V {
+        // SAFETY: 64 bytes, granted by the caller.
+        unsafe { V::load(from.cast()) }
     }
 }
 
+impl Read for Halves {
+    const STEP: usize = 1;
+    const BYTES: usize = 32;
+    #[inline(always)]
+    unsafe fn read<V: Lanes>(from: *const u8, _: usize) -> V {
+        // SAFETY: 32 bytes, granted by the caller.
+        unsafe { V::load_halves(from) }
+    }
+}
+
+impl Read for Pairs {
+    const STEP: usize = 2;
+    const BYTES: usize = 64;
+    #[inline(always)]
+    unsafe fn read<V: Lanes>(from: *const u8, i: usize) -> V {
+        // SAFETY: 64 bytes, granted by the caller.
+        unsafe { if i == 0 { V::load_lower(from) } else { V::load_upper(from) } }
+    }
+}
+
+/// Calls `$tile::<M, N>(call, row, tile)` for all rows and tiles, `$most` rows at once.
+macro_rules! cover {
+    ($call:ident, $most:literal, $wide:expr, |$row:ident, $tile:ident| $tall:tt) => {{
+        let mut $tile = 0;
+        while $tile < $call.tiles {
+            let n = if $call.tiles - $tile >= $wide { $wide } else { 1 };
+            let mut $row = 0;
+            while $row < $call.rows {
+                // Equal passes: eight rows are four and four.
+                let left = $call.rows - $row;
+                let count = left.div_ceil(left.div_ceil($most));
+                cover!(@pass $tall, count, n);
+                $row += count;
+            }
+            $tile += n;
+        }
+    }};
+    (@pass { $($m:literal $n:literal => $pass:expr),* $(,)? }, $count:ident, $width:ident) => {
+        match ($count, $width) {
+            $(($m, $n) => $pass,)*
+            _ => unreachable!("a tile of {} rows", $count),
+        }
+    };
+}
+
 #[inline(always)]
-unsafe fn multiply_tile<V: Lanes, const M: usize, const N: usize>(
-    panel: *const f32,
+unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
+    // Tiles as large as the registers allow: 24 sums of 32 registers with AVX-512, 12 of 16 with
+    // AVX2, where sixteen lanes take two.
+    let wide = if V::WIDE { TILES } else { 1 };
+    // SAFETY: the tiles and rows cover the result once.
+    unsafe {
+        cover!(call, 6, wide, |row, tile| {
+            1 4 => pass::<V, R, 1, 4>(call, row, tile),
+            2 4 => pass::<V, R, 2, 4>(call, row, tile),
+            3 4 => pass::<V, R, 3, 4>(call, row, tile),
+            4 4 => pass::<V, R, 4, 4>(call, row, tile),
+            5 4 => pass::<V, R, 5, 4>(call, row, tile),
+            6 4 => pass::<V, R, 6, 4>(call, row, tile),
+            1 1 => pass::<V, R, 1, 1>(call, row, tile),
+            2 1 => pass::<V, R, 2, 1>(call, row, tile),
+            3 1 => pass::<V, R, 3, 1>(call, row, tile),
+            4 1 => pass::<V, R, 4, 1>(call, row, tile),
+            5 1 => pass::<V, R, 5, 1>(call, row, tile),
+            6 1 => pass::<V, R, 6, 1>(call, row, tile),
+        });
+    }
+}
+
+/// `M` rows times `N` tiles, over all inputs.
+#[inline(always)]
+unsafe fn pass<V: Lanes, R: Read, const M: usize, const N: usize>(
     call: &Call,
     row: usize,
-    output: usize,
+    tile: usize,
 ) {
-    // SAFETY: `M` rows of inputs and `N` decoded weight rows are readable.
+    // SAFETY: the rows and tiles exist.
     unsafe {
-        let k = call.inputs;
-        let (x, w) = (call.x.add(row * k), panel.add(output * k));
+        let weights = call.weights.add(tile * call.tile_bytes);
+        let x = call.x.add(row * call.inputs);
         let mut sums = [[V::splat(0.0); N]; M];
-        let mut at = 0;
-        while at < k {
-            let w: [V; N] = std::array::from_fn(|n| V::load(w.add(n * k + at)));
-            for m in 0..M {
-                let x = V::load(x.add(m * k + at));
-                for n in 0..N {
-                    sums[m][n] = w[n].mul_add(x, sums[m][n]);
+        for step in 0..call.inputs / R::STEP {
+            for i in 0..R::STEP {
+                let weights: [V; N] = std::array::from_fn(|n| {
+                    R::read(weights.add(n * call.tile_bytes + step * R::BYTES), i)
+                });
+                for m in 0..M {
+                    let x = V::splat(*x.add(m * call.inputs + step * R::STEP + i));
+                    for n in 0..N {
+                        sums[m][n] = weights[n].mul_add(x, sums[m][n]);
+                    }
                 }
             }
-            at += LANES;
         }
-        for (m, sums) in sums.iter().enumerate() {
-            for (n, sum) in sums.iter().enumerate() {
-                call.put(row + m, output + n, sum.sum());
+        for m in 0..M {
+            for n in 0..N {
+                call.put(row + m, (tile + n) * LANES, sums[m][n]);
             }
         }
     }
 }
 
-dispatch! { unsafe fn multiply_panel(panel: *const f32, call: &Call) => multiply_kernel; }
+/// `count` vectors of weights as floats.
+#[inline(always)]
+unsafe fn widen_kernel<V: Lanes, R: Read>(from: *const u8, count: usize, to: *mut f32) {
+    // SAFETY: so many vectors are there and fit, by the caller.
+    unsafe {
+        for step in 0..count / R::STEP {
+            for i in 0..R::STEP {
+                let to = to.add((step * R::STEP + i) * LANES);
+                R::read::<V>(from.add(step * R::BYTES), i).store(to);
+            }
+        }
+    }
+}
+
+macro_rules! kernels {
+    ($($reader:ty: $multiply:ident, $kernel:ident;)*) => {$(
+        #[inline(always)]
+        unsafe fn $kernel<V: Lanes>(call: &Call) {
+            // SAFETY: handed on.
+            unsafe { multiply_kernel::<V, $reader>(call) }
+        }
+        dispatch! { unsafe fn $multiply(call: &Call) => $kernel; }
+    )*};
+}
+kernels! {
+    Singles: multiply_singles, singles_kernel;
+    Halves: multiply_halves, halves_kernel;
+    Pairs: multiply_pairs, pairs_kernel;
+}
+
+#[inline(always)]
+unsafe fn widen_halves_kernel<V: Lanes>(from: *const u8, count: usize, to: *mut f32) {
+    // SAFETY: handed on.
+    unsafe { widen_kernel::<V, Halves>(from, count, to) }
+}
+dispatch! {
+    unsafe fn widen_halves(from: *const u8, count: usize, to: *mut f32) => widen_halves_kernel;
+}
+
+#[inline(always)]
+unsafe fn widen_pairs_kernel<V: Lanes>(from: *const u8, count: usize, to: *mut f32) {
+    // SAFETY: handed on.
+    unsafe { widen_kernel::<V, Pairs>(from, count, to) }
+}
+dispatch! {
+    unsafe fn widen_pairs(from: *const u8, count: usize, to: *mut f32) => widen_pairs_kernel;
+}
+
+/// Products of bfloat16: two inputs an instruction, summed in float32.
+#[cfg(target_arch = "x86_64")]
+mod bfloat {
+    use std::arch::x86_64::*;
+
+    use super::*;
+    use crate::kernels::lanes::Avx512;
+
+    /// # Safety
+    /// The CPU has AVX512-BF16; `call.x` points to rows of bfloat16, `call.weights` to pairs.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+    pub(super) unsafe fn multiply_rows(call: &Call) {
+        let wide = TILES;
+        // SAFETY: the tiles and rows cover the result once.
+        unsafe {
+            cover!(call, 6, wide, |row, tile| {
+                1 4 => pass::<1, 4>(call, row, tile),
+                2 4 => pass::<2, 4>(call, row, tile),
+                3 4 => pass::<3, 4>(call, row, tile),
+                4 4 => pass::<4, 4>(call, row, tile),
+                5 4 => pass::<5, 4>(call, row, tile),
+                6 4 => pass::<6, 4>(call, row, tile),
+                1 1 => pass::<1, 1>(call, row, tile),
+                2 1 => pass::<2, 1>(call, row, tile),
+                3 1 => pass::<3, 1>(call, row, tile),
+                4 1 => pass::<4, 1>(call, row, tile),
+                5 1 => pass::<5, 1>(call, row, tile),
+                6 1 => pass::<6, 1>(call, row, tile),
+            });
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+    #[inline]
+    unsafe fn pass<const M: usize, const N: usize>(call: &Call, row: usize, tile: usize) {
+        // SAFETY: the rows and tiles exist; a pair of inputs has 64 bytes in a tile and 4 in a row,
+        // and any bits are vectors of bfloat16.
+        unsafe {
+            let weights = call.weights.add(tile * call.tile_bytes);
+            let x = call.x.cast::<i32>().add(row * call.inputs / 2);
+            let pairs = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
+            let mut sums = [[_mm512_setzero_ps(); N]; M];
+            for step in 0..call.inputs / 2 {
+                let weights: [__m512bh; N] = std::array::from_fn(|n| {
+                    pairs(_mm512_loadu_si512(weights.add(n * call.tile_bytes + step * 64).cast()))
+                });
+                for m in 0..M {
+                    let x = x.add(m * call.inputs / 2 + step).read_unaligned();
+                    let x = pairs(_mm512_set1_epi32(x));
+                    for n in 0..N {
+                        sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], x);
+                    }
+                }
+            }
+            for m in 0..M {
+                for n in 0..N {
+                    call.put(row + m, (tile + n) * LANES, Avx512(sums[m][n]));
+                }
+            }
+        }
+    }
+}

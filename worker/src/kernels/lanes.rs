@@ -50,6 +50,10 @@ pub unsafe trait Lanes: Copy {
     unsafe fn load_i8(from: *const i8) -> Self;
     /// Sixteen finite half-precision floats from memory.
     unsafe fn load_halves(from: *const u8) -> Self;
+    /// The lower bfloat16 of sixteen pairs in memory.
+    unsafe fn load_lower(from: *const u8) -> Self;
+    /// The upper bfloat16 of sixteen pairs in memory.
+    unsafe fn load_upper(from: *const u8) -> Self;
     /// `self * b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     /// Lane-wise sum.
@@ -180,6 +184,18 @@ unsafe impl Lanes for Portable {
         Self(std::array::from_fn(|i| unsafe { half(from.add(2 * i)) }))
     }
     #[inline(always)]
+    unsafe fn load_lower(from: *const u8) -> Self {
+        // SAFETY: the caller gives 64 readable bytes.
+        let pairs = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        Self(pairs.map(|pair| f32::from_bits(pair << 16)))
+    }
+    #[inline(always)]
+    unsafe fn load_upper(from: *const u8) -> Self {
+        // SAFETY: the caller gives 64 readable bytes.
+        let pairs = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        Self(pairs.map(|pair| f32::from_bits(pair & 0xffff_0000)))
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
         // Not `f32::mul_add`, which calls into libm where there is no instruction for it.
         Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
@@ -277,6 +293,25 @@ unsafe impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_lower(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let lower = |from| _mm256_slli_epi32::<16>(_mm256_loadu_si256(from));
+            let from = from.cast::<__m256i>();
+            Self(_mm256_castsi256_ps(lower(from)), _mm256_castsi256_ps(lower(from.add(1))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_upper(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+            let upper = |from| _mm256_and_si256(_mm256_loadu_si256(from), mask);
+            let from = from.cast::<__m256i>();
+            Self(_mm256_castsi256_ps(upper(from)), _mm256_castsi256_ps(upper(from.add(1))))
+        }
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
         // SAFETY: see the impl.
         unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
@@ -368,6 +403,21 @@ unsafe impl Lanes for Avx512 {
     unsafe fn load_halves(from: *const u8) -> Self {
         // SAFETY: see the impl.
         unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_lower(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(from.cast()))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_upper(from: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let mask = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            Self(_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from.cast()), mask)))
+        }
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {

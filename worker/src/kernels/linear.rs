@@ -1,9 +1,13 @@
 //! `y = x Wᵀ`: a weight matrix and its product with rows of activations.
 
+use candle_core::quantized::GgmlDType;
+
 use super::activations::{Activations, Precision};
 use super::arena::Arena;
 use super::cpu::Isa;
+use super::elementwise::{self, Activation};
 use super::packed::Packed;
+use super::panels::Panels;
 use super::pool::{Disjoint, ThreadPool};
 use super::{float, integer, quant};
 use crate::checkpoint::TensorBytes;
@@ -13,10 +17,11 @@ use crate::kernels::lanes::LANES;
 /// Rows of one task: their activations stay in the second-level cache from panel to panel.
 const ROWS: usize = 96;
 
-/// Outputs of one task: two tiles, or more where there are many.
-fn panel(outputs: usize) -> usize {
+/// Outputs of one task: a tile of the kernels, or more where there are many.
+fn panel(outputs: usize, quantized: bool) -> usize {
     match outputs {
-        0..2048 => 2 * LANES,
+        0..2048 if quantized => 2 * LANES,
+        0..2048 => float::TILES * LANES,
         2048..16384 => 4 * LANES,
         _ => 8 * LANES,
     }
@@ -27,8 +32,17 @@ pub struct Linear {
     weight: TensorBytes,
     outputs: usize,
     inputs: usize,
-    /// Present when the weights are quantized.
-    packed: Option<Packed>,
+    repacked: Repacked,
+}
+
+/// What the products read.
+enum Repacked {
+    /// Blocks of integers.
+    Blocks(Packed),
+    /// Floats.
+    Panels(Panels),
+    /// Rows as in the file: the matrix is for lookups.
+    No,
 }
 
 /// What to do with the result.
@@ -46,26 +60,84 @@ pub struct Product<'a> {
     /// The result, `rows × outputs`.
     y: &'a mut [f32],
     into: Into,
+    finish: Finish<'a>,
+}
+
+/// What follows a product.
+#[derive(Clone, Copy, Default)]
+struct Finish<'a> {
+    bias: Option<&'a [f32]>,
+    activation: Option<Activation>,
 }
 
 impl Linear {
     /// Takes a two-dimensional tensor; `None` when its type or shape is not supported.
     ///
-    /// Quantized weights are repacked into the arena, on the pool's threads.
+    /// The weights are repacked into the arena, on the pool's threads.
     pub fn new(pool: &mut ThreadPool, arena: &mut Arena, weight: TensorBytes) -> Option<Self> {
+        let mut linear = Self::lookup(weight)?;
+        let dtype = linear.weight.dtype;
+        linear.repack(pool, arena, dtype, None);
+        Some(linear)
+    }
+
+    /// As [`Linear::new`], for lookups: products decode the weights each time, slowly.
+    pub fn lookup(weight: TensorBytes) -> Option<Self> {
         let &[outputs, inputs] = &weight.dims[..] else {
             return None;
         };
-        if !quant::supported(weight.dtype) || !inputs.is_multiple_of(BLOCK) {
-            return None;
+        let supported = quant::supported(weight.dtype) && inputs.is_multiple_of(BLOCK);
+        supported.then_some(Self { weight, outputs, inputs, repacked: Repacked::No })
+    }
+
+    /// As [`Linear::new`], with the weights rounded to another type, `BF16` or `Q8_0`, for the
+    /// products. [`Linear::row`] still gives what the file has. Quantized weights stay as they are.
+    pub fn rounded(
+        pool: &mut ThreadPool,
+        arena: &mut Arena,
+        weight: TensorBytes,
+        to: GgmlDType,
+    ) -> Option<Self> {
+        let mut linear = Self::lookup(weight)?;
+        let dtype = linear.weight.dtype;
+        if Packed::knows(dtype) || dtype == to {
+            linear.repack(pool, arena, dtype, None);
+            return Some(linear);
         }
-        let packed = Packed::new(pool, arena, &weight, outputs, inputs);
-        Some(Self { weight, outputs, inputs, packed })
+        let mut floats = vec![0.0; linear.outputs * linear.inputs];
+        pool.for_rows(
+            (&mut floats, linear.inputs),
+            (&mut vec![0u8; linear.outputs], 1),
+            |row, out, _| {
+                linear.row(row, out);
+            },
+        );
+        linear.repack(pool, arena, to, Some(&quant::encode(to, &floats)?));
+        Some(linear)
+    }
+
+    /// Repacks other bytes than the file's, where there are some.
+    fn repack(
+        &mut self,
+        pool: &mut ThreadPool,
+        arena: &mut Arena,
+        dtype: GgmlDType,
+        bytes: Option<&[u8]>,
+    ) {
+        let bytes = bytes.unwrap_or(self.weight.bytes());
+        let (outputs, inputs) = (self.outputs, self.inputs);
+        self.repacked = match Panels::new(pool, arena, dtype, bytes, outputs, inputs) {
+            Some(panels) => Repacked::Panels(panels),
+            None => match Packed::new(pool, arena, dtype, bytes, outputs, inputs) {
+                Some(packed) => Repacked::Blocks(packed),
+                None => Repacked::No,
+            },
+        };
     }
 
     /// Whether the file's own blocks are needed for [`Linear::row`] alone.
     pub fn is_repacked(&self) -> bool {
-        self.packed.is_some()
+        !matches!(self.repacked, Repacked::No)
     }
 
     /// Rows of the matrix.
@@ -80,12 +152,12 @@ impl Linear {
 
     /// The product that overwrites `y`.
     pub fn set<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
-        Product { weights: self, y, into: Into::Set }
+        Product { weights: self, y, into: Into::Set, finish: Finish::default() }
     }
 
     /// The product that is added to `y`.
     pub fn add_to<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
-        Product { weights: self, y, into: Into::Add }
+        Product { weights: self, y, into: Into::Add, finish: Finish::default() }
     }
 
     /// Decodes one row: an embedding lookup.
@@ -98,6 +170,26 @@ impl Linear {
         let dtype = self.weight.dtype;
         let bytes = self.inputs / dtype.block_size() * dtype.type_size();
         &self.weight.bytes()[first * bytes..(first + count) * bytes]
+    }
+}
+
+impl<'a> Product<'a> {
+    /// Adds a vector to each row.
+    ///
+    /// # Panics
+    /// When it does not have the weights' outputs.
+    #[must_use]
+    pub fn bias(mut self, bias: Option<&'a [f32]>) -> Self {
+        assert!(bias.is_none_or(|bias| bias.len() == self.weights.outputs), "bias");
+        self.finish.bias = bias;
+        self
+    }
+
+    /// Applies a function to the result, after the bias.
+    #[must_use]
+    pub fn activation(mut self, activation: Activation) -> Self {
+        self.finish.activation = Some(activation);
+        self
     }
 }
 
@@ -119,16 +211,24 @@ pub fn multiply<const N: usize>(
     if x.rows() == 0 {
         return;
     }
-    let panel = panel(products.iter().map(|product| product.weights.outputs).sum());
+    let integers = |weights: &Linear| {
+        let rounded = matches!(x.precision(), Precision::Sixteen | Precision::Eight);
+        rounded && matches!(weights.repacked, Repacked::Blocks(_))
+    };
+    let panel = panel(
+        products.iter().map(|product| product.weights.outputs).sum(),
+        products.iter().all(|product| integers(product.weights)),
+    );
     let panels_of = |weights: &Linear| weights.outputs.div_ceil(panel);
     let panels: usize = products.iter().map(|product| panels_of(product.weights)).sum();
-    let products =
-        products.map(|Product { weights, y, into }| (weights, Disjoint(y.as_mut_ptr()), into));
+    let products = products.map(|Product { weights, y, into, finish }| {
+        (weights, Disjoint(y.as_mut_ptr()), into, finish)
+    });
     // The rows of one task after the other's, so that a thread's next task has the same rows.
     pool.run(panels * x.rows().div_ceil(ROWS), |task| {
         let (rows, mut at) = (task / panels * ROWS, task % panels);
         let rows = rows..x.rows().min(rows + ROWS);
-        for (weights, y, into) in &products {
+        for (weights, y, into, finish) in &products {
             if at >= panels_of(weights) {
                 at -= panels_of(weights);
                 continue;
@@ -136,21 +236,31 @@ pub fn multiply<const N: usize>(
             let first = at * panel;
             let outputs = panel.min(weights.outputs - first);
             let stride = weights.outputs;
+            let count = rows.len();
             // SAFETY: `isa` is available and was that of `x`; rows and panel are inside the
             // matrices; tasks write disjoint parts of `y`, which outlives the region.
             unsafe {
                 let y = y.at(rows.start * stride + first);
-                match &weights.packed {
-                    Some(packed) if x.precision() != Precision::Float => {
+                let output = float::Output { y, stride, outputs, into: *into };
+                match &weights.repacked {
+                    Repacked::Blocks(packed) if integers(weights) => {
                         let tiles = (first / LANES, outputs.div_ceil(LANES));
                         integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
                     }
-                    _ => {
-                        let (dtype, panel) = (weights.weight.dtype, weights.rows(first, outputs));
-                        let inputs = weights.inputs;
-                        let (count, x) = (rows.len(), x.floats()[rows.start * inputs..].as_ptr());
-                        float::multiply(isa, dtype, panel, inputs, count, x, y, stride, *into);
+                    Repacked::Panels(panels) => {
+                        let weights = float::Weights::Panels(panels, first / LANES);
+                        float::multiply(isa, &weights, x, rows, &output);
                     }
+                    _ => {
+                        let bytes = weights.rows(first, outputs);
+                        let weights = float::Weights::Rows(weights.weight.dtype, bytes);
+                        float::multiply(isa, &weights, x, rows, &output);
+                    }
+                }
+                for row in 0..count {
+                    let y = std::slice::from_raw_parts_mut(y.add(row * stride), outputs);
+                    let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
+                    elementwise::finish(isa, bias, finish.activation, y);
                 }
             }
             return;
@@ -160,7 +270,6 @@ pub fn multiply<const N: usize>(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::GgmlDType;
     use candle_core::quantized::k_quants::{
         BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K,
         BlockQ6K, BlockQ8_0, GgmlType,
@@ -202,30 +311,54 @@ mod tests {
         x.chunks(BLOCK).flat_map(round).collect()
     }
 
-    fn check(tensor: TensorBytes, rows: usize, seed: u64) {
-        check_at(Precision::Sixteen, 32512.0, tensor.clone(), rows, seed);
-        check_at(Precision::Eight, 127.0, tensor.clone(), rows, seed);
-        check_at(Precision::Float, f32::NAN, tensor, rows, seed);
+    /// As the activations are rounded.
+    fn seen(precision: Precision, quantized: bool, x: &[f32]) -> Vec<f32> {
+        match precision {
+            Precision::Sixteen if quantized => rounded(x, 32512.0),
+            Precision::Eight if quantized => rounded(x, 127.0),
+            Precision::BFloat16 => x.iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect(),
+            _ => x.to_vec(),
+        }
     }
 
-    fn check_at(precision: Precision, largest: f32, tensor: TensorBytes, rows: usize, seed: u64) {
-        let quantized = precision != Precision::Float
-            && !matches!(tensor.dtype, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
-        let linear =
-            Linear::new(&mut ThreadPool::new(3).unwrap(), &mut Arena::default(), tensor).unwrap();
-        let (n, k) = (linear.outputs(), linear.inputs());
-        let x: Vec<f32> = (0..rows * k).map(|i| noise(seed + 1, i)).collect();
-        let seen = if quantized { rounded(&x, largest) } else { x.clone() };
-        let mut decoded = vec![0.0; n * k];
-        for (row, out) in decoded.chunks_exact_mut(k).enumerate() {
+    fn decoded(linear: &Linear) -> Vec<f32> {
+        let mut decoded = vec![0.0; linear.outputs() * linear.inputs()];
+        for (row, out) in decoded.chunks_exact_mut(linear.inputs()).enumerate() {
             linear.row(row, out);
         }
+        decoded
+    }
+
+    fn check(tensor: TensorBytes, rows: usize, seed: u64) {
+        let (mut pool, mut arena) = (ThreadPool::new(3).unwrap(), Arena::default());
+        let linear = Linear::new(&mut pool, &mut arena, tensor.clone()).unwrap();
+        let weights = decoded(&linear);
+        // Without blocks there is nothing to round to so many bits.
+        let precisions = match linear.repacked {
+            Repacked::Blocks(_) => [Precision::Sixteen, Precision::Eight],
+            _ => [Precision::Float, Precision::BFloat16],
+        };
+        for precision in precisions {
+            check_at(precision, &linear, &weights, rows, seed);
+        }
+        let lookup = Linear::lookup(tensor).unwrap();
+        check_at(Precision::Float, &lookup, &weights, rows, seed);
+    }
+
+    fn check_at(precision: Precision, linear: &Linear, decoded: &[f32], rows: usize, seed: u64) {
+        let (n, k) = (linear.outputs(), linear.inputs());
+        let x: Vec<f32> = (0..rows * k).map(|i| noise(seed + 1, i)).collect();
+        let seen = seen(precision, matches!(linear.repacked, Repacked::Blocks(_)), &x);
         let mut pool = ThreadPool::new(2).unwrap();
         let mut product = |isa, x: &[f32], y: &mut [f32], into| {
             let mut activations = Activations::new(precision);
             let write = |row: usize, out: &mut [f32]| out.copy_from_slice(&x[row * k..][..k]);
             activations.fill(isa, &mut pool, x.len() / k, k, write);
-            multiply(isa, &mut pool, &activations, [Product { weights: &linear, y, into }]);
+            let product = match into {
+                Into::Set => linear.set(y),
+                Into::Add => linear.add_to(y),
+            };
+            multiply(isa, &mut pool, &activations, [product]);
         };
         for isa in Isa::available() {
             // What lies behind the output must stay as it is.
@@ -247,7 +380,8 @@ mod tests {
                     if into == Into::Add {
                         sum += f64::from(start[i]);
                     }
-                    assert!((f64::from(got) - sum).abs() <= scale * 2e-6, "{isa:?} {got} {sum}");
+                    let error = (f64::from(got) - sum).abs();
+                    assert!(error <= scale * 2e-6, "{isa:?} {precision:?} {got} {sum}");
                 }
                 // One row alone gives the same bits as in the batch.
                 for row in 0..rows {
@@ -286,6 +420,58 @@ mod tests {
             check(tensor::<BlockQ4K>(GgmlDType::Q4K, outputs, inputs, seed), rows, seed);
             check(tensor::<BlockQ5K>(GgmlDType::Q5K, outputs, inputs, seed), rows, seed);
             check(tensor::<BlockQ6K>(GgmlDType::Q6K, outputs, inputs, seed), rows, seed);
+        }
+
+        #[test]
+        fn weights_may_be_rounded_to_another_type(
+            outputs in 1usize..80, blocks in 1usize..6, rows in 1usize..20, seed in 0u64..1000,
+        ) {
+            let tensor = tensor::<f32>(GgmlDType::F32, outputs, blocks * 32, seed);
+            let (mut pool, mut arena) = (ThreadPool::new(2).unwrap(), Arena::default());
+            for (dtype, precisions) in [
+                (GgmlDType::BF16, [Precision::Float, Precision::BFloat16]),
+                (GgmlDType::Q8_0, [Precision::Sixteen, Precision::Eight]),
+            ] {
+                let linear = Linear::rounded(&mut pool, &mut arena, tensor.clone(), dtype).unwrap();
+                let exact = decoded(&linear);
+                let mut weights = vec![0.0; exact.len()];
+                quant::decode_row(dtype, &quant::encode(dtype, &exact).unwrap(), &mut weights);
+                prop_assert_ne!(&exact, &weights);
+                for precision in precisions {
+                    check_at(precision, &linear, &weights, rows, seed);
+                }
+            }
+        }
+
+        #[test]
+        fn bias_and_activation_follow_the_product(
+            outputs in 1usize..150, rows in 1usize..8, quantized: bool, seed in 0u64..1000,
+        ) {
+            let tensor = match quantized {
+                true => tensor::<BlockQ8_0>(GgmlDType::Q8_0, outputs, 64, seed),
+                false => tensor::<f32>(GgmlDType::F32, outputs, 64, seed),
+            };
+            let (mut pool, mut arena) = (ThreadPool::new(2).unwrap(), Arena::default());
+            let linear = Linear::new(&mut pool, &mut arena, tensor).unwrap();
+            let bias: Vec<f32> = (0..outputs).map(|i| noise(seed + 3, i)).collect();
+            for isa in Isa::available() {
+                let mut x = Activations::new(Precision::Sixteen);
+                x.fill(isa, &mut pool, rows, 64, |row, out| {
+                    out.iter_mut().enumerate().for_each(|(i, x)| *x = noise(seed + 4, row * 64 + i));
+                });
+                let mut plain = vec![0.0; rows * outputs];
+                multiply(isa, &mut pool, &x, [linear.set(&mut plain)]);
+                plain.chunks_exact_mut(outputs).for_each(|row| elementwise::add_to(row, &bias));
+                let mut biased = vec![0.0; rows * outputs];
+                multiply(isa, &mut pool, &x, [linear.set(&mut biased).bias(Some(&bias))]);
+                prop_assert_eq!(&biased, &plain);
+                let mut active = vec![0.0; rows * outputs];
+                let product = linear.set(&mut active).bias(Some(&bias));
+                multiply(isa, &mut pool, &x, [product.activation(Activation::Gelu)]);
+                plain.resize(plain.len().next_multiple_of(LANES), 0.0);
+                elementwise::gelu(isa, &mut plain);
+                prop_assert_eq!(&active, &plain[..active.len()]);
+            }
         }
     }
 }

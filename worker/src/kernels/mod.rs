@@ -6,6 +6,7 @@
 //! * [`quant`]: block formats of GGUF, decoded to floats.
 //! * [`arena`]: memory of the repacked weights.
 //! * [`packed`]: quantized weights, repacked for integer products.
+//! * [`panels`]: float weights, repacked for products with broadcast activations.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
 //! * [`low_rank`]: `y += (x Aᵀ) Bᵀ` for the rows of each LoRA adapter.
@@ -42,6 +43,7 @@ pub mod linear;
 pub mod low_rank;
 mod packed;
 pub mod page;
+mod panels;
 pub mod pool;
 pub mod quant;
 pub mod rope;

@@ -15,7 +15,6 @@ use super::arena::{Arena, Line, Lines};
 use super::dot::{BLOCK, STEP};
 use super::lanes::LANES;
 use super::pool::ThreadPool;
-use crate::checkpoint::TensorBytes;
 
 /// How the blocks of a type are repacked.
 #[derive(Clone, Copy, Debug)]
@@ -84,11 +83,12 @@ impl Packed {
     pub(super) fn new(
         pool: &mut ThreadPool,
         arena: &mut Arena,
-        weight: &TensorBytes,
+        dtype: GgmlDType,
+        bytes: &[u8],
         outputs: usize,
         inputs: usize,
     ) -> Option<Self> {
-        let layout = Layout::of(weight.dtype)?;
+        let layout = Layout::of(dtype)?;
         let blocks = inputs / BLOCK;
         // All quants of a tile, then all its factors, padded to whole cache lines.
         let block_bytes = layout.quant_bytes() + layout.factors_bytes();
@@ -98,14 +98,19 @@ impl Packed {
         let row_bytes = inputs / layout.piece.0 * layout.piece.1;
         let tiles: Vec<_> = lines.as_mut_slice().chunks_mut(tile_lines).map(Mutex::new).collect();
         pool.run(tiles.len(), |task| {
-            let rows = weight.bytes()[task * LANES * row_bytes..].chunks_exact(row_bytes);
+            let rows = bytes[task * LANES * row_bytes..].chunks_exact(row_bytes);
             let mut tile = tiles[task].lock();
             for (lane, row) in rows.take(LANES).enumerate() {
-                put_row(&layout, weight.dtype, lane, row, blocks, &mut tile);
+                put_row(&layout, dtype, lane, row, blocks, &mut tile);
             }
         });
         drop(tiles);
         Some(Self { layout, blocks, lines, tile_bytes })
+    }
+
+    /// Whether weights of a type are block-quantized.
+    pub(super) fn knows(dtype: GgmlDType) -> bool {
+        Layout::of(dtype).is_some()
     }
 
     /// Bytes of a tile.

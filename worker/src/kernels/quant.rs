@@ -64,6 +64,25 @@ pub fn decode_row(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
+/// Rounds floats, a multiple of 32, to `BF16` or `Q8_0`; `None` for other types.
+pub(super) fn encode(dtype: GgmlDType, values: &[f32]) -> Option<Vec<u8>> {
+    match dtype {
+        GgmlDType::BF16 => {
+            Some(values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect())
+        }
+        GgmlDType::Q8_0 => {
+            let mut blocks = vec![BlockQ8_0::zeros(); values.len() / BlockQ8_0::BLCK_SIZE];
+            BlockQ8_0::from_float(values, &mut blocks);
+            // SAFETY: blocks are plain bytes.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(blocks.as_ptr().cast::<u8>(), size_of_val(&blocks[..]))
+            };
+            Some(bytes.to_vec())
+        }
+        _ => None,
+    }
+}
+
 fn decode_with_candle<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
     // Blocks hold half floats, so candle's types want two-byte alignment, and the block sizes are
     // even: a file whose data section starts at an odd byte is the only exception, copied here.

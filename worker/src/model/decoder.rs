@@ -56,6 +56,7 @@ pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<Loade
         Precision::Sixteen => "",
         Precision::Eight => "-a8",
         Precision::Float => "-float",
+        Precision::BFloat16 => "-bf16",
     };
     Ok(LoadedModel {
         model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),

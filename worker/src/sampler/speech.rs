@@ -116,3 +116,72 @@ impl Speech {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Text 0 to 9, the end 10, special tokens 11 to 16, times from 17 on.
+    fn speech(timestamps: bool, output: &[u32]) -> Speech {
+        let card = SpeechCard {
+            start_of_transcript: 11,
+            translate: 12,
+            transcribe: 13,
+            start_of_previous: 14,
+            no_speech: 15,
+            no_timestamps: 16,
+            timestamp_begin: 17,
+            suppress_token_ids: vec![3],
+            begin_suppress_token_ids: vec![0, 10],
+            ..SpeechCard::default()
+        };
+        let rules = SpeechRules {
+            timestamps,
+            max_initial_timestamp: Some(2),
+            suppress_token_ids: vec![4],
+            suppress_blank: true,
+            ..SpeechRules::default()
+        };
+        let mut speech = Speech::new(&rules, Arc::new(card), Some(10));
+        output.iter().for_each(|token| speech.record(*token));
+        speech
+    }
+
+    /// What may come after `output`, all being as likely as the others but `liked`.
+    fn allowed(timestamps: bool, output: &[u32], liked: u32) -> Vec<u32> {
+        let mut logits = vec![0.0; 24];
+        logits[liked as usize] = 20.0;
+        speech(timestamps, output).apply(&mut logits);
+        (0..24).filter(|i| logits[*i as usize] > f32::NEG_INFINITY).collect()
+    }
+
+    #[test]
+    fn times_come_first_in_pairs_and_do_not_decrease() {
+        assert_eq!(allowed(true, &[], 5), [17, 18, 19]);
+        // After the first time, text.
+        assert_eq!(allowed(true, &[18], 5), [0, 1, 2, 5, 6, 7, 8, 9, 10]);
+        // Within text, later times too; alone where they are likelier together than any text.
+        let text = [0, 1, 2, 5, 6, 7, 8, 9, 10, 19, 20, 21, 22, 23];
+        assert_eq!(allowed(true, &[18, 5], 5), text);
+        assert_eq!(allowed(true, &[18, 5], 20), [19, 20, 21, 22, 23]);
+        assert_eq!(allowed(true, &[18, 5], 17), [19, 20, 21, 22, 23]);
+        // After one that closes a text, the next opens at once, or all ends.
+        assert_eq!(allowed(true, &[18, 5, 20], 10), [10, 20, 21, 22, 23]);
+        assert_eq!(allowed(true, &[18, 5, 20, 20], 5), [0, 1, 2, 5, 6, 7, 8, 9, 10]);
+    }
+
+    #[test]
+    fn without_times_there_are_none_and_the_beginning_is_not_blank() {
+        assert_eq!(allowed(false, &[], 20), [1, 2, 5, 6, 7, 8, 9]);
+        assert_eq!(allowed(false, &[5], 20), [0, 1, 2, 5, 6, 7, 8, 9, 10]);
+    }
+
+    #[test]
+    fn a_request_may_name_what_is_suppressed_in_place_of_the_model() {
+        let mut speech = speech(false, &[5]);
+        speech.own_suppressed = false;
+        let mut logits = vec![0.0; 24];
+        speech.apply(&mut logits);
+        assert_eq!((logits[3], logits[4]), (0.0, f32::NEG_INFINITY));
+    }
+}

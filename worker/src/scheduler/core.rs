@@ -250,6 +250,10 @@ impl Scheduler {
         }
         sequence.state = State::Running;
         let len = sequence.tokens.len();
+        if complete {
+            // The peer told.
+            sequence.probe = None;
+        }
         sequence.computed = match complete {
             true => len,
             // Its last token must be computed here, for the logits, and a part of the leading

@@ -30,6 +30,8 @@ struct Request {
     /// Positions of the prompt whose logits are wanted, and how many of them came.
     scored: usize,
     scores: usize,
+    /// Another position whose logits are wanted, until they came.
+    probe: Option<usize>,
 }
 
 /// How a request asks for something.
@@ -70,6 +72,12 @@ impl Simulation {
     fn arrive(&mut self, tokens: Vec<u32>, max_new: usize, wish: Wish) {
         let Wish { pull, hold, priority, scored } = wish;
         let max_new = if hold { 1 } else { max_new };
+        let leading = self.limits.leading;
+        // A sound of its own for each first token.
+        let text = tokens.len();
+        let tokens = [vec![7 + tokens[0]; leading], tokens].concat();
+        let probe = (scored && leading > 0).then_some(leading + text / 2);
+        let scored = scored && leading == 0;
         if self.limits.check_fits(tokens.len(), max_new).is_err() {
             return;
         }
@@ -90,11 +98,11 @@ impl Simulation {
             arrived: Duration::from_micros(id),
             scored,
             drafts: true,
-            probe: None,
-            undivided: false,
+            probe,
+            undivided: priority > 1,
         });
         let request =
-            Request { max_new, generated: 0, written: 0, aborted: false, scored, scores: 0 };
+            Request { max_new, generated: 0, written: 0, aborted: false, scored, scores: 0, probe };
         self.requests.insert(id, request);
     }
 
@@ -144,7 +152,17 @@ impl Simulation {
             }
         }
         self.scheduler.schedule(&mut plan);
-        assert!(plan.tokens() <= self.limits.max_batch_tokens);
+        let leading = self.limits.leading;
+        // What goes together may go beyond what a step has left.
+        let most = plan.slices.iter().filter(|slice| slice.len > 1).map(|slice| slice.len).max();
+        let together = plan.slices.iter().any(|slice| {
+            slice.start < leading || self.scheduler.get(slice.id).is_some_and(|it| it.undivided)
+        });
+        let beyond = if together { most.unwrap_or(0) } else { 0 };
+        assert!(plan.tokens() <= self.limits.max_batch_tokens + beyond);
+        for slice in &plan.slices {
+            assert!(slice.start >= leading || (slice.start == 0 && slice.len >= leading));
+        }
         assert!(self.scheduler.load().running <= self.limits.max_running);
         assert!(plan.allocated.iter().all(|block| !owned.contains(block)), "pulled or held");
         assert!(plan.slices.iter().map(|slice| slice.scored).sum::<usize>() <= 64);
@@ -181,6 +199,10 @@ impl Simulation {
             let seq = self.scheduler.get(slice.id).unwrap();
             assert_eq!(slice.samples(), seq.computed() == seq.tokens().len());
             let request = self.requests.get_mut(&slice.id).unwrap();
+            if let Some(at) = slice.probe {
+                assert_eq!(request.probe.take(), Some(slice.start + at), "once");
+            }
+            assert!(!slice.samples() || request.probe.is_none(), "before the output");
             if slice.scored > 0 {
                 assert_eq!((slice.logits, seq.cached()), (slice.scored, 0));
                 assert_eq!(slice.start + slice.len - slice.scored, request.scores, "in order");
@@ -239,6 +261,7 @@ impl Simulation {
         if self.scheduler.pull_ended(id, arrived, complete) {
             assert!(!self.requests[&id].aborted);
             if complete {
+                self.requests.get_mut(&id).unwrap().probe = None;
                 self.sample(id);
             }
         } else {
@@ -331,11 +354,12 @@ proptest! {
         max_batch_tokens in 1usize..20,
         max_running in 1usize..6,
         speculative in 0usize..6,
+        leading in 0usize..4,
         ops in prop::collection::vec(op(), 0..120),
     ) {
         let max_model_len = (block_size * blocks + 1).min(60);
         let mut simulation = Simulation::new(Limits {
-            block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len, leading: 0,
+            block_size, blocks, max_batch_tokens, max_running, max_waiting: 256, max_model_len, leading: leading * block_size,
             speculation: Speculation { tokens: speculative, ngram_min: 1, ngram_max: 3 },
             priority_aging: Duration::from_micros(5),
         });

@@ -117,3 +117,31 @@ fn filters(count: usize) -> Vec<Band> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_those_of_transformers() {
+        let reference = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/reference");
+        let fixture = std::fs::read_to_string(format!("{reference}/whisper.json")).unwrap();
+        let fixture: serde_json::Value = serde_json::from_str(&fixture).unwrap();
+        let mel = Mel::new(80);
+        let mut threads = ThreadPool::new(2).unwrap();
+        for case in fixture["cases"].as_array().unwrap() {
+            let sound = case["sound"].as_str().unwrap();
+            let samples = std::fs::read(format!("{reference}/whisper/{sound}.s16")).unwrap();
+            let mut frames = vec![0.0; FRAMES * 80];
+            mel.frames(&mut threads, &samples, &mut frames);
+            let expected = case["mel"].as_array().unwrap();
+            assert!(expected.len() > 200);
+            for place in expected {
+                let at = |i: usize| place[i].as_u64().unwrap() as usize;
+                let found = f64::from(frames[at(0) * 80 + at(1)]);
+                let expected = place[2].as_f64().unwrap();
+                assert!((found - expected).abs() < 1e-4, "{place} {found}");
+            }
+        }
+    }
+}

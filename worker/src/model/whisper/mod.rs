@@ -125,7 +125,9 @@ impl Model for Whisper {
             )?;
         }
         let aligned = decoder::Aligning { heads: &self.alignment_heads, found: &mut self.aligned };
-        decoder::decode(&mut context, weights, &mut self.decoder, batch, kv, aligned, logits)
+        decoder::decode(&mut context, weights, &mut self.decoder, batch, kv, aligned, logits)?;
+        self.encoder.forget();
+        Ok(())
     }
 }
 
