@@ -35,7 +35,7 @@ async fn the_official_client_drives_audio() {
     let recording = cluster.dir().join("said.wav");
     std::fs::write(&recording, say(SENTENCES[0], "en-us")).expect("write the recording");
     let recording = recording.display().to_string();
-    let arguments = [&url, "client-key", WHISPER_NAME, MODEL_NAME, &recording, "smooth"];
+    let arguments = [&url, "client-key", WHISPER_NAME, MODEL_NAME, &recording, "meeting"];
     println!("{}", python::drive(OPENAI, "openai_client/audio.py", &arguments).await);
     cluster.finish().await;
 }

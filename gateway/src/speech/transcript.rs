@@ -22,6 +22,9 @@ const MAX_COMPRESSION_RATIO: f64 = 2.4;
 const MIN_LOGPROB: f64 = -1.0;
 /// From here on nobody speaks, if the text is a guess as well.
 const NO_SPEECH: f32 = 0.6;
+/// The same, where the model is surer that nobody speaks: rumble makes it write thanks for watching,
+/// with a log-probability of -0.98.
+const SURE_NO_SPEECH: (f32, f64) = (0.8, -0.8);
 /// From this temperature on, text is too random to be gone on from.
 const RANDOM: f32 = 0.5;
 
@@ -284,7 +287,10 @@ impl Try {
     }
 
     fn is_silence(&self) -> bool {
-        self.heard.no_speech > NO_SPEECH && self.avg_logprob < MIN_LOGPROB
+        let unlikely = |(no_speech, logprob): (f32, f64)| {
+            self.heard.no_speech > no_speech && self.avg_logprob < logprob
+        };
+        unlikely((NO_SPEECH, MIN_LOGPROB)) || unlikely(SURE_NO_SPEECH)
     }
 }
 
@@ -447,6 +453,8 @@ mod tests {
         let guess = Heard { tokens: vec![T, 1, at(2.0)], sum_logprob: -8.0, no_speech: 0.7 };
         assert_eq!(done(transcript.heard(WINDOW, guess.clone(), decode)), []);
         assert_eq!(transcript.seek(), WINDOW);
+        let rumble = Heard { tokens: vec![1; 4], sum_logprob: -4.5, no_speech: 0.84 };
+        assert_eq!(done(transcript.heard(WINDOW, rumble, decode)), []);
         // Text that the model is sure of is text.
         let sure = Heard { sum_logprob: -0.5, ..guess };
         assert_eq!(done(transcript.heard(WINDOW, sure, decode)).len(), 1);
