@@ -206,7 +206,7 @@ fn measure(file: Bytes, max_seconds: f64, patience: &Patience) -> Result<f64, Fa
     if let Some(declared) = decoder.declared()
         && declared - seconds > CUT.1.max(declared * CUT.0)
         // Whoever writes to a pipe does not know the length, and says the longest there is.
-        && declared < 24.0 * 3600.0
+        && declared <= max_seconds
     {
         return Err(Fault::new(format!(
             "is cut off: it should last {declared:.1} s and ends after {seconds:.1} s; send it again."
