@@ -42,6 +42,10 @@ pub struct Settings {
     #[command(flatten)]
     pub cors: CorsArgs,
 
+    /// Recordings.
+    #[command(flatten)]
+    pub audio: AudioArgs,
+
     /// Responses that are kept.
     #[command(flatten)]
     pub responses: ResponsesArgs,
@@ -197,6 +201,22 @@ pub struct CorsArgs {
     pub allow_credentials: bool,
 }
 
+/// Flags of `/v1/audio`.
+#[derive(Clone, Debug, Args)]
+pub struct AudioArgs {
+    /// Largest recording, in MiB.
+    #[arg(long, env = "BATON_MAX_AUDIO_FILESIZE_MB", default_value = "25", value_parser = parse_mebibytes)]
+    pub max_audio_filesize_mb: usize,
+
+    /// Longest recording, in seconds.
+    #[arg(long, env = "BATON_MAX_AUDIO_SECONDS", default_value_t = 7200, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub max_audio_seconds: u64,
+
+    /// Recordings served at once, each of which is kept in memory; more are answered 429.
+    #[arg(long, env = "BATON_MAX_RECORDINGS", default_value = "64", value_parser = parse_positive)]
+    pub max_recordings: usize,
+}
+
 /// Flags of the Responses API.
 #[derive(Clone, Debug, Args)]
 pub struct ResponsesArgs {
@@ -224,9 +244,9 @@ pub struct ResponsesArgs {
 impl Settings {
     /// The settings by their flags' names, without secrets.
     pub fn shown(&self) -> Value {
-        let Self { access, tls, cors, cluster, responses, .. } = self;
+        let Self { access, tls, cors, cluster, audio, responses, .. } = self;
         let etcd: Vec<String> = cluster.etcd.iter().map(|url| without_password(url)).collect();
-        json!({
+        let mut shown = json!({
             "listen": self.listen.to_string(),
             "advertise": self.advertise,
             "etcd": etcd,
@@ -268,7 +288,11 @@ impl Settings {
             "max_inflight": self.max_inflight,
             "drain_timeout": self.drain_timeout,
             "http_threads": self.http_threads,
-        })
+        });
+        shown["max_audio_filesize_mb"] = audio.max_audio_filesize_mb.into();
+        shown["max_audio_seconds"] = audio.max_audio_seconds.into();
+        shown["max_recordings"] = audio.max_recordings.into();
+        shown
     }
 }
 
@@ -280,6 +304,12 @@ pub fn without_password(url: &str) -> String {
         Some(at) => format!("{scheme}://***{}", &rest[at..]),
         None => url.to_owned(),
     }
+}
+
+fn parse_mebibytes(text: &str) -> Result<usize, String> {
+    let most = 4096;
+    let message = || format!("must be a whole number from 1 to {most}");
+    text.parse().ok().filter(|n| (1..=most).contains(n)).ok_or_else(message)
 }
 
 fn parse_positive(text: &str) -> Result<usize, String> {

@@ -112,6 +112,11 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large", message)
     }
 
+    /// 422: a part of a form is of the wrong kind.
+    pub fn unprocessable(param: &str, message: &str) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "Unprocessable Entity", message).param(param)
+    }
+
     /// 429: every queue is full.
     pub fn overloaded(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsError", message);

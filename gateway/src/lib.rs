@@ -6,6 +6,7 @@
 //! * [`generate`]: one sequence's life over the workers. [`pool`]: vectors, classes and scores of
 //!   texts, likewise.
 //! * [`workers`]: who is there, and how it does. [`routing`]: who gets a request.
+//! * [`audio`]: from a file of sound to what models hear. [`speech`]: from that to a transcript.
 //! * [`text`]: tokenizer, chat template, stop strings.
 //! * [`output`]: what an answer's text means: reasoning, content, tool calls.
 //! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
@@ -18,6 +19,7 @@
 
 pub mod adapters;
 pub mod api;
+pub mod audio;
 pub mod auth;
 pub mod config;
 pub mod error;
@@ -28,6 +30,7 @@ pub mod output;
 pub mod pool;
 pub mod quota;
 pub mod routing;
+pub mod speech;
 pub mod store;
 pub mod text;
 pub mod tls;

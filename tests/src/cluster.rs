@@ -8,7 +8,9 @@ use baton_proto::v1::WorkerStatus;
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::binaries::{EMBEDDER_NAME, MODEL_NAME, embedder, model, program};
+use crate::binaries::{
+    EMBEDDER_NAME, MODEL_NAME, WHISPER_NAME, embedder, model, program, whisper_base,
+};
 use crate::etcd::Etcd;
 use crate::http::Api;
 use crate::poll::eventually;
@@ -27,6 +29,8 @@ pub enum Role {
     Unified,
     /// Computes vectors, classes and scores.
     Pooling,
+    /// Hears.
+    Audio,
 }
 
 impl Role {
@@ -37,6 +41,7 @@ impl Role {
             Self::Decode => "decode",
             Self::Unified => "unified",
             Self::Pooling => "pooling",
+            Self::Audio => "audio",
         }
     }
 }
@@ -65,8 +70,8 @@ pub struct Builder {
     prefill: usize,
     decode: usize,
     unified: usize,
-    /// Pooling workers' models, and the names that they are served under.
-    pooling: Vec<(PathBuf, String)>,
+    /// Workers of models of their own, and the names that those are served under.
+    others: Vec<(Role, PathBuf, String)>,
     coordinator: bool,
     lease_ttl: u64,
     keys: Vec<String>,
@@ -101,8 +106,23 @@ impl Builder {
     }
 
     /// This many pooling workers, of this model under this name.
-    pub fn pooling_model(mut self, count: usize, model: PathBuf, name: &str) -> Self {
-        self.pooling.extend(std::iter::repeat_n((model, name.to_owned()), count));
+    pub fn pooling_model(self, count: usize, model: PathBuf, name: &str) -> Self {
+        self.others(Role::Pooling, count, model, name)
+    }
+
+    /// This many workers that hear, of the model that knows every language.
+    pub fn audio(self, count: usize) -> Self {
+        self.audio_model(count, whisper_base(), WHISPER_NAME)
+    }
+
+    /// This many workers that hear, of this model under this name.
+    pub fn audio_model(self, count: usize, model: PathBuf, name: &str) -> Self {
+        self.others(Role::Audio, count, model, name)
+    }
+
+    /// This many workers of a role, of this model under this name.
+    pub fn others(mut self, role: Role, count: usize, model: PathBuf, name: &str) -> Self {
+        self.others.extend(std::iter::repeat_n((role, model, name.to_owned()), count));
         self
     }
 
@@ -200,12 +220,12 @@ impl Builder {
                 workers.push(Worker { role, process, address: String::new() });
             }
         }
-        for (n, (model, name)) in self.pooling.iter().enumerate() {
+        for (n, (role, model, name)) in self.others.iter().enumerate() {
             let mut extra = self.worker_args.clone();
             extra.extend(["--model".into(), model.into()]);
             extra.extend(["--served-model-name".into(), name.into()]);
-            let role = Role::Pooling;
-            let mut spec = worker_spec(format!("pooling-{n}"), role, &common, &extra);
+            let role = *role;
+            let mut spec = worker_spec(format!("{}-{n}", role.as_str()), role, &common, &extra);
             spec.env = self.worker_env.clone();
             let process = Process::start(&spec, dir.path());
             workers.push(Worker { role, process, address: String::new() });
@@ -240,7 +260,7 @@ impl Builder {
 pub struct Cluster {
     /// A client of the gateway.
     pub api: Api,
-    /// Its workers, in the order prefill, decode, unified, pooling, then those added.
+    /// Its workers, in the order prefill, decode, unified, others, then those added.
     pub workers: Vec<Worker>,
     /// Its etcd.
     pub etcd: Etcd,
@@ -260,7 +280,7 @@ impl Cluster {
             prefill: 0,
             decode: 0,
             unified: 0,
-            pooling: Vec::new(),
+            others: Vec::new(),
             coordinator: false,
             lease_ttl: 5,
             keys: Vec::new(),

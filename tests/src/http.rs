@@ -122,6 +122,28 @@ impl Api {
         Named { bytes: self.events(method, path, body).await, buffer: Vec::new() }
     }
 
+    /// `POST path` with a form of these fields and, if there is one, a file.
+    pub async fn form(&self, path: &str, fields: &[(&str, &str)], file: Option<&[u8]>) -> Reply {
+        let (media, body) = form(fields, file);
+        let reply = self.send(Method::POST, path, Some(&media), body).await;
+        reply.unwrap_or_else(|e| panic!("POST {path}: {e:?}"))
+    }
+
+    /// The same, whose reply must be a stream.
+    pub async fn form_stream(&self, path: &str, fields: &[(&str, &str)], file: &[u8]) -> Sse {
+        let (media, body) = form(fields, Some(file));
+        let mut request = self.client.post(format!("{}{path}", self.base));
+        if let Some(key) = &self.key {
+            request = request.header(AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let reply = request.header(CONTENT_TYPE, media).body(body).send().await;
+        let reply = reply.unwrap_or_else(|e| panic!("{path}: {e:?}"));
+        assert_eq!(reply.status(), StatusCode::OK, "{path}");
+        assert_eq!(reply.headers()[CONTENT_TYPE], "text/event-stream; charset=utf-8");
+        let bytes = reply.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed();
+        Sse { bytes, buffer: Vec::new(), done: false }
+    }
+
     async fn events(&self, method: Method, path: &str, body: Option<&Value>) -> Chunks {
         let mut request = self.client.request(method, format!("{}{path}", self.base));
         if let Some(body) = body {
@@ -138,6 +160,29 @@ impl Api {
         assert_eq!(content_type, "text/event-stream; charset=utf-8");
         reply.bytes_stream().map(|chunk| chunk.map(|bytes| bytes.to_vec())).boxed()
     }
+}
+
+/// A form's media type and body.
+pub fn form(fields: &[(&str, &str)], file: Option<&[u8]>) -> (String, Vec<u8>) {
+    let boundary = "where-one-part-ends";
+    let mut body = Vec::new();
+    for (name, value) in fields {
+        let part = format!(
+            "--{boundary}\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n"
+        );
+        body.extend(part.into_bytes());
+    }
+    if let Some(file) = file {
+        let head = format!(
+            "--{boundary}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a\"\r\n\
+             Content-Type: application/octet-stream\r\n\r\n"
+        );
+        body.extend(head.into_bytes());
+        body.extend(file);
+        body.extend(b"\r\n");
+    }
+    body.extend(format!("--{boundary}--\r\n").into_bytes());
+    (format!("multipart/form-data; boundary={boundary}"), body)
 }
 
 /// A whole reply.
@@ -316,18 +361,23 @@ pub struct RawClient {
 impl RawClient {
     /// Connects and sends a whole `POST`; does not wait for the reply.
     pub async fn post(api: &Api, path: &str, body: &Value) -> Self {
+        Self::send(api, path, "application/json", body.to_string().as_bytes()).await
+    }
+
+    /// The same with a body of any kind.
+    pub async fn send(api: &Api, path: &str, media: &str, body: &[u8]) -> Self {
         use tokio::io::AsyncWriteExt;
         let host = api.base.strip_prefix("http://").expect("an http address");
         let mut stream = tokio::net::TcpStream::connect(host).await.expect("connect");
-        let body = body.to_string();
         let key =
             api.key.as_ref().map_or(String::new(), |k| format!("Authorization: Bearer {k}\r\n"));
         let request = format!(
-            "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{key}\
-             Content-Length: {}\r\n\r\n{body}",
+            "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {media}\r\n{key}\
+             Content-Length: {}\r\n\r\n",
             body.len()
         );
-        stream.write_all(request.as_bytes()).await.expect("send the request");
+        let request = [request.as_bytes(), body].concat();
+        stream.write_all(&request).await.expect("send the request");
         Self { stream }
     }
 

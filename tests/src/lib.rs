@@ -9,6 +9,7 @@
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
 //! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
+//! * [`speech`]: recordings of known text.
 //! * [`lora`]: adapters of random weights.
 //! * [`postgres`]: a real PostgreSQL.
 //! * [`python`]: clients in Python, with pinned packages.
@@ -38,6 +39,7 @@ pub mod process;
 pub mod prometheus;
 pub mod python;
 pub mod reference;
+pub mod speech;
 
 pub use binaries::MODEL_NAME;
 pub use cluster::{Cluster, Role, Worker};

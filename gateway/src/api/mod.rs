@@ -4,6 +4,7 @@
 //! of a type out of it, as often as needed, and remembers which nobody asked for. So a field
 //! belongs to one struct, and routes share structs.
 
+pub mod audio;
 pub mod chat;
 pub mod completion;
 pub mod envelope;

@@ -6,6 +6,7 @@ use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{AdditionalProperties, ObjectBuilder, Schema, SchemaType, Type};
 use utoipa::{PartialSchema, ToSchema};
 
+use super::audio::{self, AudioFields};
 use super::chat::{ChatFields, Conversation};
 use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
@@ -15,7 +16,7 @@ use super::pooling::score::{PairFields, RerankFields, ScoreFields};
 use super::pooling::{self, InputFields, PoolingFields};
 use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
-use super::schema::ChatMessage;
+use super::schema::{AudioFile, ChatMessage};
 use super::structured::StructuredFields;
 use super::tokenize::{DetokenizeFields, TokenizeFields};
 use super::tools::ToolFields;
@@ -81,6 +82,14 @@ request!(
     &["input"],
     &[responses::IGNORED],
     &[]
+);
+request!(
+    /// The form of `POST /v1/audio/transcriptions` and `POST /v1/audio/translations`.
+    AudioRequest:
+    [AudioFile, AudioFields],
+    &["file"],
+    &[audio::IGNORED],
+    audio::UNSUPPORTED
 );
 request!(
     /// The body of `POST /v1/embeddings`: with `input`, or with `messages`.

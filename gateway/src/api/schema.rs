@@ -527,6 +527,84 @@ pub struct TextChoice {
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// The file of a transcription or translation.
+#[derive(ToSchema)]
+pub struct AudioFile {
+    /// The recording: WAV, MP3, FLAC, Ogg, WebM, MP4, M4A, AIFF or CAF.
+    #[schema(format = Binary)]
+    pub file: String,
+}
+
+/// The reply of a transcription or translation, of `response_format` json or verbose_json.
+#[derive(ToSchema)]
+pub struct Transcription {
+    /// The whole text.
+    pub text: String,
+    /// Of a transcription: how long the recording is.
+    #[schema(nullable = false)]
+    pub usage: Option<AudioUsage>,
+    /// `transcribe` or `translate`.
+    #[schema(nullable = false)]
+    pub task: Option<String>,
+    /// The text's language, in English.
+    #[schema(nullable = false)]
+    pub language: Option<String>,
+    /// Seconds of the recording.
+    #[schema(nullable = false)]
+    pub duration: Option<f64>,
+    /// The text with its times.
+    #[schema(nullable = false)]
+    pub segments: Option<Vec<TranscriptSegment>>,
+    /// The words with their times.
+    #[schema(nullable = false)]
+    pub words: Option<Vec<TranscriptWord>>,
+}
+
+/// What a transcription is counted by.
+#[derive(ToSchema)]
+pub struct AudioUsage {
+    /// `duration`.
+    pub r#type: String,
+    /// Seconds of the recording, rounded up.
+    pub seconds: u64,
+}
+
+/// A stretch of a transcript.
+#[derive(ToSchema)]
+pub struct TranscriptSegment {
+    /// From 0.
+    pub id: u64,
+    /// Where its window of 30 s begins, in steps of 10 ms.
+    pub seek: u64,
+    /// In seconds.
+    pub start: f64,
+    /// In seconds.
+    pub end: f64,
+    /// With the space before it.
+    pub text: String,
+    /// Text and times.
+    pub tokens: Vec<TokenId>,
+    /// At which its window was drawn.
+    pub temperature: f64,
+    /// Mean log-probability of its window's tokens.
+    pub avg_logprob: f64,
+    /// By how much zlib makes its window's text smaller.
+    pub compression_ratio: f64,
+    /// How likely it is that nobody speaks in its window.
+    pub no_speech_prob: f64,
+}
+
+/// A word of a transcript.
+#[derive(ToSchema)]
+pub struct TranscriptWord {
+    /// The word.
+    pub word: String,
+    /// In seconds.
+    pub start: f64,
+    /// In seconds.
+    pub end: f64,
+}
+
 /// One event of a stream.
 #[derive(ToSchema)]
 pub struct StreamEvent {

@@ -72,6 +72,7 @@ pub struct Answer {
     count: usize,
     /// Prompt tokens that were found in a prefix cache.
     cached: usize,
+    no_speech: Option<f32>,
     times: Times,
     /// Among the sequences that are remembered.
     number: Option<u64>,
@@ -110,6 +111,7 @@ impl Answer {
             include_stop: text.include_stop,
             count: 0,
             cached: 0,
+            no_speech: None,
             times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
             number: None,
             lora,
@@ -124,6 +126,11 @@ impl Answer {
             completion_tokens: self.count,
             cached_tokens: self.cached,
         }
+    }
+
+    /// How likely it is that nobody speaks, once something has come; speech models alone say it.
+    pub fn no_speech(&self) -> Option<f32> {
+        self.no_speech
     }
 
     /// What comes next; `None` after the end.
@@ -142,6 +149,7 @@ impl Answer {
             match update {
                 Some(Update::Started(started)) => {
                     self.cached = started.cached_tokens as usize;
+                    self.no_speech = started.no_speech_probability;
                     if let Some(lora) = &mut self.lora {
                         lora.runs();
                     }

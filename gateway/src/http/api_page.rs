@@ -28,8 +28,8 @@ fn table(section: &str) -> BTreeMap<&'static str, &'static str> {
 
 /// The fields that the document has for a route.
 fn fields(path: &str) -> BTreeSet<&'static str> {
-    let to = &DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        ["$ref"];
+    let content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"].as_object().unwrap();
+    let to = &content.values().next().unwrap()["schema"]["$ref"];
     let schema = DOCUMENT.pointer(to.as_str().unwrap().trim_start_matches('#')).unwrap();
     schema["properties"].as_object().unwrap().keys().map(String::as_str).collect()
 }
@@ -55,6 +55,8 @@ fn the_page_lists_every_field_of_every_body() {
         ("/v1/messages", &["POST /v1/messages"]),
         ("/v1/messages/count_tokens", &["POST /v1/messages"]),
         ("/v1/responses", &["POST /v1/responses"]),
+        ("/v1/audio/transcriptions", &["POST /v1/audio/transcriptions"]),
+        ("/v1/audio/translations", &["POST /v1/audio/transcriptions"]),
         ("/v1/embeddings", &["Fields of texts", "Texts and messages", "POST /v1/embeddings"]),
         ("/pooling", &["Fields of texts", "Texts and messages", "POST /pooling"]),
         ("/classify", &["Fields of texts", "Texts and messages"]),

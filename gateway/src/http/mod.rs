@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod api_page;
 mod around;
+mod audio;
 mod body;
 mod call;
 mod chat;
@@ -17,6 +18,7 @@ mod load;
 mod lora;
 mod messages;
 mod model;
+mod multipart;
 mod openapi;
 mod ops;
 mod page;
@@ -43,6 +45,7 @@ use rustls::ServerConfig;
 use serde_json::Value;
 
 use crate::adapters::Catalog;
+use crate::audio::windows::Decoders;
 use crate::auth::Keys;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
@@ -72,6 +75,10 @@ pub struct Shared {
     pub settings: Value,
     /// Requests in progress.
     pub load: Arc<Load>,
+    /// Recordings in progress, which take more memory than other requests.
+    pub recordings: Arc<Load>,
+    /// The threads that decode recordings.
+    pub decoders: Arc<Decoders>,
     /// Limits.
     pub limits: Limits,
     /// Who reads the answers of models that may call or reason.
@@ -87,6 +94,8 @@ pub struct Shared {
 pub struct Limits {
     /// Largest body, in bytes.
     pub max_body_bytes: usize,
+    /// Largest recording, in bytes.
+    pub max_audio_bytes: usize,
     /// Longest time for a body to arrive.
     pub body_timeout: Duration,
     /// Longest time for a request.

@@ -34,6 +34,8 @@ pub(super) const CLASSIFY: Api = Api { name: "Classification", tasks: &[Task::Cl
 pub(super) const SCORE: Api = Api { name: "Score", tasks: &[Task::Score, Task::Embed] };
 pub(super) const RERANK: Api = Api { name: "Rerank (Score)", tasks: SCORE.tasks };
 pub(super) const RESPONSES: Api = Api { name: "Responses", tasks: &[Task::Generate] };
+pub(super) const TRANSCRIPTIONS: Api = Api { name: "Transcriptions", tasks: &[Task::Transcribe] };
+pub(super) const TRANSLATIONS: Api = Api { name: "Translations", tasks: &[Task::Translate] };
 
 /// What serves a request's model by `api`. Without a name, the first that can.
 pub(super) fn model(

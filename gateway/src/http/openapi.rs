@@ -174,7 +174,8 @@ fn finish(path: &str, method: &str, operation: &mut Operation) {
         (403, admin, "The key is no admin key."),
         (404, of_model || named, "There is no such thing."),
         (408, takes_body, "The body did not arrive in time."),
-        (413, takes_body, "The body is too large."),
+        (422, path.starts_with("/v1/audio/"), "`file` is a text."),
+        (413, takes_body && !path.starts_with("/v1/audio/"), "The body is too large."),
         (429, !open && !admin, "Too many requests; `retry-after` says when to come again."),
         (500, of_model || stored, "A failure of the server."),
         (

@@ -32,6 +32,8 @@ routes! {
     "/v1/responses/{id}": get responses::retrieve, delete responses::delete;
     "/v1/responses/{id}/cancel": post responses::cancel;
     "/v1/responses/{id}/input_items": get responses::input_items;
+    "/v1/audio/transcriptions": post audio::transcribe;
+    "/v1/audio/translations": post audio::translate;
     "/v1/embeddings": post embed::embeddings;
     "/v2/embed": post cohere::embed;
     "/pooling": post embed::pool;

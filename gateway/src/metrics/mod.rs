@@ -107,6 +107,7 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    heard: prometheus::CounterVec,
     pub(crate) lora: LoraRequests,
     store_errors: CounterVec,
     /// Each worker's counters at the last scrape.
@@ -348,6 +349,16 @@ impl Metrics {
                 "Whether etcd answers this gateway; without it the last view is used.",
                 &[],
             )?,
+            heard: families::register(
+                &r,
+                prometheus::CounterVec::new(
+                    prometheus::Opts::new(
+                        "baton_audio_seconds_total",
+                        "Seconds of recordings that were listened to, silence included.",
+                    ),
+                    &LABELS,
+                )?,
+            )?,
             lora: LoraRequests::new(&r)?,
             store_errors: store_errors(&r)?,
             registry: r,
@@ -358,6 +369,11 @@ impl Metrics {
     /// The store of responses has failed at `operation`.
     pub fn store_failed(&self, operation: &str) {
         self.store_errors.with_label_values(&[operation]).inc();
+    }
+
+    /// A model has listened to so many seconds of a recording.
+    pub fn heard(&self, model: &str, seconds: f64) {
+        self.heard.with_label_values(&[model, ENGINE]).inc_by(seconds);
     }
 
     /// Counts an HTTP answer. `handler` is the route's pattern.
@@ -584,6 +600,9 @@ impl Metrics {
         ];
         histograms.iter().for_each(|histogram| drop(histogram.with_label_values(&labels)));
         self.tokens(model);
+        if model.speech.is_some() {
+            self.heard.with_label_values(&labels);
+        }
         for reason in REASONS {
             self.finished.with_label_values(&[name, engine, reason]);
         }
