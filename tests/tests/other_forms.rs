@@ -22,7 +22,7 @@ async fn invocations_are_answered_by_the_route_that_takes_their_body() {
     assert_eq!(invoked["object"], "text_completion");
     assert_eq!(invoked["choices"], direct["choices"]);
 
-    // Routes that are not built, and bodies of none.
+    // Routes of what the model does not do, and bodies of none.
     for body in [
         json!({"input": "Hi"}),
         json!({"text_1": "a", "text_2": "b"}),

@@ -5,11 +5,12 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::Value;
 
 use super::generation::Intake;
-use super::model::{Api, CHAT, CLASSIFY, EMBEDDINGS, POOLING};
+use super::model::{Api, CHAT, CLASSIFY, EMBEDDINGS, POOLING, RERANK, SCORE};
 use super::{Shared, chat, classify, completions, embed, rerank, score};
 use crate::api::requests::InvocationRequest;
 use crate::api::schema::{Invoked, StreamEvent};
 use crate::error::ApiError;
+use crate::workers::Lack;
 
 /// Fields that hold texts to be scored, two and two.
 const PAIRS: [(&str, &str); 4] =
@@ -42,7 +43,11 @@ pub(super) async fn invoke(
     }
     // In vLLM's order. What has both is a chat.
     let name = intake.body.get("model").and_then(Value::as_str).unwrap_or_default();
-    let does = |api: &Api| shared.registry.able(name, api.tasks()).is_ok();
+    // A model that is not there is told by the route that is asked for it.
+    let does = |api: &Api| {
+        let able = shared.registry.able(name, api.tasks());
+        !matches!(able, Err(Lack::Unable(_)))
+    };
     let has = |field: &str| intake.body.get(field).is_some();
     let texts = has("input") || has("messages");
     // Only the model tells whether messages are to be answered or to be embedded.
@@ -54,11 +59,11 @@ pub(super) async fn invoke(
         embed::answer_embeddings(intake, shared).await
     } else if texts && !has("task") && does(&CLASSIFY) {
         classify::answer(intake, shared).await
-    } else if PAIRS.iter().any(|(one, two)| has(one) && has(two)) {
+    } else if PAIRS.iter().any(|(one, two)| has(one) && has(two)) && does(&SCORE) {
         score::answer(intake, shared).await
-    } else if has("query") && has("documents") {
+    } else if has("query") && has("documents") && does(&RERANK) {
         rerank::answer(intake, shared).await
-    } else if texts {
+    } else if texts && does(&POOLING) {
         embed::answer_pooling(intake, shared).await
     } else {
         let message = "Cannot find suitable handler for request. Expected one of: \
