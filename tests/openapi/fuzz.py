@@ -2,7 +2,9 @@
 against the document, with schemathesis: all of its checks, in all of its phases. Then looks
 whether every status that the document has was seen.
 
-Usage: fuzz.py BASE_URL KEY MODEL
+Usage: fuzz.py BASE_URL KEY MODELS
+
+MODELS is JSON: the model of each route, and under an empty name that of all others.
 """
 
 import collections
@@ -39,6 +41,15 @@ OF_ANSWER = {
         tools that differ, and one of them in `tool_choice`""",
     **NO_MODEL,
 }
+OF_TEXTS = {
+    400: """texts that are not empty, fit the model's context, and are one field's or the other's;
+        token ids within the vocabulary; dimensions that the model has; a task that it has""",
+    **NO_MODEL,
+}
+OF_SOUND = {
+    400: "a language that the model knows; one form of times and of a stream that fit the reply's",
+    **NO_MODEL,
+}
 STORED = {404: "a response of this id"}
 MAY_REFUSE = {
     "POST /v1/chat/completions": OF_ANSWER,
@@ -60,6 +71,15 @@ MAY_REFUSE = {
     "POST /v1/responses/{id}/cancel": {400: "a response that is being made", **STORED},
     "GET /v1/responses/{id}/input_items": {400: "`after` is the id of an item", **STORED},
     "POST /invocations": OF_PROMPT | {400: f"{OF_PROMPT[400]}; token ids of the vocabulary"},
+    **{
+        f"POST {path}": OF_TEXTS
+        for path in (
+            *("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"),
+            *("/rerank", "/v1/rerank", "/v2/rerank"),
+        )
+    },
+    "POST /v1/audio/transcriptions": OF_SOUND,
+    "POST /v1/audio/translations": OF_SOUND,
     "POST /tokenize": {400: "names of tools, and one of them in `tool_choice`", **NO_MODEL},
     "POST /detokenize": {400: "token ids of the vocabulary", **NO_MODEL},
     "GET /tokenizer_info": NO_MODEL,
@@ -95,7 +115,7 @@ RUNS = [("with", "examples,coverage"), ("without", "fuzzing,stateful")]
 
 
 def main() -> None:
-    base_url, key, model = sys.argv[1:]
+    base_url, key, models = sys.argv[1:]
     failed = False
     seen = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +143,7 @@ def main() -> None:
                     *("--no-color", "--report-ndjson-path", report),
                 ],
                 cwd=folder,
-                env={**os.environ, "FUZZ_MODEL": model, "FUZZ_RULES": rules},
+                env={**os.environ, "FUZZ_MODELS": models, "FUZZ_RULES": rules},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

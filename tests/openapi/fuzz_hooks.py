@@ -1,7 +1,10 @@
 """Keeps what schemathesis makes up answerable: the model that there is, and short answers."""
 
 import collections
+import io
+import json
 import os
+import wave
 
 import schemathesis
 
@@ -14,6 +17,21 @@ UNLIMITED = {
     "/v1/responses": "max_output_tokens",
 }
 
+MODELS = json.loads(os.environ["FUZZ_MODELS"])
+
+
+def silence() -> bytes:
+    """Half a second of it: read, and never given to a model."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(bytes(16000))
+    return file.getvalue()
+
+
+SILENCE = silence()
 CALLS = collections.Counter()
 # Ids of responses that are kept.
 KEPT = collections.deque(maxlen=16)
@@ -44,7 +62,9 @@ def before_call(context, case, kwargs):
     if not isinstance(body, dict):
         return
     if isinstance(body.get("model"), str) and len(body["model"]) % 4:
-        body["model"] = os.environ["FUZZ_MODEL"]
+        body["model"] = MODELS.get(case.path, MODELS[""])
+    if positive and case.path.startswith("/v1/audio/"):
+        body["file"] = SILENCE
     if positive:
         # Whether it is taken is the gateway's to say, by a flag.
         body.pop("chat_template", None)
@@ -73,7 +93,7 @@ def name_what_there_is(case):
     if CALLS[case.operation.label] % 2 == 0:
         return
     if case.path == "/v1/models/{name}":
-        case.path_parameters["name"] = os.environ["FUZZ_MODEL"]
+        case.path_parameters["name"] = MODELS[""]
     if case.path.startswith("/v1/responses/") and KEPT:
         case.path_parameters["id"] = KEPT.pop() if case.method == "DELETE" else KEPT[-1]
 

@@ -171,12 +171,6 @@ impl Builder {
         self
     }
 
-    /// Another flag of the gateway that takes no value.
-    pub fn gateway_flag(mut self, flag: &str) -> Self {
-        self.gateway_args.push(flag.into());
-        self
-    }
-
     /// A key that clients must send, given to the gateway by its environment.
     pub fn api_key_from_env(mut self, key: &str) -> Self {
         self.keys.push(key.to_owned());

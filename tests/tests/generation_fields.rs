@@ -333,7 +333,7 @@ async fn templates_come_from_requests_only_when_trusted() {
     std::fs::write(file.path(), own).expect("write the template");
     let path = file.path().to_str().unwrap();
     let builder = Cluster::builder().unified(1).worker_arg("--chat-template", path);
-    let cluster = builder.gateway_flag("--trust-request-chat-template").start().await;
+    let cluster = builder.gateway_switch("--trust-request-chat-template").start().await;
     let text = async |body: &Value| {
         let tokens = cluster.api.ok("/tokenize", body).await["tokens"].clone();
         cluster.api.ok("/detokenize", &json!({"tokens": tokens})).await["prompt"].clone()

@@ -1,7 +1,8 @@
 //! The OpenAPI document: valid, and true of the gateway that serves it.
 
-use baton_tests::binaries::MODEL_NAME;
+use baton_tests::binaries::{EMBEDDER_NAME, MODEL_NAME, WHISPER_NAME, repository};
 use baton_tests::{Cluster, python};
+use serde_json::json;
 
 /// The releases that these tests were written against.
 const VALIDATOR: &str = "openapi-spec-validator==0.9.0";
@@ -27,10 +28,20 @@ async fn replies_are_what_the_document_says_to_whatever_it_allows_and_forbids() 
     let cluster = Cluster::builder()
         .unified(1)
         .worker_arg("--max-model-len", "64")
+        .pooling(1)
+        .pooling_model(1, repository().join("tests/reference/pooling/bert_classifier"), "classes")
+        .audio(1)
         .api_key("client-key")
         .start()
         .await;
-    let arguments = [cluster.api.base(), "client-key", MODEL_NAME];
+    let (embedder, speech) = (EMBEDDER_NAME, WHISPER_NAME);
+    let models = json!({
+        "": MODEL_NAME, "/v1/embeddings": embedder, "/v2/embed": embedder, "/pooling": embedder,
+        "/classify": "classes", "/score": embedder, "/v1/score": embedder, "/rerank": embedder,
+        "/v1/rerank": embedder, "/v2/rerank": embedder, "/v1/audio/transcriptions": speech,
+        "/v1/audio/translations": speech,
+    });
+    let arguments = [cluster.api.base(), "client-key", &models.to_string()];
     println!("{}", python::drive(SCHEMATHESIS, "openapi/fuzz.py", &arguments).await);
     let twice = cluster.api.get("/tokenizer_info?model=a&model=b").await;
     twice.error(400).expect("one model at most");
