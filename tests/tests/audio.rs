@@ -220,17 +220,17 @@ async fn silence_and_noise_say_nothing() {
 #[tokio::test]
 async fn speech_of_another_language_becomes_english() {
     let cluster = hears().await;
-    let wav =
-        say("Guten Morgen. Das Wetter ist heute sehr schön. Ich trinke eine Tasse Kaffee.", "de");
+    let text = "Buenos días a todos. Hoy hace mucho calor en Madrid. Mi hermano trabaja en un \
+                hospital. Me gusta mucho la música.";
+    let wav = say(text, "es");
     let verbose = [("response_format", "verbose_json")];
     let reply = cluster.api.form(TRANSCRIPTIONS, &verbose, Some(&wav)).await.ok();
-    assert_eq!(reply["language"], "german", "{reply}");
-    let german = reply["text"].as_str().expect("a text").to_lowercase();
-    assert!(german.contains("wetter"), "{german}");
+    assert_eq!(reply["language"], "spanish", "{reply}");
+    close(text, reply["text"].as_str().expect("a text"));
     let reply = cluster.api.form(TRANSLATIONS, &verbose, Some(&wav)).await.ok();
     assert_eq!((&reply["task"], &reply["language"]), (&"translate".into(), &"english".into()));
     let english = reply["text"].as_str().expect("a text").to_lowercase();
-    assert!(english.contains("weather") && english.contains("coffee"), "{english}");
+    assert!(english.contains("good morning") && english.contains("music"), "{english}");
     let reply = cluster.api.form(TRANSLATIONS, &[], Some(&wav)).await.ok();
     assert_eq!(reply.as_object().map(|it| it.len()), Some(1), "{reply}");
     cluster.finish().await;
@@ -245,9 +245,11 @@ async fn what_cannot_be_heard_is_refused_and_named() {
         .start()
         .await;
     let (_, wav) = recording(0..1);
-    let hour = made("anullsrc=r=16000:cl=mono:d=3600", "-c:a libopus -b:a 6k", "ogg");
+    let hour = made("anullsrc=r=16000:cl=mono:d=3600", "-c:a flac", "flac");
     let dolby = convert(&wav, "-c:a ac3", "mka");
-    let cut = &wav[..wav.len() / 2];
+    // espeak-ng writes to a pipe, and does not know the length.
+    let whole = convert(&wav, "", "wav");
+    let cut = &whole[..whole.len() / 2];
     for (what, file, says) in [
         ("nothing", &b""[..], "empty"),
         ("a text", b"Good morning, this is no sound.", "not a sound file"),
@@ -305,7 +307,7 @@ async fn an_hour_of_sound_is_heard_in_little_memory() {
     let (said, wav) = recording(0..1);
     text(&cluster, &wav, &[("language", "en")]).await;
     let before = resident(&cluster);
-    let long = convert(&wav, "-af apad=whole_dur=3600 -c:a libopus -b:a 16k", "ogg");
+    let long = convert(&wav, "-af apad=whole_dur=3600 -ar 16000 -c:a flac", "flac");
     let heard = text(&cluster, &long, &[("language", "en")]).await;
     close(&said, &heard);
     let grown = resident(&cluster).saturating_sub(before);

@@ -1,8 +1,8 @@
 //! Reads a file as it is needed: who transcribes asks for one window after another.
 //!
 //! Decoding is computing, so it happens on threads of its own, at most as many at once as there are
-//! cores, and never for longer than [`DECODE_WITHIN`] for a whole file. No thread is held between
-//! two windows.
+//! cores, and ends when it takes too long, or when nobody waits for it. No thread is held between two
+//! windows.
 
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -16,8 +16,10 @@ use super::resample::Resampler;
 use super::{Fault, RATE};
 use crate::error::ApiError;
 
-/// How long a file may take to be decoded once. A file of the longest duration takes seconds.
+/// How long decoding may take, beside a share of the sound that it makes: what needs longer was made
+/// to.
 const DECODE_WITHIN: Duration = Duration::from_secs(60);
+const DECODE_SHARE: f64 = 0.2;
 /// A file that ends this much before its own end was cut off: a share of it, and seconds.
 const CUT: (f64, f64) = (0.01, 0.5);
 
@@ -86,9 +88,11 @@ impl Decoders {
         let waits = Arc::downgrade(&waiting);
         let work = tokio::task::spawn_blocking(move || {
             let _thread = thread;
-            work(Patience { until: Instant::now() + DECODE_WITHIN, waits })
+            work(Patience { began: Instant::now(), until, waits })
         });
         match work.await {
+            // Given up for it.
+            Ok(_) if Instant::now() >= until => Err(ApiError::timed_out()),
             Ok(done) => Ok(done),
             // A decoder that panics met what its author did not think of.
             Err(error) if error.is_panic() => {
@@ -155,7 +159,7 @@ impl Sound {
 
     /// Adds a little more, or notes the end.
     fn more(&mut self, samples: &mut Vec<i16>, patience: &Patience) -> Result<(), Fault> {
-        patience.lasts()?;
+        patience.lasts(samples.len() as f64 / RATE as f64)?;
         match self.decoder.next(&mut self.mono)? {
             Some(rate) => self.resampler.push(rate, &self.mono, samples),
             None => {
@@ -168,21 +172,23 @@ impl Sound {
 
 /// How long decoding may take.
 struct Patience {
+    began: Instant,
+    /// The request's end.
     until: Instant,
     /// Gone when the request is.
     waits: Weak<()>,
 }
 
 impl Patience {
-    fn lasts(&self) -> Result<(), Fault> {
-        if self.waits.strong_count() == 0 {
+    /// `seconds` of sound were made so far.
+    fn lasts(&self, seconds: f64) -> Result<(), Fault> {
+        if self.waits.strong_count() == 0 || Instant::now() >= self.until {
             return Err(Fault::new("is not waited for any more."));
         }
-        if Instant::now() < self.until {
+        if self.began.elapsed() < DECODE_WITHIN + Duration::from_secs_f64(seconds * DECODE_SHARE) {
             return Ok(());
         }
-        let seconds = DECODE_WITHIN.as_secs();
-        Err(Fault::new(format!("takes more than {seconds} s to decode; send less at once.")))
+        Err(Fault::new("takes too long to decode; convert it to WAV."))
     }
 }
 
@@ -191,7 +197,7 @@ fn measure(file: Bytes, max_seconds: f64, patience: &Patience) -> Result<f64, Fa
     let mut decoder = Decoder::open(file)?;
     let (mut seconds, mut mono) = (0.0, Vec::new());
     while let Some(rate) = decoder.next(&mut mono)? {
-        patience.lasts()?;
+        patience.lasts(seconds)?;
         seconds += mono.len() as f64 / f64::from(rate.max(1));
         if seconds > max_seconds {
             return Err(Fault::new(format!(
