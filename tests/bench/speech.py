@@ -38,17 +38,19 @@ SENTENCES = (
     "Until then the ferry leaves every half hour from the lower harbor.",
     "Tickets are free for people who live on the eastern side.",
     "Please write to the council if you have any further questions.",
+    "Letters are read on the first Monday of the month, and every one of them is answered.",
+    "Thank you for listening, and have a pleasant evening.",
 )
 
 
-def speak(folder, seconds):
-    """So many seconds of speech, as 16 kHz samples, and its text."""
+def speak(folder):
+    """About a minute of speech, as 16 kHz samples, and how many seconds."""
     wav, raw = f"{folder}/speech.wav", f"{folder}/speech.s16"
     subprocess.run(["espeak-ng", "-v", "en-us", "-s", "155", "-w", wav, " ".join(SENTENCES)],
                    check=True)
     form = ["-r", "16000", "-c", "1", "-b", "16", "-e", "signed", "-t", "raw"]
-    subprocess.run(["sox", "-D", wav, *form, raw, "trim", "0", str(seconds)], check=True)
-    return raw
+    subprocess.run(["sox", "-D", wav, *form, raw], check=True)
+    return raw, pathlib.Path(raw).stat().st_size / 32_000
 
 
 class Engine:
@@ -111,7 +113,6 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--out", default=str(ROOT / "docs/benchmarks"))
     parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,7 +125,7 @@ def main():
     threads = str(options.threads)
     environment = {"OMP_NUM_THREADS": threads}
     with tempfile.TemporaryDirectory() as folder:
-        sound = speak(folder, options.seconds)
+        sound, length = speak(folder)
         own = [sys.executable, __file__, model, "--threads", threads, "--peer", sound]
         engines = {
             "baton": Engine([ours, model, sound, "--threads", threads, "--json"], environment),
@@ -141,7 +142,7 @@ def main():
                for name, runs in samples.items()}
     lines = [
         "# Speech", "",
-        f"Made by `tests/bench/speech.py` on {platform.machine()}, {cpu()}: {options.seconds} s of "
+        f"Made by `tests/bench/speech.py` on {platform.machine()}, {cpu()}: {length:.1f} s of "
         f"English by espeak-ng, `{pathlib.Path(model).name}`, {threads} threads, greedy, with "
         f"times, medians of {options.rounds} rounds in turns. Target: {TARGET}× faster-whisper with "
         "the same weights.", "",
@@ -153,10 +154,8 @@ def main():
         ratio = statistics.median(run["seconds"] / own["seconds"]
                                   for run, own in zip(runs, samples["baton"]))
         last = runs[-1]
-        # What was cut off at the end was not said.
-        spoken = said[: int(len(said) * min(1.0, len(last["text"]) / len(said)))]
-        lines.append(f"| {name} | {medians[name]:.2f} | {options.seconds / medians[name]:.1f} | "
-                     f"{last['windows']} | {last['tokens']} | {errors(last['text'], spoken):.1%} | "
+        lines.append(f"| {name} | {medians[name]:.2f} | {length / medians[name]:.1f} | "
+                     f"{last['windows']} | {last['tokens']} | {errors(last['text'], said):.1%} | "
                      f"{ratio:.2f} |")
     out = pathlib.Path(options.out)
     (out / "speech.json").write_text(json.dumps(samples, indent=1) + "\n")
