@@ -5,13 +5,16 @@
 //! seconds: workers that lack an adapter get it, and adapters that are recorded no more go. Doing
 //! that twice changes nothing. Adapters from a worker's own flags are the worker's affair.
 //!
-//! A load claims the name first, with a record that nobody acts on until it is complete.
+//! A load claims the name first: until the claim is given back, or its gateway has died, no other
+//! gateway loads under the name, and no comparison touches what workers have under it. A record is
+//! put when all workers have the adapter. So a load that ends in the middle is undone by the next
+//! comparison.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_membership::{AdapterRecord, AdapterStore, MembershipError};
+use baton_membership::{AdapterRecord, AdapterStore, Adapters, Claim, MembershipError};
 use baton_proto::adapter::bad_name;
 use baton_proto::v1::{Adapter, AdapterList, LoadAdapterRequest};
 use futures::future::join_all;
@@ -97,67 +100,67 @@ impl Catalog {
         }
         let _turn = self.turn().await?;
         let base = self.base(base)?;
-        let known = self.registry.served(&name);
-        if known.as_ref().is_some_and(|served| served.adapter.is_none()) {
+        if self.registry.served(&name).is_some_and(|served| served.adapter.is_none()) {
             let message = format!("'{name}' is the name of a model.");
             return Err(ApiError::adapter_refused(message).param("lora_name"));
         }
-        let before = self.store.list().await.map_err(no_etcd)?;
-        let before = before.into_iter().find(|record| record.name == name);
-        if !in_place && (known.is_some() || before.is_some()) {
-            return Err(exists(&name));
+        let Some(claim) = self.store.claim(&name).await.map_err(no_etcd)? else {
+            let message =
+                format!("Another gateway is loading the lora adapter '{name}'; try again.");
+            return Err(ApiError::unavailable(message));
+        };
+        let request = LoadAdapterRequest { name, path, in_place, digest: String::new() };
+        let loaded = self.load_claimed(request, &base, &claim).await;
+        claim.release().await;
+        if loaded.is_ok() {
+            // Workers that joined meanwhile.
+            self.registry.adapters_changed.notify_one();
         }
-        let owner = before.as_ref().map(|record| record.base.clone());
-        let owner = owner.or_else(|| known.as_ref().map(|served| served.card.name.clone()));
+        loaded
+    }
+
+    async fn load_claimed(
+        &self,
+        request: LoadAdapterRequest,
+        base: &Arc<Served>,
+        claim: &Claim,
+    ) -> Result<(), ApiError> {
+        let name = &request.name;
+        let known = self.registry.served(name);
+        let before = self.store.list().await.map_err(no_etcd)?.records;
+        let before = before.into_iter().find(|record| record.name == *name);
+        if !request.in_place && (known.is_some() || before.is_some()) {
+            return Err(exists(name));
+        }
+        let owner = before.map(|record| record.base);
+        let owner = owner.or_else(|| known.map(|served| served.card.name.clone()));
         if let Some(other) = owner.filter(|owner| *owner != base.card.name) {
             let message = format!("The lora adapter '{name}' belongs to the model '{other}'.");
             return Err(ApiError::adapter_refused(message).param("base_model_name"));
         }
-        let workers = self.registry.of_model(&base);
+        let workers = self.registry.of_model(base);
         if workers.is_empty() {
             let message = format!("No worker that serves `{}` is running.", base.card.name);
             return Err(ApiError::unavailable(message));
         }
-        let had: Vec<Option<Adapter>> = workers.iter().map(|worker| find(worker, &name)).collect();
-        let claim = AdapterRecord {
-            name: name.clone(),
-            path: path.clone(),
-            base: base.card.name.clone(),
-            digest: String::new(),
-        };
-        match &before {
-            // Serving goes on while it is replaced, so the record stays without a limit in time.
-            Some(before) => {
-                let pending = AdapterRecord { digest: String::new(), ..before.clone() };
-                self.store.put(&pending).await.map_err(no_etcd)?;
-            }
-            None if !self.store.claim(&claim).await.map_err(no_etcd)? => return Err(exists(&name)),
-            None => {}
-        }
-        let request =
-            LoadAdapterRequest { name: name.clone(), path, in_place, digest: String::new() };
+        let had: Vec<Option<Adapter>> = workers.iter().map(|worker| find(worker, name)).collect();
         let error = match load_on(&workers, &request).await {
-            Ok(digest) => match self.store.put(&AdapterRecord { digest, ..claim }).await {
-                Ok(()) => {
-                    info!(name, workers = workers.len(), "adapter loaded");
-                    // Workers that joined meanwhile.
-                    self.registry.adapters_changed.notify_one();
-                    return Ok(());
+            Ok(digest) => {
+                let (name, path) = (name.clone(), request.path.clone());
+                let record = AdapterRecord { name, path, base: base.card.name.clone(), digest };
+                match claim.complete(&record).await {
+                    Ok(()) => {
+                        info!(record.name, workers = workers.len(), "adapter loaded");
+                        return Ok(());
+                    }
+                    Err(error) => no_etcd(error),
                 }
-                Err(error) => no_etcd(error),
-            },
+            }
             Err(error) => error,
         };
         // Back to what was. Should a part of this fail, the comparison does it later.
-        let undo = workers.iter().zip(had).map(|(worker, had)| restore(worker, &name, had));
+        let undo = workers.iter().zip(had).map(|(worker, had)| restore(worker, name, had));
         join_all(undo).await;
-        let undone = match before {
-            Some(before) => self.store.put(&before).await,
-            None => self.store.remove(&name).await.map(drop),
-        };
-        if let Err(error) = undone {
-            warn!(name, %error, "the record of an adapter that was not loaded stays for a while");
-        }
         Err(error)
     }
 
@@ -215,10 +218,12 @@ impl Catalog {
                 .filter_map(|worker| Some((worker.served()?, worker.adapters()?, worker)))
                 .collect();
             // Without etcd everything stays as it is.
-            let Ok(records) = self.store.list().await else { continue };
+            let Ok(Adapters { records, claimed }) = self.store.list().await else { continue };
             failed.retain(|_, at| at.elapsed() < RETRY_AFTER);
             let wanted = workers.iter().flat_map(|(served, adapters, worker)| {
-                let own = records.iter().filter(|record| record.base == served.card.name);
+                let own = records.iter().filter(|record| {
+                    record.base == served.card.name && !claimed.contains(&record.name)
+                });
                 missing(own, adapters).map(move |record| (worker, record))
             });
             let wanted: Vec<_> = wanted
@@ -246,8 +251,8 @@ impl Catalog {
                     }
                 }
             }
-            let recorded: HashSet<&str> =
-                records.iter().map(|record| record.name.as_str()).collect();
+            let recorded = records.iter().map(|record| &record.name);
+            let recorded: HashSet<&str> = recorded.chain(&claimed).map(String::as_str).collect();
             let stray = workers.iter().flat_map(|(_, adapters, worker)| {
                 let stray = adapters.iter().filter(|it| !it.from_flags);
                 stray
@@ -259,14 +264,14 @@ impl Catalog {
     }
 }
 
-/// The complete records whose adapters a worker lacks.
+/// The records whose adapters a worker lacks.
 fn missing<'a>(
     records: impl Iterator<Item = &'a AdapterRecord>,
     adapters: &[Adapter],
 ) -> impl Iterator<Item = &'a AdapterRecord> {
     records.filter(|record| {
         let has = |it: &Adapter| it.name == record.name && it.digest == record.digest;
-        !record.digest.is_empty() && !adapters.iter().any(has)
+        !adapters.iter().any(has)
     })
 }
 

@@ -1,6 +1,7 @@
 //! LoRA adapters that a whole cluster serves, as etcd keeps them.
 //!
-//! A record outlives workers and gateways: workers that join get the adapters that are recorded.
+//! A record outlives workers and gateways: workers that join get the adapters that are recorded. A
+//! claim is there while an adapter is loaded, and goes with the gateway that loads it.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,9 +17,7 @@ pub struct AdapterRecord {
     pub path: String,
     /// The served name of the model that it belongs to.
     pub base: String,
-    /// What workers must find at the path. Empty while a load is under way: then nobody acts on
-    /// the record.
-    #[serde(default)]
+    /// What workers must find at the path.
     pub digest: String,
 }
 
@@ -30,6 +29,17 @@ pub fn adapters_prefix(cluster: &str) -> String {
 /// The key of one adapter record.
 pub fn adapter_key(cluster: &str, name: &str) -> String {
     format!("{}{name}", adapters_prefix(cluster))
+}
+
+/// The key prefix of all claims: names whose adapters a gateway is loading. A claim's value is the
+/// name; it lies under a lease that the gateway keeps alive.
+pub fn claims_prefix(cluster: &str) -> String {
+    format!("/baton/{cluster}/adapter-claims/")
+}
+
+/// The key of the claim of one name.
+pub fn claim_key(cluster: &str, name: &str) -> String {
+    format!("{}{name}", claims_prefix(cluster))
 }
 
 /// Why a name cannot be an adapter's, if so: it becomes a key, a label and a line in logs.

@@ -1,13 +1,17 @@
 """Sends a gateway what its OpenAPI document allows, and what it does not, and holds the replies
-against the document, with schemathesis.
+against the document, with schemathesis: all of its checks, in all of its phases. Then looks
+whether every status that the document has was seen.
 
 Usage: fuzz.py BASE_URL KEY MODEL
 """
 
+import collections
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 CONFIG = """
@@ -15,40 +19,147 @@ hooks = "fuzz_hooks.py"
 seed = 7
 continue-on-failure = true
 
+[phases.stateful.generation]
+max-examples = 80
+
 [checks]
-# What fits the schema may still contradict itself, or the model: a rule between two fields, a
-# template's rule on roles, a length.
-positive_data_acceptance.expected-statuses = ["2xx", "304", "307", "400", "404"]
-# A key is checked first, so a request without one is 401, whatever else it lacks.
-missing_required_header.enabled = false
+positive_data_acceptance.expected-statuses = ["2xx"]
 """
+
+# What else may be said to a request that fits the schema: the rule behind it, which no schema can
+# say. Whatever is not here has to be taken.
+NO_MODEL = {404: "a model of this name"}
+OF_PROMPT = {
+    400: "a prompt that is not empty, and that fits the model's context with its answer",
+    **NO_MODEL,
+}
+OF_ANSWER = {
+    400: f"""{OF_PROMPT[400]}; token ids within the vocabulary; `min_tokens` up to `max_tokens`;
+        --max-logprobs; a grammar, an expression or a schema that compiles and can be met; names of
+        tools that differ, and one of them in `tool_choice`""",
+    **NO_MODEL,
+}
+STORED = {404: "a response of this id"}
+MAY_REFUSE = {
+    "POST /v1/chat/completions": OF_ANSWER,
+    "POST /v1/completions": OF_ANSWER,
+    "POST /v1/messages": {
+        400: f"{OF_ANSWER[400]}; a last message of the assistant that has text and no open call",
+        **NO_MODEL,
+    },
+    "POST /v1/messages/count_tokens": {
+        400: "names of tools; a last message of the assistant that has text and no open call",
+        **NO_MODEL,
+    },
+    "POST /v1/responses": {
+        400: f"{OF_ANSWER[400]}; a message among the items; a call before its output; a new id",
+        404: "a model of this name, an earlier response of this id",
+    },
+    "GET /v1/responses/{id}": {400: "a response that has events, for a stream", **STORED},
+    "DELETE /v1/responses/{id}": STORED,
+    "POST /v1/responses/{id}/cancel": {400: "a response that is being made", **STORED},
+    "GET /v1/responses/{id}/input_items": {400: "`after` is the id of an item", **STORED},
+    "POST /invocations": OF_PROMPT | {400: f"{OF_PROMPT[400]}; token ids of the vocabulary"},
+    "POST /tokenize": {400: "names of tools, and one of them in `tool_choice`", **NO_MODEL},
+    "POST /detokenize": {400: "token ids of the vocabulary", **NO_MODEL},
+    "GET /tokenizer_info": NO_MODEL,
+    "GET /v1/models/{name}": NO_MODEL,
+    "POST /v1/load_lora_adapter": {400: "an adapter that fits the model", 404: "a folder there"},
+    "POST /v1/unload_lora_adapter": {404: "an adapter of this name"},
+    "GET /": {304: "a page that has changed"},
+    "HEAD /": {304: "a page that has changed"},
+    "GET /docs": {307: "it leads elsewhere"},
+    "GET /docs/{file}": {404: "a file of this name"},
+}
+
+# Statuses that this cannot bring about, and where they are seen. `*` is every operation.
+ELSEWHERE = {
+    ("*", 403): "needs an admin key: access.rs",
+    ("*", 408): "a slow client: cancel.rs",
+    ("*", 413): "a body of megabytes: bad_input.rs",
+    ("*", 429): "a queue that is full: access.rs, slow_clients.rs",
+    ("*", 500): "a failure of the server, which no request may cause",
+    ("*", 503): "no worker: access.rs, responses.rs",
+    ("*", 504): "a request that takes too long: cancel.rs",
+    ("POST /v1/load_lora_adapter", 200): "needs an adapter: lora.rs",
+    ("POST /v1/unload_lora_adapter", 200): "needs an adapter: lora.rs",
+    ("GET /openapi.json", 200): "where the document comes from",
+    ("GET /tokenizer_info", 400): "a query that names the model twice: openapi.rs",
+    # A key is left out of what was answered with 2xx.
+    ("POST /v1/load_lora_adapter", 401): "access.rs",
+    ("POST /v1/unload_lora_adapter", 401): "access.rs",
+}
+
+# The generator draws from at most four rules between fields, so the phases that draw do without.
+RUNS = [("with", "examples,coverage"), ("without", "fuzzing,stateful")]
 
 
 def main() -> None:
     base_url, key, model = sys.argv[1:]
+    failed = False
+    seen = collections.defaultdict(collections.Counter)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "schemathesis.toml"
-        config.write_text(CONFIG)
+        sections = [CONFIG]
+        for name, statuses in MAY_REFUSE.items():
+            accepted = json.dumps(["2xx", *(str(status) for status in statuses)])
+            sections.append(
+                f'[[operations]]\ninclude-name = "{name}"\n'
+                f"checks.positive_data_acceptance.expected-statuses = {accepted}\n"
+            )
+        config.write_text("\n".join(sections))
         hooks = Path(__file__).with_name("fuzz_hooks.py").read_text()
         (Path(folder) / "fuzz_hooks.py").write_text(hooks)
-        ran = subprocess.run(
-            [
-                Path(sys.executable).with_name("schemathesis"),
-                *("--config-file", config, "run", f"{base_url}/openapi.json"),
-                *("--checks", "all", "--phases", "examples,coverage,fuzzing"),
-                *("--header", f"Authorization: Bearer {key}"),
-                # One worker: CPython 3.11 counts the depth of its parser over all threads.
-                *("--max-examples", "10", "--workers", "1", "--request-timeout", "60"),
-                "--no-color",
-            ],
-            cwd=folder,
-            env={**os.environ, "FUZZ_MODEL": model},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    print(ran.stdout)
-    sys.exit(ran.returncode)
+        for rules, phases in RUNS:
+            report = Path(folder) / f"{rules}.ndjson"
+            ran = subprocess.run(
+                [
+                    Path(sys.executable).with_name("schemathesis"),
+                    *("--config-file", config, "run", f"{base_url}/openapi.json"),
+                    *("--checks", "all", "--phases", phases),
+                    *("--header", f"Authorization: Bearer {key}"),
+                    # One worker: CPython 3.11 counts the depth of its parser over all threads.
+                    *("--max-examples", "10", "--workers", "1", "--request-timeout", "60"),
+                    *("--no-color", "--report-ndjson-path", report),
+                ],
+                cwd=folder,
+                env={**os.environ, "FUZZ_MODEL": model, "FUZZ_RULES": rules},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            print(ran.stdout)
+            failed |= ran.returncode != 0
+            look(report, seen)
+    with urllib.request.urlopen(f"{base_url}/openapi.json") as reply:
+        document = json.load(reply)
+    sys.exit(failed | unseen(document, seen))
+
+
+def unseen(document: dict, seen: dict) -> bool:
+    """Whether a status of the document was not seen, though none of the exceptions names it; or
+    was, though one does."""
+    wrong = []
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            name = f"{method.upper()} {path}"
+            print(name, dict(sorted(seen[name].items())))
+            for status in map(int, operation["responses"]):
+                excused = ELSEWHERE.get((name, status)) or ELSEWHERE.get(("*", status))
+                if bool(excused) == (status in seen[name]):
+                    wrong.append(f"{name}: {status}, " + ("excused" if excused else "not seen"))
+    print("\n".join(["Statuses:", *(wrong or ["all seen"])]))
+    return bool(wrong)
+
+
+def look(report: Path, seen) -> None:
+    """Counts the statuses that each operation has answered with."""
+    for line in report.read_text().splitlines():
+        recorder = json.loads(line).get("ScenarioFinished", {}).get("recorder", {})
+        for name, made in recorder.get("interactions", {}).items():
+            case, response = recorder["cases"][name]["value"], made.get("response")
+            if response:
+                seen[f"{case['method']} {case['path']}"][response["status_code"]] += 1
 
 
 if __name__ == "__main__":

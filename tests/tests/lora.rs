@@ -12,6 +12,7 @@ use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{ids, streamed_ids};
 use baton_tests::prometheus::Scrape;
 use baton_tests::{Api, Cluster, Role, Worker, eventually, grpc, lora};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -271,6 +272,102 @@ async fn adapters_load_and_unload_at_run_time_on_all_workers_and_gateways() {
         assert_eq!(status.adapter_bytes, 0, "memory of an unloaded adapter: {status:?}");
     }
     second.stop().await;
+    cluster.finish().await;
+}
+
+/// A gateway that dies in the middle of a load: within seconds what it did is undone, and another
+/// gateway may load what it likes under the name.
+#[tokio::test]
+async fn a_load_whose_gateway_is_killed_blocks_no_other_for_long() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (one, two) = (lora::write(dir.path(), "one", 1), lora::write(dir.path(), "two", 2));
+    // Its lease is 5 s.
+    let cluster = Cluster::builder().unified(2).start().await;
+    let (mut dying, other) = cluster.add_gateway().await;
+    eventually("the other gateway finds both workers", Duration::from_secs(20), async || {
+        let metrics = Scrape::parse(&other.get("/metrics").await.text)?;
+        let up = metrics.sum("baton_workers", &[("state", "up")]);
+        if up == Some(2.0) { Ok(()) } else { Err(format!("{up:?}")) }
+    })
+    .await;
+    // The load cannot end: one worker does not answer.
+    let (quick, stuck) = (&cluster.workers[0], &cluster.workers[1]);
+    stuck.process.signal(Signal::SIGSTOP);
+    let body = json!({"lora_name": "it", "lora_path": one});
+    let loading = tokio::spawn(async move { other.post("/v1/load_lora_adapter", &body).await });
+    eventually("one worker has it", Duration::from_secs(10), async || {
+        if names(quick).await == ["it"] { Ok(()) } else { Err("not yet".into()) }
+    })
+    .await;
+    assert!(!loading.is_finished(), "the load has ended before the gateway is killed");
+    // Nobody knows it yet, and nobody else may load under its name.
+    cluster.api.post("/v1/completions", &request("it", 1)).await.error(404).expect("not loaded");
+    let body = json!({"lora_name": "it", "lora_path": two});
+    let post = async || cluster.api.post("/v1/load_lora_adapter", &body).await;
+    let error = post().await.error(503).expect("the name is claimed");
+    assert!(error["message"].as_str().is_some_and(|it| it.contains("Another gateway")), "{error}");
+    dying.kill();
+    stuck.process.signal(Signal::SIGCONT);
+    loading.abort();
+    eventually("what it did is undone", Duration::from_secs(15), async || {
+        let all = [names(quick).await, names(stuck).await].concat();
+        if all.is_empty() { Ok(()) } else { Err(format!("{all:?}")) }
+    })
+    .await;
+    // At once: the claim is gone, or it would not have been undone.
+    cluster.all_found().await;
+    load(&cluster.api, "it", &two).await;
+    let expected = answer(&cluster.api, "it", 16).await;
+    assert_ne!(expected, answer(&cluster.api, MODEL_NAME, 16).await);
+    for worker in [quick, stuck] {
+        assert_eq!(names(worker).await, ["it"]);
+    }
+    eventually("the dead gateway's lease is over", Duration::from_secs(10), async || {
+        let left = cluster.etcd.instances();
+        if left.len() == 3 { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn without_etcd_adapters_serve_and_do_not_change() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (one, two) = (lora::write(dir.path(), "one", 1), lora::write(dir.path(), "two", 2));
+    let mut cluster = Cluster::builder().unified(2).start().await;
+    let api = cluster.api.clone();
+    load(&api, "one", &one).await;
+    let expected = answer(&api, "one", 16).await;
+    cluster.etcd.kill();
+    let changes = [
+        ("/v1/load_lora_adapter", json!({"lora_name": "two", "lora_path": two})),
+        (
+            "/v1/load_lora_adapter",
+            json!({"lora_name": "one", "lora_path": two, "load_inplace": true}),
+        ),
+        ("/v1/unload_lora_adapter", json!({"lora_name": "one"})),
+    ];
+    for (path, body) in &changes {
+        let error = api.post(path, body).await.error(503).unwrap_or_else(|e| panic!("{body}: {e}"));
+        let message = error["message"].as_str().unwrap_or_default();
+        assert!(message.contains("cannot be changed while etcd is away"), "{error}");
+        // Comparisons have nothing to compare with, and leave all as it is.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(answer(&api, "one", 16).await, expected);
+    }
+    api.post("/v1/completions", &request("two", 1)).await.error(404).expect("not loaded");
+    for worker in &cluster.workers {
+        assert_eq!(names(worker).await, ["one"]);
+    }
+    // As soon as it is back, changes are made.
+    cluster.etcd.restart().await;
+    let (path, body) = &changes[1];
+    eventually("the change is made", Duration::from_secs(20), async || {
+        let reply = api.post(path, body).await;
+        if reply.status == 200 { Ok(()) } else { Err(reply.text) }
+    })
+    .await;
+    assert_ne!(answer(&api, "one", 16).await, expected);
     cluster.finish().await;
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_tests::binaries::{MODEL_NAME, repository};
 use baton_tests::prometheus::Scrape;
-use baton_tests::{Cluster, eventually};
+use baton_tests::{Cluster, Role, eventually};
 use serde_json::{Value, json};
 
 /// The series that vLLM's dashboard queries: each name in the PromQL of its panels in
@@ -132,6 +132,43 @@ async fn vllm_s_dashboard_finds_every_series_it_asks_for() {
     let info = now.family("vllm:cache_config_info").expect("a family");
     assert_eq!(info.samples[0].1["cache_dtype"], "int16", "{info:?}");
     assert!(info.samples[0].1["num_gpu_blocks"].parse::<u64>().is_ok_and(|n| n > 0), "{info:?}");
+    cluster.finish().await;
+}
+
+/// Waits for this many steps, tokens of all, and steps of one token.
+async fn steps(cluster: &Cluster, expected: [f64; 3]) {
+    eventually("the steps are counted", Duration::from_secs(10), async || {
+        let (now, text) = scrape(cluster).await;
+        let of = |end: &str, le: &[(&str, &str)]| {
+            now.sum(&format!("vllm:iteration_tokens_total_{end}"), le).unwrap_or(-1.0)
+        };
+        let found = [of("count", &[]), of("sum", &[]), of("bucket", &[("le", "1")])];
+        if found == expected { Ok(()) } else { Err(format!("{found:?}\n{text}")) }
+    })
+    .await;
+}
+
+/// The count of a worker that left stays in the sum, and one that comes adds to it.
+#[tokio::test]
+async fn steps_are_added_up_over_workers_that_come_and_go() {
+    let mut cluster = Cluster::builder().unified(1).start().await;
+    let body = json!({
+        "model": MODEL_NAME, "prompt": (0..40).map(|i| 2000 + i).collect::<Vec<u32>>(),
+        "max_tokens": 5, "ignore_eos": true,
+    });
+    // The prompt's step draws the first token, four more steps the others.
+    cluster.api.ok("/v1/completions", &body).await;
+    steps(&cluster, [5.0, 44.0, 4.0]).await;
+    cluster.kill_worker(0);
+    cluster.add_worker(Role::Unified).await;
+    eventually("the new worker is known", Duration::from_secs(20), async || {
+        let (now, _) = scrape(&cluster).await;
+        let up = now.sum("baton_workers", &[("state", "up")]);
+        if up == Some(1.0) { Ok(()) } else { Err(format!("{up:?}")) }
+    })
+    .await;
+    cluster.api.ok("/v1/completions", &body).await;
+    steps(&cluster, [10.0, 88.0, 8.0]).await;
     cluster.finish().await;
 }
 

@@ -32,6 +32,8 @@ async fn replies_are_what_the_document_says_to_whatever_it_allows_and_forbids() 
         .await;
     let arguments = [cluster.api.base(), "client-key", MODEL_NAME];
     println!("{}", python::drive(SCHEMATHESIS, "openapi/fuzz.py", &arguments).await);
+    let twice = cluster.api.get("/tokenizer_info?model=a&model=b").await;
+    twice.error(400).expect("one model at most");
     cluster.still_serves().await;
     cluster.finish().await;
 }

@@ -184,12 +184,49 @@ fn write_tensors(path: &Path, tensors: &Tensors) {
     safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
-/// The real model: an adapter over its quantized GGUF against a float32 checkpoint of the same
-/// weights with the adapter merged in.
 #[test]
 fn an_adapter_of_the_real_model_equals_merged_weights() {
-    const RANK: usize = 8;
-    const ALPHA: f32 = 16.0;
+    equals_merged(&json!({"peft_type": "LORA", "r": 8, "lora_alpha": 16}), |_, _| (8, 16.0 / 8.0));
+}
+
+/// As PEFT chooses: the first pattern that is the name or its end after a dot.
+#[test]
+fn modules_with_ranks_and_scales_of_their_own_equal_merged_weights() {
+    let settings = json!({
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16,
+        "rank_pattern": {
+            r"layers\.1[0-9]\.self_attn\.q_proj": 4,
+            "q_proj": 12,
+            "^model.layers.0.mlp.up_proj": 2,
+            "^layers.1.mlp.up_proj": 3,
+        },
+        "alpha_pattern": {
+            "_proj": 1000,
+            "up_proj|down_proj": 24,
+            "layers.3.self_attn.v_proj": 64,
+            "q_proj": 6,
+        },
+    });
+    equals_merged(&settings, |layer, module| {
+        let rank = match (layer, module) {
+            (10..20, "self_attn.q_proj") => 4,
+            (_, "self_attn.q_proj") => 12,
+            (0, "mlp.up_proj") => 2,
+            _ => 8,
+        };
+        let alpha = match (layer, module) {
+            (_, "mlp.up_proj" | "mlp.down_proj") => 24.0,
+            (3, "self_attn.v_proj") => 64.0,
+            (_, "self_attn.q_proj") => 6.0,
+            _ => 16.0,
+        };
+        (rank, alpha / rank as f32)
+    });
+}
+
+/// The real model: an adapter over its quantized GGUF against a float32 checkpoint of the same
+/// weights with the adapter merged in. `of` says a module's rank and scale.
+fn equals_merged(settings: &Value, of: impl Fn(usize, &str) -> (usize, f32)) {
     let root = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
         PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
     });
@@ -248,19 +285,20 @@ fn an_adapter_of_the_real_model_equals_merged_weights() {
                 }
             }
             let seed = (layer * 16 + at) as u64;
-            let a: Vec<f32> = (0..RANK * inputs).map(|i| 0.1 * noise(2 * seed, i)).collect();
-            let b: Vec<f32> = (0..outputs * RANK).map(|i| 0.1 * noise(2 * seed + 1, i)).collect();
+            let (rank, scale) = of(layer, theirs);
+            let a: Vec<f32> = (0..rank * inputs).map(|i| 0.1 * noise(2 * seed, i)).collect();
+            let b: Vec<f32> = (0..outputs * rank).map(|i| 0.1 * noise(2 * seed + 1, i)).collect();
             for (row, values) in values.chunks_exact_mut(inputs).enumerate() {
                 for (k, a) in a.chunks_exact(inputs).enumerate() {
-                    let factor = b[row * RANK + k] * (ALPHA / RANK as f32);
+                    let factor = b[row * rank + k] * scale;
                     values.iter_mut().zip(a).for_each(|(value, a)| *value += factor * a);
                 }
             }
             let stem = format!("layers.{layer}.{theirs}");
             weights.insert(format!("model.{stem}.weight"), (dims, values));
             let name = |which: &str| format!("base_model.model.model.{stem}.lora_{which}.weight");
-            updates.insert(name("A"), (vec![RANK, inputs], a));
-            updates.insert(name("B"), (vec![outputs, RANK], b));
+            updates.insert(name("A"), (vec![rank, inputs], a));
+            updates.insert(name("B"), (vec![outputs, rank], b));
         }
     }
     weights.insert("model.embed_tokens.weight".into(), decoded("token_embd.weight"));
@@ -282,7 +320,6 @@ fn an_adapter_of_the_real_model_equals_merged_weights() {
     fs::write(merged.join("config.json"), shape.to_string()).unwrap();
     fs::write(merged.join("tokenizer.json"), gguf.tokenizer().unwrap().tokenizer_json).unwrap();
     write_tensors(&lora.join("adapter_model.safetensors"), &updates);
-    let settings = json!({"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA});
     fs::write(lora.join("adapter_config.json"), settings.to_string()).unwrap();
 
     let mut expected = load(&merged, 2, Precision::Sixteen).unwrap().model;
@@ -337,8 +374,11 @@ fn what_is_not_supported_is_refused_by_name() {
         ("use_dora", json!(true)),
         ("modules_to_save", json!(["lm_head"])),
         ("bias", json!("all")),
-        ("rank_pattern", json!({"q_proj": 4})),
-        ("alpha_pattern", json!({"q_proj": 4})),
+        ("rank_pattern", json!({"q_proj": 0})),
+        ("rank_pattern", json!({"q_proj": 65})),
+        ("rank_pattern", json!({"(q_proj": 4})),
+        ("rank_pattern", json!(["q_proj"])),
+        ("alpha_pattern", json!({"q_proj": "8"})),
         ("fan_in_fan_out", json!(true)),
         ("init_lora_weights", json!("pissa_niter_4")),
         ("peft_type", json!("IA3")),

@@ -17,7 +17,7 @@ mod registration;
 mod settings;
 mod watch;
 
-pub use adapters::AdapterStore;
+pub use adapters::{AdapterStore, Adapters, Claim};
 pub use registration::{Registration, keep_alive};
 pub use settings::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
 pub use watch::{ClusterWatch, Membership};

@@ -23,7 +23,7 @@ pub struct Conversation {
     add_special_tokens: Option<bool>,
     /// Texts that the answer is to draw on, for templates that take them.
     #[schema(value_type = Option<Vec<Object>>)]
-    documents: Option<Vec<Value>>,
+    documents: Option<Vec<Map<String, Value>>>,
     /// A variable of the template; "none" sets `enable_thinking` to false too.
     reasoning_effort: Option<String>,
     /// A template in place of the model's, if the gateway takes it.
@@ -86,11 +86,13 @@ impl Conversation {
         })?;
         let own = self.own_template(template, trust_template)?;
         let variables = self.variables();
+        let documents: Option<Vec<Value>> =
+            self.documents.as_ref().map(|list| list.iter().cloned().map(Value::Object).collect());
         let options = Options {
             add_generation_prompt: self.add_generation_prompt.unwrap_or(!continue_final_message),
             continue_final_message,
             tools,
-            documents: self.documents.as_deref(),
+            documents: documents.as_deref(),
             variables: variables.as_ref(),
         };
         own.as_ref().unwrap_or(template).render(&messages, &options).map_err(|error| {

@@ -12,6 +12,7 @@ pub mod logprobs;
 pub mod messages;
 pub mod requests;
 pub mod responses;
+pub mod rules;
 pub mod sampling;
 pub mod schema;
 pub mod sse;

@@ -11,6 +11,7 @@ use super::completion::CompletionFields;
 use super::messages::{self, MessagesFields};
 use super::responses::request::{self as responses, ResponsesFields};
 use super::sampling::SamplingFields;
+use super::schema::ChatMessage;
 use super::structured::StructuredFields;
 use super::tokenize::{DetokenizeFields, TokenizeFields};
 use super::tools::ToolFields;
@@ -97,11 +98,29 @@ request!(
     /// The body of `POST /invocations`: with `messages` a chat's, else with `prompt` a completion's,
     /// with all of its fields.
     InvocationRequest:
-    [CompletionFields, Conversation],
+    [Invocation],
     &[],
     &[],
     &[]
 );
+
+/// What tells the kinds of invocations apart.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "a description; the bodies are read as those of their routes")]
+struct Invocation {
+    /// Served model; any, when it is absent.
+    model: Option<String>,
+    /// A chat's conversation.
+    #[schema(value_type = Option<Vec<ChatMessage>>, min_items = 1)]
+    messages: Option<Value>,
+    /// What a completion begins with.
+    prompt: Option<Value>,
+    /// The most tokens of an answer.
+    #[schema(minimum = 1, maximum = 4294967295i64)]
+    max_tokens: Option<i64>,
+    /// Send tokens as they come.
+    stream: Option<bool>,
+}
 
 /// The fields that responses share with chats.
 struct SharedFields;

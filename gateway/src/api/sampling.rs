@@ -220,12 +220,15 @@ impl SamplingFields {
             "repetition_penalty",
             self.repetition_penalty,
             defaults.repetition_penalty,
-            0.0..=f64::from(f32::MAX),
+            0.0..=f64::MAX,
         )?;
         if repetition_penalty == 0.0 {
             let message = "`repetition_penalty` must be over 0.";
             return Err(ApiError::bad_value("repetition_penalty", message));
         }
+        // Within what 32 bits hold: neither may become 0 there, nor infinite.
+        let (least, most) = (f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
+        let (top_p, repetition_penalty) = (top_p.max(least), repetition_penalty.clamp(least, most));
         let n = in_range("n", self.n, 1, 1..=MAX_SEQUENCES as i64)? as usize;
         if greedy && n > 1 {
             let message = "`n` must be 1 when `temperature` is 0: all answers would be the same.";
@@ -524,6 +527,14 @@ mod tests {
             let error = check(bad).unwrap_err().body();
             assert_eq!(error["error"]["param"], field);
         }
+    }
+
+    #[test]
+    fn what_is_over_0_stays_so_in_32_bits() {
+        let params = |of: Value| check(of).unwrap().params;
+        let tiny = params(json!({"top_p": 5e-324, "repetition_penalty": 5e-324}));
+        assert!(tiny.top_p > 0.0 && tiny.repetition_penalty > 0.0);
+        assert!(params(json!({"repetition_penalty": 1e300})).repetition_penalty.is_finite());
     }
 
     #[test]

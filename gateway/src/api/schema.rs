@@ -68,6 +68,16 @@ pub struct DeletedResponse {
     pub deleted: bool,
 }
 
+/// From which end items are listed.
+#[derive(ToSchema)]
+#[schema(rename_all = "snake_case")]
+pub enum ItemOrder {
+    /// The first one first.
+    Asc,
+    /// The last one first.
+    Desc,
+}
+
 /// Items of a response's input.
 #[derive(ToSchema)]
 pub struct InputItems {
@@ -642,12 +652,35 @@ pub mod anthropic {
 
     /// A message.
     #[derive(ToSchema)]
+    #[serde(untagged)]
     #[schema(as = AnthropicMessage)]
-    pub struct Message {
-        /// Who speaks.
-        pub role: Role,
+    pub enum Message {
+        /// The user's.
+        User(UserMessage),
+        /// The model's.
+        Assistant(AssistantMessage),
+    }
+
+    /// A message of the user.
+    #[derive(ToSchema)]
+    #[schema(as = AnthropicUserMessage)]
+    pub struct UserMessage {
+        /// `user`
+        #[schema(pattern = "^user$")]
+        pub role: String,
         /// What is said.
-        pub content: BlocksOrText,
+        pub content: UserContent,
+    }
+
+    /// A message of the model.
+    #[derive(ToSchema)]
+    #[schema(as = AnthropicAssistantMessage)]
+    pub struct AssistantMessage {
+        /// `assistant`
+        #[schema(pattern = "^assistant$")]
+        pub role: String,
+        /// What is said.
+        pub content: AssistantContent,
     }
 
     /// Who speaks.
@@ -660,23 +693,44 @@ pub mod anthropic {
         Assistant,
     }
 
-    /// A text, or blocks.
+    /// A text, or at least one block.
     #[derive(ToSchema)]
     #[serde(untagged)]
-    #[schema(as = AnthropicContent)]
-    pub enum BlocksOrText {
+    #[schema(as = AnthropicUserContent)]
+    pub enum UserContent {
         /// A text.
         Text(String),
         /// Blocks.
-        Blocks(Vec<InputBlock>),
+        Blocks(Vec<UserBlock>),
     }
 
-    /// A block of a message; images and documents are refused. Users send text and tool_result,
-    /// assistants text, thinking and tool_use.
+    /// A text, or blocks.
     #[derive(ToSchema)]
     #[serde(untagged)]
-    #[schema(as = AnthropicInputBlock)]
-    pub enum InputBlock {
+    #[schema(as = AnthropicAssistantContent)]
+    pub enum AssistantContent {
+        /// A text.
+        Text(String),
+        /// Blocks.
+        Blocks(Vec<AssistantBlock>),
+    }
+
+    /// A block of the user's; images and documents are refused.
+    #[derive(ToSchema)]
+    #[serde(untagged)]
+    #[schema(as = AnthropicUserBlock)]
+    pub enum UserBlock {
+        /// Text.
+        Text(TextBlock),
+        /// A call's result.
+        ToolResult(ToolResultBlock),
+    }
+
+    /// A block of the model's.
+    #[derive(ToSchema)]
+    #[serde(untagged)]
+    #[schema(as = AnthropicAssistantBlock)]
+    pub enum AssistantBlock {
         /// Text.
         Text(TextBlock),
         /// What the model thought before.
@@ -685,8 +739,6 @@ pub mod anthropic {
         Redacted(RedactedBlock),
         /// A call.
         ToolUse(ToolUseBlock),
-        /// A call's result.
-        ToolResult(ToolResultBlock),
     }
 
     /// What the model thought before.

@@ -79,6 +79,9 @@ impl StructuredFields {
             .into_iter()
             .filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)))
             .collect();
+        if guided.get("whitespace_pattern").is_some_and(|pattern| !pattern.is_string()) {
+            return Err(wrong("guided_whitespace_pattern", "must be a string"));
+        }
         match guided.keys().any(|key| key != "whitespace_pattern") {
             true => of_structured_outputs(&guided, "guided_").map(Some),
             false => Ok(None),
@@ -128,6 +131,12 @@ pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Con
 }
 
 fn of_response_format(format: &Value) -> Result<Option<Constraint>, ApiError> {
+    if !matches!(format["json_schema"], Value::Null | Value::Object(_)) {
+        return Err(wrong(
+            "response_format.json_schema",
+            "must be an object with `name` and `schema`",
+        ));
+    }
     match format["type"].as_str() {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(by_schema(json!({"type": "object"})))),
@@ -163,6 +172,9 @@ fn of_structured_outputs(
     if given("structural_tag").is_some() {
         let field = format!("{prefix}structural_tag");
         return Err(ApiError::not_supported(&field));
+    }
+    if given("whitespace_pattern").is_some_and(|pattern| !pattern.is_string()) {
+        return Err(wrong(&format!("{prefix}whitespace_pattern"), "must be a string"));
     }
     let wishes = ["json", "json_object", "regex", "choice", "grammar"];
     let set =
@@ -246,9 +258,6 @@ fn with_style(mut schema: Value, outputs: &Map<String, Value>) -> Result<Value, 
         style.insert("whitespace_flexible".into(), false.into());
     }
     if let Some(pattern) = outputs.get("whitespace_pattern").filter(|value| !value.is_null()) {
-        if !pattern.is_string() {
-            return Err(wrong("whitespace_pattern", "must be a string"));
-        }
         style.insert("whitespace_pattern".into(), pattern.clone());
     }
     if outputs.get("disable_additional_properties").and_then(Value::as_bool) == Some(true) {
@@ -324,12 +333,21 @@ mod tests {
         for (fields, param) in [
             (json!({"response_format": {"type": "xml"}}), "response_format.type"),
             (json!({"response_format": {}}), "response_format.type"),
+            (
+                json!({"response_format": {"type": "text", "json_schema": 5}}),
+                "response_format.json_schema",
+            ),
             (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
             (json!({"structured_outputs": {}}), "structured_outputs"),
             (json!({"structured_outputs": {"json": {}, "regex": "a"}}), "structured_outputs"),
             (json!({"structured_outputs": {"choice": []}}), "structured_outputs.choice"),
             (json!({"structured_outputs": {"json": "{"}}), "structured_outputs.json"),
             (json!({"guided_regex": 5}), "guided_regex"),
+            (json!({"guided_whitespace_pattern": {}}), "guided_whitespace_pattern"),
+            (
+                json!({"structured_outputs": {"regex": "a", "whitespace_pattern": 5}}),
+                "structured_outputs.whitespace_pattern",
+            ),
         ] {
             assert_eq!(kind(fields).unwrap_err(), param);
         }

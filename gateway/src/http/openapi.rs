@@ -15,13 +15,18 @@ use utoipa_swagger_ui::{Config, Url};
 
 use super::messages::PATHS as ANTHROPIC;
 use super::routes::Paths;
+use crate::api::rules;
 use crate::api::schema::{ErrorBody, anthropic};
 use crate::auth;
 use crate::error::ApiError;
 
 /// The document.
-pub(super) static DOCUMENT: LazyLock<Value> =
-    LazyLock::new(|| serde_json::to_value(document()).unwrap_or_else(|_| json!({})));
+pub(super) static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+    let mut document = serde_json::to_value(document()).unwrap_or_else(|_| json!({}));
+    rules::complete(&mut document);
+    link(&mut document);
+    document
+});
 
 /// The pages, which read the document from this server and nothing from elsewhere.
 static PAGES: LazyLock<Arc<Config<'static>>> =
@@ -48,7 +53,9 @@ pub(super) async fn index() -> HttpResponse {
 /// The page that shows this document, and its files.
 #[utoipa::path(
     get, path = "/docs/{file}", tag = "operation",
-    params(("file" = String, Path, description = "`index.html`, or what it loads.")),
+    params(
+        ("file" = String, Path, description = "`index.html`, or what it loads.", example = "index.html"),
+    ),
     responses((status = 200, description = "The file.", content_type = "*/*", body = String)),
 )]
 pub(super) async fn page(file: web::Path<String>) -> Result<HttpResponse, ApiError> {
@@ -105,10 +112,32 @@ fn document() -> OpenApi {
             let words = path.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty());
             let words: Vec<&str> = std::iter::once(method).chain(words).collect();
             operation.operation_id = Some(words.join("_"));
-            finish(path, operation);
+            finish(path, method, operation);
         }
     }
     document
+}
+
+/// What one operation's reply is good for in another: where a value of it goes.
+const LINKS: [(&str, &str, &str, &str); 6] = [
+    ("/v1/responses", "get_v1_responses_id", "id", "/id"),
+    ("/v1/responses", "delete_v1_responses_id", "id", "/id"),
+    ("/v1/responses", "post_v1_responses_id_cancel", "id", "/id"),
+    ("/v1/responses", "get_v1_responses_id_input_items", "id", "/id"),
+    ("/v1/models", "get_v1_models_name", "name", "/data/0/id"),
+    ("/tokenize", "post_detokenize", "tokens", "/tokens"),
+];
+
+fn link(document: &mut Value) {
+    for (from, to, field, value) in LINKS {
+        let value = format!("$response.body#{value}");
+        let uses = match to.starts_with("post_detokenize") {
+            true => json!({"operationId": to, "requestBody": {field: value}}),
+            false => json!({"operationId": to, "parameters": {field: value}}),
+        };
+        let method = if from == "/v1/models" { "get" } else { "post" };
+        document["paths"][from][method]["responses"]["200"]["links"][to] = uses;
+    }
 }
 
 fn schema<T: utoipa::PartialSchema>() -> utoipa::openapi::RefOr<utoipa::openapi::Schema> {
@@ -127,7 +156,7 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = (&'static str, &mut O
 }
 
 /// Adds what follows from where an operation is: how it may fail, and which key it wants.
-fn finish(path: &str, operation: &mut Operation) {
+fn finish(path: &str, method: &str, operation: &mut Operation) {
     let takes_body = operation.request_body.is_some();
     let open = auth::is_open(path);
     let admin = auth::is_for_admins(path);
@@ -136,7 +165,11 @@ fn finish(path: &str, operation: &mut Operation) {
     let named = path.contains('{');
     let stored = path.starts_with("/v1/responses/");
     let failures = [
-        (400, of_model || stored || path == "/server_info", "A field is wrong; `param` names it."),
+        (
+            400,
+            of_model || stored && method != "delete" || path == "/server_info",
+            "A field is wrong; `param` names it.",
+        ),
         (401, !open, "A key is missing or wrong."),
         (403, admin, "The key is no admin key."),
         (404, of_model || named, "There is no such thing."),

@@ -42,6 +42,10 @@ static TAG: LazyLock<EntityTag> = LazyLock::new(|| EntityTag::new_strong(hash(PA
 /// Shows a page to chat on.
 #[utoipa::path(
     method(get, head), path = "/", tag = "operation",
+    params((
+        "If-None-Match" = Option<String>, Header,
+        description = "The `etag` of a page that is there already.", example = "*",
+    )),
     responses(
         (status = 200, description = "The page.", content_type = "text/html", body = String),
         (status = 304, description = "It has not changed."),

@@ -15,7 +15,8 @@ use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, Metr
 use super::families::{ENGINE, LABELS};
 
 const NAME: &str = "vllm:iteration_tokens_total";
-const HELP: &str = "Tokens computed in a step of a worker, of prompts and drawn.";
+const HELP: &str =
+    "Tokens computed in a step of a worker: of prompts, generated, and guessed ahead.";
 
 /// Steps of each model.
 #[derive(Clone)]

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
+use regex::{Regex, RegexBuilder};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 
@@ -19,6 +20,12 @@ use crate::model::ModelConfig;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// Ranks and alphas of single modules.
+const RANKS: &str = "rank_pattern";
+const ALPHAS: &str = "alpha_pattern";
+/// Patterns of each, and bytes of a compiled one, at most.
+const MAX_PATTERNS: usize = 4096;
+const MAX_PATTERN: usize = 1 << 20;
 /// Bytes of a config, and of a header in front of the weights, at most.
 const MAX_HEADER: u64 = 16 << 20;
 
@@ -56,8 +63,6 @@ const UNSUPPORTED: &[(&str, Harmless)] = &[
     ("fan_in_fan_out", off),
     ("bias", |value| value == "none"),
     ("modules_to_save", empty),
-    ("rank_pattern", empty),
-    ("alpha_pattern", empty),
     ("layer_replication", empty),
     ("target_parameters", empty),
     ("trainable_token_indices", empty),
@@ -88,24 +93,33 @@ pub fn read(folder: &Path, config: &ModelConfig, max_rank: usize) -> Result<Adap
     let settings = file(folder, CONFIG, MAX_HEADER)?;
     let settings: Value =
         serde_json::from_slice(&settings).map_err(|error| refused(format!("{CONFIG}: {error}")))?;
-    let Settings { rank, scale } = Settings::read(&settings, max_rank).map_err(refused)?;
-    // Nothing is read that cannot be an adapter of this rank.
-    let most = MAX_HEADER + 4 * (config.layers * rank * sides(config)) as u64;
+    let ranks = Settings::read(&settings, max_rank).map_err(refused)?;
+    // Nothing is read that cannot be an adapter of these ranks.
+    let most = MAX_HEADER + 4 * (config.layers * ranks.largest() * sides(config)) as u64;
     let bytes = file(folder, WEIGHTS, most)?;
     let tensors =
         SafeTensors::deserialize(&bytes).map_err(|error| refused(format!("{WEIGHTS}: {error}")))?;
-    let layers = layers(&tensors, config, rank, scale).map_err(refused)?;
+    let layers = layers(&tensors, config, &ranks).map_err(refused)?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&scale.to_le_bytes());
+    hasher.update(&ranks.scale(ranks.rank, ranks.alpha).to_le_bytes());
     hasher.update(&bytes);
-    Ok(Adapter::new(hasher.finalize().to_hex().to_string(), rank, layers))
+    for name in [RANKS, ALPHAS] {
+        if !settings[name].is_null() && !empty(&settings[name]) {
+            hasher.update(settings[name].to_string().as_bytes());
+        }
+    }
+    Ok(Adapter::new(hasher.finalize().to_hex().to_string(), ranks.largest(), layers))
 }
 
 /// `adapter_config.json`, as far as it matters here.
 struct Settings {
     rank: usize,
-    /// Of the product of both matrices.
-    scale: f32,
+    alpha: f64,
+    /// Other ranks and alphas than these, of some modules.
+    ranks: Patterns<usize>,
+    alphas: Patterns<f64>,
+    /// Whether the product of both matrices is divided by the rank's root (Kalajdzievski 2023).
+    by_root: bool,
 }
 
 impl Settings {
@@ -120,21 +134,71 @@ impl Settings {
                 return Err(format!("{CONFIG}: `{name}`: {value} is not supported"));
             }
         }
-        let rank = settings["r"].as_u64().filter(|&rank| rank > 0);
-        let rank = rank.ok_or_else(|| format!("{CONFIG}: `r` is no whole number above 0"))?;
-        if rank > max_rank as u64 {
-            return Err(format!(
-                "{CONFIG}: rank {rank} is above --max-lora-rank {max_rank}; raise it"
-            ));
-        }
-        let alpha = settings["lora_alpha"].as_f64().filter(|alpha| alpha.is_finite());
-        let alpha = alpha.ok_or_else(|| format!("{CONFIG}: `lora_alpha` is no number"))?;
-        // Kalajdzievski 2023 divides by the root.
-        let by = match settings["use_rslora"] == true {
-            true => (rank as f64).sqrt(),
-            false => rank as f64,
+        let rank = |value: &Value| {
+            let rank = value.as_u64().filter(|&rank| rank > 0);
+            let rank = rank.ok_or_else(|| "is no whole number above 0".to_owned())?;
+            if rank > max_rank as u64 {
+                return Err(format!("is {rank}, above --max-lora-rank {max_rank}; raise it"));
+            }
+            Ok(rank as usize)
         };
-        Ok(Self { rank: rank as usize, scale: (alpha / by) as f32 })
+        let alpha = |value: &Value| {
+            let alpha = value.as_f64().filter(|alpha| alpha.is_finite());
+            alpha.ok_or_else(|| "is no number".to_owned())
+        };
+        let named = |name: &str, reason: String| format!("{CONFIG}: `{name}` {reason}");
+        Ok(Self {
+            rank: rank(&settings["r"]).map_err(|reason| named("r", reason))?,
+            alpha: alpha(&settings["lora_alpha"]).map_err(|reason| named("lora_alpha", reason))?,
+            ranks: Patterns::read(&settings[RANKS], rank).map_err(|reason| named(RANKS, reason))?,
+            alphas: Patterns::read(&settings[ALPHAS], alpha)
+                .map_err(|reason| named(ALPHAS, reason))?,
+            by_root: settings["use_rslora"] == true,
+        })
+    }
+
+    /// A module's rank, and the scale of the product of its matrices.
+    fn of(&self, module: &str) -> (usize, f32) {
+        let rank = self.ranks.of(module).unwrap_or(self.rank);
+        (rank, self.scale(rank, self.alphas.of(module).unwrap_or(self.alpha)))
+    }
+
+    fn scale(&self, rank: usize, alpha: f64) -> f32 {
+        let by = if self.by_root { (rank as f64).sqrt() } else { rank as f64 };
+        (alpha / by) as f32
+    }
+
+    /// The highest rank that a module may have.
+    fn largest(&self) -> usize {
+        self.ranks.0.iter().map(|(_, rank)| *rank).fold(self.rank, usize::max)
+    }
+}
+
+/// Values of modules whose names match, the first that does, as PEFT's `get_pattern_key` chooses
+/// (`peft/utils/other.py`): a pattern is a regular expression for a name, or for its end after a
+/// dot.
+struct Patterns<T>(Vec<(Regex, T)>);
+
+impl<T: Copy> Patterns<T> {
+    fn read(patterns: &Value, value: impl Fn(&Value) -> Result<T, String>) -> Result<Self, String> {
+        let patterns = match patterns {
+            Value::Null => return Ok(Self(Vec::new())),
+            Value::Object(patterns) if patterns.len() <= MAX_PATTERNS => patterns,
+            _ => return Err(format!("is no object of at most {MAX_PATTERNS} patterns")),
+        };
+        let read = |(pattern, given): (&String, &Value)| {
+            let regex = RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+                .size_limit(MAX_PATTERN)
+                .build()
+                .map_err(|error| format!("has the pattern {pattern:?}: {error}"))?;
+            let value = value(given).map_err(|reason| format!("of {pattern:?} {reason}"))?;
+            Ok((regex, value))
+        };
+        patterns.iter().map(read).collect::<Result<_, _>>().map(Self)
+    }
+
+    fn of(&self, module: &str) -> Option<T> {
+        self.0.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, value)| *value)
     }
 }
 
@@ -187,15 +251,29 @@ fn place(name: &str) -> Option<(usize, Module, bool)> {
     Some((layer.parse().ok()?, *module, is_b))
 }
 
+/// The module's name in the base model, of a tensor's name.
+fn module_name(tensor: &str) -> &str {
+    let name = tensor.strip_prefix("base_model.model.").unwrap_or(tensor);
+    name.rsplit_once(".lora_").map_or(name, |(module, _)| module)
+}
+
+/// What is found of one module.
+#[derive(Default)]
+struct Found {
+    rank: usize,
+    scale: f32,
+    /// A and B.
+    pair: [Option<Vec<f32>>; 2],
+}
+
 type Layers = Vec<[Option<LowRank>; MODULES]>;
 
 fn layers(
     tensors: &SafeTensors<'_>,
     config: &ModelConfig,
-    rank: usize,
-    scale: f32,
+    settings: &Settings,
 ) -> Result<Layers, String> {
-    let mut found: HashMap<(usize, usize), [Option<Vec<f32>>; 2]> = HashMap::new();
+    let mut found: HashMap<(usize, usize), Found> = HashMap::new();
     for (name, tensor) in tensors.tensors() {
         let Some((layer, module, is_b)) = place(&name) else {
             let known: Vec<_> = NAMES.iter().map(|(name, _)| *name).collect();
@@ -208,6 +286,7 @@ fn layers(
             return Err(format!("tensor {name}: the model has {} layers", config.layers));
         }
         let (inputs, outputs) = shape(config, module);
+        let (rank, scale) = settings.of(module_name(&name));
         let expected = if is_b { [outputs, rank] } else { [rank, inputs] };
         if tensor.shape() != expected {
             return Err(format!("tensor {name} is {:?}, expected {expected:?}", tensor.shape()));
@@ -218,13 +297,15 @@ fn layers(
         if values.iter().any(|value| !value.is_finite()) {
             return Err(format!("tensor {name} holds values that are not finite"));
         }
-        found.entry((layer, module as usize)).or_default()[usize::from(is_b)] = Some(values);
+        let found = found.entry((layer, module as usize)).or_default();
+        (found.rank, found.scale) = (rank, scale);
+        found.pair[usize::from(is_b)] = Some(values);
     }
     if found.is_empty() {
         return Err(format!("{WEIGHTS} holds no tensor"));
     }
     let mut layers: Layers = (0..config.layers).map(|_| Default::default()).collect();
-    for ((layer, index), pair) in found {
+    for ((layer, index), Found { rank, scale, pair }) in found {
         let (name, module) = NAMES[index];
         let [Some(a), Some(b)] = pair else {
             return Err(format!("layer {layer}: {name} has only one of lora_A and lora_B"));

@@ -50,7 +50,7 @@ pub const IGNORED: &[&str] =
     &["mm_processor_kwargs", "prompt_cache_retention", "stream_options", "vllm_xargs"];
 
 /// What `include` may hold; the first is heeded, the others ask for what there is none of.
-const INCLUDES: &[&str] = &[
+pub const INCLUDES: &[&str] = &[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
     "file_search_call.results",
@@ -70,8 +70,10 @@ pub struct ResponsesFields {
     /// The system's message of this response.
     pub instructions: Option<String>,
     /// Unclipped.
+    #[schema(minimum = 1, maximum = 4294967295i64)]
     pub max_output_tokens: Option<i64>,
     /// As it came.
+    #[schema(minimum = 1)]
     pub max_tool_calls: Option<i64>,
     /// As it came.
     pub temperature: Option<f64>,
@@ -109,9 +111,12 @@ pub struct ResponsesFields {
     stream: Option<bool>,
     background: Option<bool>,
     /// The response whose conversation this one continues.
+    #[schema(pattern = "^[!\"$&-.0->@-~]{1,256}$")]
     pub previous_response_id: Option<String>,
     previous_input_messages: Option<Value>,
     enable_response_messages: Option<bool>,
+    /// Becomes the response's id.
+    #[schema(pattern = "^[!\"$&-.0->@-~]{1,256}$")]
     request_id: Option<String>,
 }
 

@@ -97,7 +97,7 @@ impl Ready {
         status = 200,
         description = "The response; a stream of events if `stream` is true. With `background` \
                        it has only begun.",
-        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+        content((schema::ResponseObject = "application/json"), (schema::StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn create(
@@ -226,11 +226,11 @@ async fn in_background(
     params(
         ("id" = String, Path, description = "A response's id."),
         ("stream" = Option<bool>, Query, description = "Send its events, and follow it."),
-        ("starting_after" = Option<u64>, Query, description = "Events up to this one are known."),
+        ("starting_after" = Option<i64>, Query, description = "Events up to this one are known.", minimum = 0),
     ),
     responses((
         status = 200, description = "The response, or its events.",
-        content((schema::ResponseObject = "application/json"), (String = "text/event-stream")),
+        content((schema::ResponseObject = "application/json"), (schema::StreamEvent = "text/event-stream")),
     )),
 )]
 pub(super) async fn retrieve(
@@ -240,8 +240,13 @@ pub(super) async fn retrieve(
 ) -> Result<HttpResponse, ApiError> {
     let id = id.into_inner();
     let query = Query::read(&request);
+    let streams = query.flag("stream")?;
+    let after = query.number("starting_after")?;
+    if after.is_some_and(|after| after < 0) {
+        return Err(ApiError::bad_value("starting_after", "`starting_after` must be at least 0."));
+    }
     let stored = find(&shared, &id, &owner(&request)).await?;
-    if !query.flag("stream")? {
+    if !streams {
         return Ok(text(stored.body));
     }
     if !stored.background || !stored.streamed {
@@ -251,7 +256,7 @@ pub(super) async fn retrieve(
         );
         return Err(ApiError::wrong_response(message));
     }
-    let after = query.number("starting_after")?.unwrap_or(-1);
+    let after = after.unwrap_or(-1);
     let place = shared.load.enter()?;
     let client = connection(&request);
     let events = follow::follow(shared.into_inner(), id, after, place, client);
@@ -323,7 +328,7 @@ pub(super) async fn delete(
     params(
         ("id" = String, Path, description = "A response's id."),
         ("limit" = Option<u32>, Query, description = "The most items, 1 to 100; 20 by default.", minimum = 1, maximum = 100),
-        ("order" = Option<String>, Query, description = "`asc` or `desc`, the default."),
+        ("order" = inline(Option<schema::ItemOrder>), Query, description = "desc by default."),
         ("after" = Option<String>, Query, description = "Begin behind the item of this id."),
     ),
     responses((status = 200, description = "The items.", body = schema::InputItems)),
