@@ -1,6 +1,6 @@
 //! Opus (RFC 6716, RFC 8251), which browsers record and symphonia does not decode.
 
-use opus_decoder::{OpusDecoder, OpusMultistreamDecoder};
+use opus_decoder::OpusDecoder;
 
 use super::Fault;
 
@@ -15,24 +15,11 @@ struct Head {
     channels: usize,
     pre_skip: usize,
     gain: f32,
-    streams: Option<Streams>,
-}
-
-/// How several streams make the channels: section 5.1.1.
-struct Streams {
-    count: usize,
-    coupled: usize,
-    mapping: Vec<u8>,
-}
-
-enum Kind {
-    One(Box<OpusDecoder>),
-    Several(Box<OpusMultistreamDecoder>),
 }
 
 /// A decoder of one track.
 pub struct Decoder {
-    kind: Kind,
+    decoder: Box<OpusDecoder>,
     /// Channels.
     pub channels: usize,
     /// Samples at the beginning that are none of the recording.
@@ -44,36 +31,26 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder by the track's header, which is `OpusHead` in Ogg, Matroska and WebM.
     pub fn new(head: &[u8], channels: usize) -> Result<Self, Fault> {
-        let head =
-            Head::read(head).unwrap_or(Head { channels, pre_skip: 0, gain: 1.0, streams: None });
-        let odd = |error| Fault::new(format!("has an Opus track that cannot be decoded: {error}."));
-        let kind = match &head.streams {
-            None => {
-                // Any decoder makes one channel of two, or two of one.
-                let decoder = OpusDecoder::new(RATE, head.channels.clamp(1, 2)).map_err(odd)?;
-                Kind::One(Box::new(decoder))
-            }
-            Some(Streams { count, coupled, mapping }) => {
-                let decoder =
-                    OpusMultistreamDecoder::new(RATE, head.channels, *count, *coupled, mapping);
-                Kind::Several(Box::new(decoder.map_err(odd)?))
-            }
-        };
-        let channels = match &kind {
-            Kind::One(_) => head.channels.clamp(1, 2),
-            Kind::Several(_) => head.channels,
-        };
+        let head = Head::read(head).unwrap_or(Head { channels, pre_skip: 0, gain: 1.0 });
+        // More of them are several streams (RFC 7845, section 5.1.1).
+        if head.channels > 2 {
+            return Err(Fault::new(format!(
+                "has an Opus track of {} channels; send one of one or two.",
+                head.channels
+            )));
+        }
+        // Any decoder makes one channel of two, or two of one.
+        let channels = head.channels.max(1);
+        let decoder = OpusDecoder::new(RATE, channels).map_err(|error| {
+            Fault::new(format!("has an Opus track that cannot be decoded: {error}."))
+        })?;
         let pcm = vec![0.0; MAX_FRAMES * channels];
-        Ok(Self { kind, channels, skip: head.pre_skip, gain: head.gain, pcm })
+        Ok(Self { decoder: Box::new(decoder), channels, skip: head.pre_skip, gain: head.gain, pcm })
     }
 
     /// Decodes a packet: the interleaved samples, or `None` when it is damaged.
     pub fn decode(&mut self, packet: &[u8]) -> Option<&[f32]> {
-        let decoded = match &mut self.kind {
-            Kind::One(decoder) => decoder.decode_float(packet, &mut self.pcm, false),
-            Kind::Several(decoder) => decoder.decode_float(packet, &mut self.pcm, false),
-        };
-        let frames = decoded.ok()?;
+        let frames = self.decoder.decode_float(packet, &mut self.pcm, false).ok()?;
         let skipped = self.skip.min(frames);
         self.skip -= skipped;
         let samples = &mut self.pcm[skipped * self.channels..frames * self.channels];
@@ -87,26 +64,15 @@ impl Decoder {
 impl Head {
     fn read(bytes: &[u8]) -> Option<Self> {
         let rest = bytes.strip_prefix(b"OpusHead")?;
-        let [_version, channels, skip_low, skip_high, _, _, _, _, gain_low, gain_high, family, ..] =
-            *rest
+        let [_version, channels, skip_low, skip_high, _, _, _, _, gain_low, gain_high, ..] = *rest
         else {
             return None;
         };
         let gain = f32::from(i16::from_le_bytes([gain_low, gain_high])) / 256.0;
-        let channels = usize::from(channels);
-        let streams = match family {
-            0 => None,
-            _ => {
-                let table = rest.get(11..)?;
-                let mapping = table.get(2..2 + channels)?.to_vec();
-                Some(Streams { count: table[0].into(), coupled: table[1].into(), mapping })
-            }
-        };
         Some(Self {
-            channels: channels.max(1),
+            channels: usize::from(channels).max(1),
             pre_skip: u16::from_le_bytes([skip_low, skip_high]).into(),
             gain: 10_f32.powf(gain / 20.0),
-            streams,
         })
     }
 }

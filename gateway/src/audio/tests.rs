@@ -14,7 +14,7 @@ use super::*;
 use crate::error::ApiError;
 
 /// Name, what ffmpeg is told, and how alike the sound must be to the original.
-const KINDS: [(&str, &str, f64); 25] = [
+const KINDS: [(&str, &str, f64); 24] = [
     ("a.wav", "", 0.999),
     ("8-bit.wav", "-c:a pcm_u8", 0.98),
     ("24-bit.wav", "-c:a pcm_s24le -ar 48000 -ac 2", 0.98),
@@ -34,7 +34,6 @@ const KINDS: [(&str, &str, f64); 25] = [
     ("hybrid.opus", "-c:a libopus -b:a 28k -application voip -ar 48000", 0.9),
     ("celt.opus", "-c:a libopus -b:a 96k -application audio -ar 48000 -ac 2", 0.95),
     ("lowdelay.opus", "-c:a libopus -b:a 64k -application lowdelay -frame_duration 5", 0.9),
-    ("surround.opus", "-c:a libopus -b:a 256k -ac 6 -mapping_family 1", 0.85),
     ("browser.webm", "-c:a libopus -b:a 48k -ar 48000", 0.9),
     ("a.mka", "-c:a libvorbis -ar 48000", 0.95),
     ("a.m4a", "-c:a aac -b:a 96k -ar 44100", 0.95),
@@ -138,6 +137,7 @@ async fn what_is_no_recording_is_refused_and_named() {
     for (name, told) in [
         ("dolby.mka", &["-c:a", "ac3"][..]),
         ("windows.wma", &["-c:a", "wmav2"]),
+        ("surround.opus", &["-c:a", "libopus", "-ac", "6", "-mapping_family", "1"]),
         ("nothing.wav", &["-t", "0"]),
     ] {
         let (out, mut all) = (path(name), vec!["-v", "error", "-y", "-i", &said]);
@@ -159,6 +159,7 @@ async fn what_is_no_recording_is_refused_and_named() {
             "is not a sound file",
         ),
         ("a codec of Dolby's", read("dolby.mka"), "codec"),
+        ("more than two channels of Opus", read("surround.opus"), "6 channels"),
         ("a container of Microsoft's", read("windows.wma"), "is not a sound file"),
         ("no samples", read("nothing.wav"), "no sound"),
     ] {
@@ -195,7 +196,7 @@ async fn a_recording_without_a_length_is_heard() {
     for length in [u32::MAX, 0x7fff_f000] {
         let mut file = read("a.wav").to_vec();
         let data = file.windows(4).position(|four| four == b"data").unwrap();
-        file[4..8].copy_from_slice(&length.to_le_bytes());
+        file[4..8].copy_from_slice(&length.saturating_add(36).to_le_bytes());
         file[data + 4..data + 8].copy_from_slice(&length.to_le_bytes());
         let heard = samples(file.into()).await.unwrap();
         assert!(heard.len().abs_diff(original.len()) < 1200, "{} {}", heard.len(), original.len());

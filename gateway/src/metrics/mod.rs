@@ -603,6 +603,7 @@ impl Metrics {
         if model.speech.is_some() {
             self.heard.with_label_values(&labels);
         }
+        self.heard.with_label_values(&labels);
         for reason in REASONS {
             self.finished.with_label_values(&[name, engine, reason]);
         }
