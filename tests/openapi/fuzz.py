@@ -110,6 +110,19 @@ ELSEWHERE = {
     ("POST /v1/unload_lora_adapter", 401): "access.rs",
 }
 
+# Statuses that come by chance, and where they are seen for sure.
+BY_CHANCE = {
+    ("POST /v1/responses/{id}/cancel", 200): "the response must still be running: responses.rs",
+    ("POST /v1/responses/{id}/cancel", 401): "the key is left out of what was taken: access.rs",
+    ("POST /v1/audio/transcriptions", 404): "audio.rs",
+    ("POST /v1/audio/transcriptions", 422): "audio.rs",
+    ("POST /v1/audio/translations", 404): "audio.rs",
+    ("POST /v1/audio/translations", 422): "audio.rs",
+}
+# A form has strings only, in which numbers and lists are written: what is drawn to be wrong often
+# is not.
+FORMS = ("POST /v1/audio/transcriptions", "POST /v1/audio/translations")
+
 # The generator draws from at most four rules between fields, so the phases that draw do without.
 RUNS = [("with", "examples,coverage"), ("without", "fuzzing,stateful")]
 
@@ -126,6 +139,7 @@ def main() -> None:
             sections.append(
                 f'[[operations]]\ninclude-name = "{name}"\n'
                 f"checks.positive_data_acceptance.expected-statuses = {accepted}\n"
+                + "checks.negative_data_rejection.enabled = false\n" * (name in FORMS)
             )
         config.write_text("\n".join(sections))
         hooks = Path(__file__).with_name("fuzz_hooks.py").read_text()
@@ -165,6 +179,8 @@ def unseen(document: dict, seen: dict) -> bool:
             name = f"{method.upper()} {path}"
             print(name, dict(sorted(seen[name].items())))
             for status in map(int, operation["responses"]):
+                if (name, status) in BY_CHANCE:
+                    continue
                 excused = ELSEWHERE.get((name, status)) or ELSEWHERE.get(("*", status))
                 if bool(excused) == (status in seen[name]):
                     wrong.append(f"{name}: {status}, " + ("excused" if excused else "not seen"))

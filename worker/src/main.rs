@@ -9,7 +9,7 @@ use std::time::Duration;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::{InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
-use baton_worker::checkpoint::LoadError;
+use baton_worker::checkpoint::{LoadError, WhisperFolder};
 use baton_worker::config::{Role, Settings};
 use baton_worker::engine::{self, Engine};
 use baton_worker::kv::pool::KvPool;
@@ -187,6 +187,9 @@ async fn load_pooling(
     };
     let template = chat_template(settings)?;
     let path = settings.model.clone();
+    if matches!(WhisperFolder::open(&path), Ok(Some(_))) {
+        check_role(settings.role, true)?;
+    }
     let mut loaded = tokio::task::spawn_blocking(move || pooling::load(&path, &options))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?

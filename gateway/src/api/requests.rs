@@ -161,7 +161,7 @@ request!(
     /// `/pooling`, by what the model does; then that of scores, and of ranks. `query` and
     /// `documents` are a rank's.
     InvocationRequest:
-    [Invocation, InputFields, ScoreFields, RerankFields],
+    [Invocation],
     &[],
     &[],
     &[]
@@ -178,6 +178,12 @@ struct Invocation {
     messages: Option<Value>,
     /// What a completion begins with.
     prompt: Option<Value>,
+    /// Texts to embed, to classify or to pool.
+    input: Option<Value>,
+    /// What documents are ranked for.
+    query: Option<Value>,
+    /// What is ranked.
+    documents: Option<Value>,
     /// The most tokens of an answer.
     #[schema(minimum = 1, maximum = 4294967295i64)]
     max_tokens: Option<i64>,
