@@ -72,12 +72,6 @@ fn rules() -> Vec<(&'static str, Value)> {
         ("CompletionRequest", all([sampling(), streams(), guided(), prompt])),
         ("TokenizeRequest", all([messages.clone(), tools(), turns(), either()])),
         ("InvocationRequest", all([messages, invocation()])),
-        (
-            "ScoreRequest",
-            json!({"properties": {
-                "text_1": {"example": "A cat."}, "text_2": {"example": "A small animal."},
-            }}),
-        ),
         ("DetokenizeRequest", json!({"properties": {"tokens": {"example": [1, 2, 3]}}})),
         (
             "MessagesRequest",
