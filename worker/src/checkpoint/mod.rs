@@ -25,6 +25,7 @@ use baton_proto::TokenizerBundle;
 use candle_core::quantized::GgmlDType;
 use memmap2::{Mmap, UncheckedAdvice};
 
+use crate::kernels::quant;
 use crate::model::ModelConfig;
 
 /// The unit of mappings, or a multiple of it.
@@ -93,6 +94,13 @@ impl TensorBytes {
     /// The raw blocks.
     pub fn bytes(&self) -> &[u8] {
         &self.map[self.start..self.start + self.len]
+    }
+
+    /// All elements.
+    pub(crate) fn floats(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.dims.iter().product()];
+        quant::decode_row(self.dtype, self.bytes(), &mut values);
+        values
     }
 
     /// Lets go of the tensor's pages in memory; they are read from the file again when needed.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::config::{EncoderConfig, Positions};
-use super::weights::{Norm, Weights};
+use super::weights::Weights;
 use super::{Encoder, Text};
 use crate::kernels::activations::{Activations, Precision};
+use crate::kernels::affine::LayerNorm;
 use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{Activation, add_to, gated};
@@ -159,7 +160,7 @@ impl Encoder for Bidirectional {
         };
         for (layer, &window) in weights.layers.iter().zip(&config.windows) {
             go_on()?;
-            let normed = |norm: &Option<Norm>, x: &[f32], out: &mut [f32]| match norm {
+            let normed = |norm: &Option<LayerNorm>, x: &[f32], out: &mut [f32]| match norm {
                 Some(norm) => norm.apply(isa, x, out),
                 None => out.copy_from_slice(x),
             };

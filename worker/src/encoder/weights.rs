@@ -6,90 +6,40 @@ use candle_core::quantized::GgmlDType;
 
 use crate::checkpoint::encoder::EncoderFolder;
 use crate::checkpoint::{LoadError, TensorBytes};
+use crate::kernels::affine::{Affine, LayerNorm};
 use crate::kernels::arena::Arena;
-use crate::kernels::cpu::Isa;
-use crate::kernels::elementwise::{layer_norm, layer_norm_in_place};
-use crate::kernels::linear::{Linear, Product};
+use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
-use crate::kernels::quant;
 
 /// All weights.
 pub(crate) struct Weights {
-    pub(super) tokens: Table,
+    pub(super) tokens: Linear,
     /// Present when positions are learned.
-    pub(super) positions: Option<Table>,
-    pub(super) types: Option<Table>,
-    pub(super) embedding_norm: Norm,
+    pub(super) positions: Option<Linear>,
+    pub(super) types: Option<Linear>,
+    pub(super) embedding_norm: LayerNorm,
     pub(super) layers: Vec<Layer>,
-    pub(super) final_norm: Option<Norm>,
+    pub(super) final_norm: Option<LayerNorm>,
 }
 
 /// A layer's weights. What is optional depends on the architecture.
 pub(super) struct Layer {
     /// Of what goes into the attention.
-    pub(super) attention_norm: Option<Norm>,
-    pub(super) query: Projection,
-    pub(super) key: Projection,
-    pub(super) value: Projection,
-    pub(super) output: Projection,
+    pub(super) attention_norm: Option<LayerNorm>,
+    pub(super) query: Affine,
+    pub(super) key: Affine,
+    pub(super) value: Affine,
+    pub(super) output: Affine,
     /// Of the residual stream after the attention.
-    pub(super) attention_output_norm: Option<Norm>,
+    pub(super) attention_output_norm: Option<LayerNorm>,
     /// Of what goes into the MLP.
-    pub(super) ffn_norm: Option<Norm>,
+    pub(super) ffn_norm: Option<LayerNorm>,
     /// What the activation of a gated MLP is applied to.
-    pub(super) gate: Option<Projection>,
-    pub(super) up: Projection,
-    pub(super) down: Projection,
+    pub(super) gate: Option<Affine>,
+    pub(super) up: Affine,
+    pub(super) down: Affine,
     /// Of the residual stream after the MLP.
-    pub(super) ffn_output_norm: Option<Norm>,
-}
-
-/// Rows that are looked up.
-pub(super) struct Table(TensorBytes);
-
-impl Table {
-    /// One row.
-    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
-        let bytes = self.0.bytes().len() / self.0.dims[0];
-        quant::decode_row(self.0.dtype, &self.0.bytes()[row * bytes..][..bytes], out);
-    }
-}
-
-/// `y = x Wᵀ + b`.
-pub(crate) struct Projection {
-    pub(crate) weight: Linear,
-    pub(crate) bias: Option<Vec<f32>>,
-}
-
-impl Projection {
-    /// The product that overwrites `y`.
-    pub(crate) fn set<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
-        self.weight.set(y).bias(self.bias.as_deref())
-    }
-
-    /// The product that is added to `y`.
-    pub(crate) fn add_to<'a>(&'a self, y: &'a mut [f32]) -> Product<'a> {
-        self.weight.add_to(y).bias(self.bias.as_deref())
-    }
-}
-
-/// Layer normalization (Ba et al. 2016).
-pub(crate) struct Norm {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-    eps: f32,
-}
-
-impl Norm {
-    /// Of one row.
-    pub(crate) fn apply(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
-        layer_norm(isa, x, &self.weight, self.bias.as_deref(), self.eps, out);
-    }
-
-    /// Of a row that it replaces.
-    pub(crate) fn in_place(&self, isa: Isa, x: &mut [f32]) {
-        layer_norm_in_place(isa, x, &self.weight, self.bias.as_deref(), self.eps);
-    }
+    pub(super) ffn_output_norm: Option<LayerNorm>,
 }
 
 impl Weights {
@@ -192,7 +142,7 @@ impl<'a> Reader<'a> {
         stem: &str,
         outputs: usize,
         inputs: usize,
-    ) -> Result<Projection, LoadError> {
+    ) -> Result<Affine, LoadError> {
         let weight = self.tensor(&format!("{stem}.weight"), &[outputs, inputs])?;
         let bias = format!("{stem}.bias");
         let bias = self.has(&bias).then(|| self.vector(&bias, outputs)).transpose()?;
@@ -200,18 +150,20 @@ impl<'a> Reader<'a> {
             .ok_or_else(|| self.folder.unsupported(format!("{stem}: rows of {inputs} elements")))
     }
 
-    fn table(&self, name: &str, rows: usize, width: usize) -> Result<Table, LoadError> {
-        self.tensor(name, &[rows, width]).map(Table)
+    /// Rows that are looked up.
+    fn table(&self, name: &str, rows: usize, width: usize) -> Result<Linear, LoadError> {
+        Linear::lookup(self.tensor(name, &[rows, width])?)
+            .ok_or_else(|| self.folder.unsupported(format!("{name}: rows of {width} elements")))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        Ok(floats(&self.tensor(name, &[len])?))
+        Ok(self.tensor(name, &[len])?.floats())
     }
 
     /// A norm.
-    pub(crate) fn norm(&self, stem: &str, len: usize) -> Result<Norm, LoadError> {
+    pub(crate) fn norm(&self, stem: &str, len: usize) -> Result<LayerNorm, LoadError> {
         let bias = format!("{stem}.bias");
-        Ok(Norm {
+        Ok(LayerNorm {
             weight: self.vector(&format!("{stem}.weight"), len)?,
             bias: self.has(&bias).then(|| self.vector(&bias, len)).transpose()?,
             eps: self.norm_eps,
@@ -219,7 +171,11 @@ impl<'a> Reader<'a> {
     }
 
     /// A norm that not all architectures have.
-    pub(crate) fn optional_norm(&self, stem: &str, len: usize) -> Result<Option<Norm>, LoadError> {
+    pub(crate) fn optional_norm(
+        &self,
+        stem: &str,
+        len: usize,
+    ) -> Result<Option<LayerNorm>, LoadError> {
         self.has(&format!("{stem}.weight")).then(|| self.norm(stem, len)).transpose()
     }
 }
@@ -231,7 +187,7 @@ pub(crate) fn projection(
     rounding: Option<GgmlDType>,
     weight: TensorBytes,
     bias: Option<Vec<f32>>,
-) -> Option<Projection> {
+) -> Option<Affine> {
     let file = weight.clone();
     let linear = match rounding {
         Some(to) => Linear::rounded(threads, arena, weight, to)?,
@@ -240,12 +196,5 @@ pub(crate) fn projection(
     if linear.is_repacked() {
         file.forget();
     }
-    Some(Projection { weight: linear, bias })
-}
-
-/// A tensor's elements.
-pub(crate) fn floats(tensor: &TensorBytes) -> Vec<f32> {
-    let mut values = vec![0.0; tensor.dims.iter().product()];
-    quant::decode_row(tensor.dtype, tensor.bytes(), &mut values);
-    values
+    Some(Affine { weight: linear, bias })
 }

@@ -9,6 +9,7 @@
 //! * [`panels`]: float weights, repacked for products with broadcast activations.
 //! * [`activations`]: rows of activations, as floats and as sixteen-bit integers.
 //! * [`linear`]: `y = x Wᵀ` for one row and for many; [`integer`] and [`float`] are its kernels.
+//! * [`affine`]: a product with its bias, a layer norm with its scale.
 //! * [`low_rank`]: `y += (x Aᵀ) Bᵀ` for the rows of each LoRA adapter.
 //! * [`page`]: how keys and values lie in a KV block.
 //! * [`attention`]: softmax attention that walks those pages.
@@ -30,6 +31,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub mod activations;
+pub mod affine;
 pub mod arena;
 pub mod attention;
 pub mod bidirectional;

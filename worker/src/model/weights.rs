@@ -137,9 +137,7 @@ impl Reader<'_> {
                 tensor.dtype, tensor.dims
             )));
         }
-        let mut values = vec![0.0; len];
-        quant::decode_row(tensor.dtype, tensor.bytes(), &mut values);
-        Ok(values)
+        Ok(tensor.floats())
     }
 
     /// The weights of a norm.

@@ -3,8 +3,8 @@
 use baton_proto::v1::Task;
 
 use super::{Output, Pooling, Wanted};
-use crate::encoder::{Norm, Projection};
 use crate::kernels::activations::{Activations, Precision};
+use crate::kernels::affine::{Affine, LayerNorm};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::gelu;
 use crate::kernels::linear::multiply;
@@ -54,8 +54,8 @@ impl Function {
 
 /// A step on rows.
 pub(super) enum Step {
-    Dense(Projection, Function),
-    Norm(Norm),
+    Dense(Affine, Function),
+    Norm(LayerNorm),
     Normalize,
 }
 

@@ -10,8 +10,8 @@ use super::head::{Function, Head, Kind, Step};
 use super::methods::Pooling;
 use crate::checkpoint::encoder::{self, EncoderFolder, Purpose};
 use crate::checkpoint::sentence_transformers::{self as st, Modules};
-use crate::checkpoint::{self, LoadError};
-use crate::encoder::{Bidirectional, Causal, Encoder, Reader, Weights, floats, projection};
+use crate::checkpoint::{self, LoadError, TensorBytes};
+use crate::encoder::{Bidirectional, Causal, Encoder, Reader, Weights, projection};
 use crate::kernels::activations::Precision;
 use crate::kernels::arena::Arena;
 use crate::kernels::pool::ThreadPool;
@@ -320,7 +320,7 @@ fn add_modules(
                     )));
                 };
                 let inputs = weight.dims[1];
-                let bias = bias.as_ref().map(floats);
+                let bias = bias.as_ref().map(TensorBytes::floats);
                 let dense =
                     projection(threads, &mut arena, None, weight, bias).ok_or_else(|| {
                         unsupported(format!("a Dense module that takes {inputs} dimensions"))

@@ -2,7 +2,8 @@
 
 use super::Context;
 use super::mel::{self, Mel};
-use super::weights::{Affine, DecoderLayer, Encoder, EncoderLayer, frame_inputs};
+use super::weights::{DecoderLayer, Encoder, EncoderLayer, frame_inputs};
+use crate::kernels::affine::Affine;
 use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::elementwise::add_to;
 use crate::kernels::page;

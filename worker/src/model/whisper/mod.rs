@@ -16,12 +16,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::mel::Mel;
-use self::weights::{Affine, Mlp, Norm, Weights};
+use self::weights::{Mlp, Weights};
 use super::{Aligned, Model, ModelConfig, ModelError, SequenceSlice};
 use crate::checkpoint::{Checkpoint as _, LoadError, WhisperFolder, WhisperShape};
 use crate::kernels::activations::{Activations, Precision};
+use crate::kernels::affine::{Affine, LayerNorm};
 use crate::kernels::cpu::Isa;
-use crate::kernels::elementwise::{Activation, layer_norm};
+use crate::kernels::elementwise::Activation;
 use crate::kernels::linear::multiply;
 use crate::kernels::page;
 use crate::kernels::pool::ThreadPool;
@@ -154,11 +155,11 @@ impl Context<'_> {
     }
 
     /// Norms rows of the residual stream, for the next product.
-    fn normed(&mut self, norm: &Norm, x: &[f32], rows: usize) {
+    fn normed(&mut self, norm: &LayerNorm, x: &[f32], rows: usize) {
         let (isa, hidden) = (self.isa, self.shape.hidden);
         self.input.fill(isa, self.threads, rows, hidden, |row, out| {
             let x = &x[row * hidden..][..hidden];
-            layer_norm(isa, x, &norm.weight, Some(&norm.bias), EPSILON, out);
+            norm.apply(isa, x, out);
         });
     }
 
@@ -171,22 +172,19 @@ impl Context<'_> {
 
     /// Products that overwrite.
     fn set<const N: usize>(&mut self, products: [(&Affine, &mut [f32]); N]) {
-        let products =
-            products.map(|(affine, y)| affine.weight.set(y).bias(affine.bias.as_deref()));
+        let products = products.map(|(affine, y)| affine.set(y));
         multiply(self.isa, self.threads, self.input, products);
     }
 
     /// As [`Self::set`], through a GELU.
     fn set_active(&mut self, affine: &Affine, y: &mut [f32]) {
-        let product = affine.weight.set(y).bias(affine.bias.as_deref());
-        let product = product.activation(Activation::Gelu);
+        let product = affine.set(y).activation(Activation::Gelu);
         multiply(self.isa, self.threads, self.input, [product]);
     }
 
     /// A product that is added to the residual stream.
     fn add(&mut self, affine: &Affine, x: &mut [f32]) {
-        let product = affine.weight.add_to(x).bias(affine.bias.as_deref());
-        multiply(self.isa, self.threads, self.input, [product]);
+        multiply(self.isa, self.threads, self.input, [affine.add_to(x)]);
     }
 
     /// `x += down(gelu(up(norm(x))))`.
@@ -204,6 +202,3 @@ impl Context<'_> {
         self.threads.for_rows((x, width), (&mut nothing, 1), |row, x, _| job(row, x));
     }
 }
-
-/// Of the layer norms.
-const EPSILON: f32 = 1e-5;

@@ -4,11 +4,14 @@ use candle_core::quantized::GgmlDType;
 
 use super::super::weights::Reader;
 use crate::checkpoint::{Checkpoint as _, LoadError, TensorBytes, WhisperFolder, WhisperShape};
+use crate::kernels::affine::{Affine, LayerNorm};
 use crate::kernels::arena::Arena;
 use crate::kernels::dot::BLOCK;
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
-use crate::kernels::quant;
+
+/// Of the layer norms.
+const EPSILON: f32 = 1e-5;
 
 /// All weights.
 pub(super) struct Weights {
@@ -18,7 +21,7 @@ pub(super) struct Weights {
     /// `text_positions × hidden`.
     pub(super) positions: Vec<f32>,
     pub(super) layers: Vec<DecoderLayer>,
-    pub(super) norm: Norm,
+    pub(super) norm: LayerNorm,
 }
 
 /// What turns a spectrogram into what the decoder looks at.
@@ -27,7 +30,7 @@ pub(super) struct Encoder {
     /// `audio_positions × hidden`.
     pub(super) positions: Vec<f32>,
     pub(super) layers: Vec<EncoderLayer>,
-    pub(super) norm: Norm,
+    pub(super) norm: LayerNorm,
 }
 
 pub(super) struct EncoderLayer {
@@ -44,7 +47,7 @@ pub(super) struct DecoderLayer {
 }
 
 pub(super) struct Attention {
-    pub(super) norm: Norm,
+    pub(super) norm: LayerNorm,
     pub(super) query: Affine,
     pub(super) key: Affine,
     pub(super) value: Affine,
@@ -52,21 +55,9 @@ pub(super) struct Attention {
 }
 
 pub(super) struct Mlp {
-    pub(super) norm: Norm,
+    pub(super) norm: LayerNorm,
     pub(super) up: Affine,
     pub(super) down: Affine,
-}
-
-/// A layer norm.
-pub(super) struct Norm {
-    pub(super) weight: Vec<f32>,
-    pub(super) bias: Vec<f32>,
-}
-
-/// A product and what is added to it.
-pub(super) struct Affine {
-    pub(super) weight: Linear,
-    pub(super) bias: Option<Vec<f32>>,
 }
 
 impl Weights {
@@ -151,11 +142,12 @@ impl Source<'_> {
         Ok(Affine { weight, bias })
     }
 
-    fn norm(&self, name: &str) -> Result<Norm, LoadError> {
+    fn norm(&self, name: &str) -> Result<LayerNorm, LoadError> {
         let hidden = self.shape.hidden;
-        Ok(Norm {
+        Ok(LayerNorm {
             weight: self.reader.vector(&format!("{name}.weight"), hidden)?,
-            bias: self.reader.vector(&format!("{name}.bias"), hidden)?,
+            bias: Some(self.reader.vector(&format!("{name}.bias"), hidden)?),
+            eps: EPSILON,
         })
     }
 
@@ -163,8 +155,7 @@ impl Source<'_> {
     fn positions(&self, side: &str, count: usize) -> Result<Vec<f32>, LoadError> {
         let name = format!("{side}.embed_positions.weight");
         let dims = [count, self.shape.hidden];
-        let tensor = self.floats(&name, &dims)?;
-        Ok(decoded(&tensor))
+        Ok(self.floats(&name, &dims)?.floats())
     }
 
     /// A convolution over three frames as a product with three frames after each other.
@@ -205,10 +196,4 @@ impl Source<'_> {
 /// What three frames after each other are padded to, for the products.
 pub(super) fn frame_inputs(channels: usize) -> usize {
     (3 * channels).next_multiple_of(BLOCK)
-}
-
-fn decoded(tensor: &TensorBytes) -> Vec<f32> {
-    let mut values = vec![0.0; tensor.dims.iter().product()];
-    quant::decode_row(tensor.dtype, tensor.bytes(), &mut values);
-    values
 }
