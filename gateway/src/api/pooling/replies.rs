@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::super::envelope::Envelope;
 use super::super::schema::TokenId;
 use super::encoding::{Binary, Written};
 use crate::pool::Pooled;
@@ -95,6 +96,20 @@ macro_rules! list {
             pub data: Vec<$item>,
             /// Tokens.
             pub usage: PoolingUsage,
+        }
+
+        impl $name {
+            /// With what was computed of so many tokens.
+            pub fn new(envelope: &Envelope, data: Vec<$item>, tokens: usize) -> Self {
+                Self {
+                    id: envelope.id.clone(),
+                    object: "list",
+                    created: envelope.created,
+                    model: envelope.model.clone(),
+                    data,
+                    usage: PoolingUsage::new(tokens),
+                }
+            }
         }
     };
 }

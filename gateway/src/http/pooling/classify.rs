@@ -9,7 +9,7 @@ use super::super::generation::Intake;
 use super::super::model::CLASSIFY;
 use super::Work;
 use crate::api::pooling::PoolingFields;
-use crate::api::pooling::replies::{Class, Classes, PoolingUsage};
+use crate::api::pooling::replies::{Class, Classes};
 use crate::api::requests::ClassifyRequest;
 use crate::error::ApiError;
 
@@ -42,14 +42,11 @@ pub(in super::super) async fn answer(
     let pooling = work.served.card.pooling.as_ref();
     let labels = pooling.map_or(&[][..], |pooling| &pooling.labels);
     let each = pooled.outputs.into_iter().enumerate();
-    let reply = Classes {
-        id: work.envelope.id.clone(),
-        object: "list",
-        created: work.envelope.created,
-        model: work.envelope.model.clone(),
-        data: each.map(|(index, output)| class(index, output, labels)).collect(),
-        usage: PoolingUsage::new(tokens),
-    };
+    let reply = Classes::new(
+        &work.envelope,
+        each.map(|(index, output)| class(index, output, labels)).collect(),
+        tokens,
+    );
     let values = reply.data.iter().map(|class| class.num_classes).sum();
     work.reply(&body, reply, values).await
 }

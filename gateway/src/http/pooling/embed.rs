@@ -14,9 +14,7 @@ use crate::api::Body;
 use crate::api::pooling::PoolingFields;
 use crate::api::pooling::embed::{EmbedFields, EncodingFields, PoolFields};
 use crate::api::pooling::encoding::{Binary, Format, Written};
-use crate::api::pooling::replies::{
-    Embedding, Embeddings, PooledData, PoolingReply, PoolingUsage, as_bytes,
-};
+use crate::api::pooling::replies::{Embedding, Embeddings, PooledData, PoolingReply, as_bytes};
 use crate::api::requests::{EmbeddingRequest, PoolingRequest};
 use crate::error::ApiError;
 use crate::pool::Pooled;
@@ -87,14 +85,7 @@ pub(in super::super) async fn answer_embeddings(
         object: "embedding",
         embedding: written(output, format, binary, false),
     });
-    let reply = Embeddings {
-        id: work.envelope.id.clone(),
-        object: "list",
-        created: work.envelope.created,
-        model: work.envelope.model.clone(),
-        data: data.collect(),
-        usage: PoolingUsage::new(tokens),
-    };
+    let reply = Embeddings::new(&work.envelope, data.collect(), tokens);
     work.reply(&body, reply, values).await
 }
 
@@ -125,14 +116,7 @@ pub(in super::super) async fn answer_pooling(
         object: "pooling",
         data: written(output, format, binary, rows),
     });
-    let reply = PoolingReply {
-        id: work.envelope.id.clone(),
-        object: "list",
-        created: work.envelope.created,
-        model: work.envelope.model.clone(),
-        data: data.collect(),
-        usage: PoolingUsage::new(tokens),
-    };
+    let reply = PoolingReply::new(&work.envelope, data.collect(), tokens);
     work.reply(&body, reply, values).await
 }
 

@@ -14,7 +14,7 @@ use super::super::generation::{Intake, unless_gone};
 use super::super::model::SCORE;
 use super::{Work, checked, untokenized};
 use crate::api::completion::Prompt;
-use crate::api::pooling::replies::{PoolingUsage, Score, Scores};
+use crate::api::pooling::replies::{Score, Scores};
 use crate::api::pooling::score::{PairFields, Pairs, ScoreFields};
 use crate::api::pooling::{Inputs, Naming, PoolingFields};
 use crate::api::requests::ScoreRequest;
@@ -63,14 +63,11 @@ pub(in super::super) async fn answer(
     let activate = fields.activate().unwrap_or(true);
     let (scores, tokens) = scores(&work, pairs, limits.limits()?, activate).await?;
     let each = scores.into_iter().enumerate();
-    let reply = Scores {
-        id: work.envelope.id.clone(),
-        object: "list",
-        created: work.envelope.created,
-        model: work.envelope.model.clone(),
-        data: each.map(|(index, score)| Score { index, object: "score", score }).collect(),
-        usage: PoolingUsage::new(tokens),
-    };
+    let reply = Scores::new(
+        &work.envelope,
+        each.map(|(index, score)| Score { index, object: "score", score }).collect(),
+        tokens,
+    );
     let values = reply.data.len();
     work.reply(&body, reply, values).await
 }
