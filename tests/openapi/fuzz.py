@@ -46,10 +46,6 @@ OF_TEXTS = {
         token ids within the vocabulary; dimensions that the model has; a task that it has""",
     **NO_MODEL,
 }
-OF_SOUND = {
-    400: "a language that the model knows; one form of times and of a stream that fit the reply's",
-    **NO_MODEL,
-}
 STORED = {404: "a response of this id"}
 MAY_REFUSE = {
     "POST /v1/chat/completions": OF_ANSWER,
@@ -78,8 +74,6 @@ MAY_REFUSE = {
             *("/rerank", "/v1/rerank", "/v2/rerank"),
         )
     },
-    "POST /v1/audio/transcriptions": OF_SOUND,
-    "POST /v1/audio/translations": OF_SOUND,
     "POST /tokenize": {400: "names of tools, and one of them in `tool_choice`", **NO_MODEL},
     "POST /detokenize": {400: "token ids of the vocabulary", **NO_MODEL},
     "GET /tokenizer_info": NO_MODEL,

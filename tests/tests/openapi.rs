@@ -1,6 +1,6 @@
 //! The OpenAPI document: valid, and true of the gateway that serves it.
 
-use baton_tests::binaries::{EMBEDDER_NAME, MODEL_NAME, WHISPER_NAME, repository};
+use baton_tests::binaries::{EMBEDDER_NAME, MODEL_NAME, repository};
 use baton_tests::{Cluster, python};
 use serde_json::json;
 
@@ -30,16 +30,14 @@ async fn replies_are_what_the_document_says_to_whatever_it_allows_and_forbids() 
         .worker_arg("--max-model-len", "64")
         .pooling(1)
         .pooling_model(1, repository().join("tests/reference/pooling/bert_classifier"), "classes")
-        .audio(1)
         .api_key("client-key")
         .start()
         .await;
-    let (embedder, speech) = (EMBEDDER_NAME, WHISPER_NAME);
+    let embedder = EMBEDDER_NAME;
     let models = json!({
         "": MODEL_NAME, "/v1/embeddings": embedder, "/v2/embed": embedder, "/pooling": embedder,
         "/classify": "classes", "/score": embedder, "/v1/score": embedder, "/rerank": embedder,
-        "/v1/rerank": embedder, "/v2/rerank": embedder, "/v1/audio/transcriptions": speech,
-        "/v1/audio/translations": speech,
+        "/v1/rerank": embedder, "/v2/rerank": embedder,
     });
     let arguments = [cluster.api.base(), "client-key", &models.to_string()];
     println!("{}", python::drive(SCHEMATHESIS, "openapi/fuzz.py", &arguments).await);
