@@ -11,7 +11,7 @@ use symphonia::core::formats::probe::Hint;
 use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::io::{MediaSourceStream, MediaSourceStreamOptions};
 
-use super::{Fault, opus};
+use super::{Fault, opus, wav};
 
 /// What may be sent, for messages.
 const KNOWN: &str =
@@ -43,7 +43,7 @@ impl Decoder {
             return Err(Fault::new("is empty; send a sound file."));
         }
         let options = MediaSourceStreamOptions::default();
-        let stream = MediaSourceStream::new(Box::new(Cursor::new(file)), options);
+        let stream = MediaSourceStream::new(Box::new(Cursor::new(wav::measured(file))), options);
         let probe = symphonia::default::get_probe();
         let format = probe
             .probe(&Hint::new(), stream, Default::default(), Default::default())

@@ -3,6 +3,7 @@
 //! * [`decode`]: containers and codecs; what is wrong with a file that cannot be heard.
 //! * [`opus`]: the one codec that comes from elsewhere.
 //! * [`resample`]: to 16 kHz, as a stream.
+//! * `wav`: lengths for files that came through a pipe.
 //! * [`windows`]: reads a file as it is needed, on a bounded number of threads.
 //!
 //! A file is kept as it came and decoded as it is needed, so an hour of sound takes no more memory
@@ -13,6 +14,7 @@ pub mod opus;
 pub mod resample;
 #[cfg(test)]
 mod tests;
+mod wav;
 pub mod windows;
 
 use crate::error::ApiError;
