@@ -104,13 +104,21 @@ async fn vllm_s_dashboard_finds_every_series_it_asks_for() {
         let found = now.sum(name, &model);
         assert!(quiet.contains(name) || found > Some(0.0), "{name} is {found:?}\n{text}");
     }
-    // Every prompt's tokens and all drawn ones but a prompt's first came from some step.
-    let steps = |end: &str| {
-        let name = format!("vllm:iteration_tokens_total_{end}");
-        now.sum(&name, &model).unwrap_or_else(|| panic!("{name} is absent\n{text}"))
-    };
-    assert!(steps("sum") >= 100.0 + 23.0 - 3.0, "{}\n{text}", steps("sum"));
-    assert!((1.0..=steps("sum")).contains(&steps("count")), "{}\n{text}", steps("count"));
+    // Every prompt's tokens and all drawn ones but a prompt's first came from some step. Workers
+    // tell it with their next status.
+    eventually("the steps are counted", Duration::from_secs(5), async || {
+        let (now, text) = scrape(&cluster).await;
+        let steps = |end: &str| {
+            let name = format!("vllm:iteration_tokens_total_{end}");
+            now.sum(&name, &model).unwrap_or_else(|| panic!("{name} is absent\n{text}"))
+        };
+        let (sum, count) = (steps("sum"), steps("count"));
+        match sum >= 100.0 + 23.0 - 3.0 && (1.0..=sum).contains(&count) {
+            true => Ok(()),
+            false => Err(format!("{count} steps of {sum} tokens")),
+        }
+    })
+    .await;
     // Where prompts' tokens came from adds up to all of them.
     let sources = ["local_compute", "local_cache_hit", "external_kv_transfer"].map(|source| {
         now.sum("vllm:prompt_tokens_by_source_total", &[("source", source)]).expect("a source")
