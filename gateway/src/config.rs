@@ -8,6 +8,7 @@ use clap::{Args, Parser};
 use serde_json::{Value, json};
 
 use crate::output::{ReasoningSyntax, ToolSyntax};
+use crate::routing::Policy;
 use crate::store;
 
 const EXAMPLE: &str = "Example:\n  baton-gateway --listen 0.0.0.0:8000 --etcd http://10.0.0.5:2379 --api-key-file keys.txt";
@@ -54,6 +55,11 @@ pub struct Settings {
     /// used. docs/architecture.md says how the default was measured.
     #[arg(long, env = "BATON_HANDOFF_MIN_TOKENS", default_value_t = 64)]
     pub handoff_min_tokens: u32,
+
+    /// By what the worker for a request is chosen: what it has cached of the prompt, beside its
+    /// queue and free KV blocks (kv-aware), its queue alone (least-loaded), or its turn.
+    #[arg(long, env = "BATON_ROUTING_POLICY", default_value = "kv-aware")]
+    pub routing_policy: Policy,
 
     /// The most alternatives that `logprobs` may ask for; -1 is any number.
     #[arg(long, env = "BATON_MAX_LOGPROBS", default_value_t = 20, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=1_000_000))]
@@ -291,6 +297,7 @@ impl Settings {
         });
         shown["max_audio_filesize_mb"] = audio.max_audio_filesize_mb.into();
         shown["max_audio_seconds"] = audio.max_audio_seconds.into();
+        shown["routing_policy"] = format!("{:?}", self.routing_policy).into();
         shown["max_recordings"] = audio.max_recordings.into();
         shown
     }

@@ -57,7 +57,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let etcd = settings.cluster.etcd_settings();
     let watch = ClusterWatch::start(&etcd).await?;
     let metrics = Metrics::new().map_err(|error| Failure::new(Exit::Failure, error))?;
-    let registry = Registry::start(watch);
+    let registry = Registry::start(watch, settings.routing_policy);
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let store = AdapterStore::connect(&etcd).await?;
     let shared = Arc::new(Shared {

@@ -58,6 +58,19 @@ impl BlockHash {
         Self::truncate(&hasher)
     }
 
+    /// Bytes of an address.
+    pub const BYTES: usize = 16;
+
+    /// The address as it crosses processes.
+    pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
+        &self.0
+    }
+
+    /// Addresses that lie one after the other; what is left at the end is none.
+    pub fn read_all(bytes: &[u8]) -> impl Iterator<Item = Self> {
+        bytes.as_chunks().0.iter().map(|bytes| Self(*bytes))
+    }
+
     fn digest(parts: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         for part in parts {

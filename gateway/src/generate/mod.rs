@@ -328,7 +328,7 @@ async fn open(
         let peer = if ticket.worker.record.role == InstanceRole::Decode
             && tokens >= job.handoff_min_tokens as usize
         {
-            registry.choose_prefill(&job.served, tokens - ticket.cached_tokens)
+            registry.choose_prefill(&job.served, tokens, &job.hashes)
         } else {
             None
         };

@@ -107,6 +107,7 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    kv_index: GaugeVec,
     heard: prometheus::CounterVec,
     pub(crate) lora: LoraRequests,
     store_errors: CounterVec,
@@ -343,6 +344,12 @@ impl Metrics {
                 "A worker's KV blocks, by owner.",
                 &["instance", "role", "owner"],
             )?,
+            kv_index: gauge(
+                &r,
+                "baton_kv_index_blocks",
+                "Addresses of KV blocks by which this gateway routes.",
+                &[],
+            )?,
             etcd: gauge(
                 &r,
                 "baton_etcd_connected",
@@ -487,6 +494,8 @@ impl Metrics {
             &self.kv_blocks,
         ];
         gauges.iter().for_each(|gauge| gauge.reset());
+        let indexed = workers.kv.read().len() as f64;
+        self.kv_index.with_label_values::<&str>(&[]).set(indexed);
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
         self.lora.show(workers);
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();

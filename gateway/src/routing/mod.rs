@@ -1,10 +1,29 @@
 //! Which worker takes a request: pure functions over plain numbers.
 //!
+//! * [`choose`]: the decision.
+//! * [`kv_index`]: what workers say they have cached.
+//! * [`prefix_index`]: the guess, for a worker that does not say.
+//!
 //! A decode worker costs the tokens it would still have to compute, plus the work it already has.
 //! Cache hits pull requests with the same prefix together; a bound on the imbalance keeps them
 //! from piling up on one worker.
 
+pub mod kv_index;
 pub mod prefix_index;
+
+use clap::ValueEnum;
+
+/// By what a worker is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Policy {
+    /// By what it has cached of the prompt, its queue and its free KV blocks.
+    #[default]
+    KvAware,
+    /// By its queue alone.
+    LeastLoaded,
+    /// One after the other.
+    RoundRobin,
+}
 
 /// Tokens that one running request counts for: about what a decode step of it takes from prefill.
 const REQUEST_COST: u64 = 64;
@@ -21,18 +40,37 @@ pub struct Candidate {
     pub requests: usize,
     /// Prompt tokens that this gateway has sent it and that are not answered yet.
     pub pending_tokens: u64,
+    /// Tokens for which it has KV blocks that no request holds, as it reported last.
+    pub free_tokens: usize,
     /// Whether it has just refused a request for want of room.
     pub full: bool,
 }
 
 /// The best of `candidates` for a prompt of `prompt_tokens`; `None` when there are none. Those
-/// whose queue was full are taken when nobody else is there: it may have room again.
-pub fn choose(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
+/// whose queue was full are taken when nobody else is there: it may have room again. `turn` counts
+/// the requests.
+pub fn choose(
+    policy: Policy,
+    turn: usize,
+    prompt_tokens: usize,
+    candidates: &[Candidate],
+) -> Option<usize> {
     let all_full = candidates.iter().all(|candidate| candidate.full);
     let open = || {
         let eligible = move |candidate: &Candidate| all_full || !candidate.full;
         candidates.iter().enumerate().filter(move |(_, candidate)| eligible(candidate))
     };
+    match policy {
+        Policy::KvAware => {}
+        Policy::LeastLoaded => {
+            let load = |candidate: &Candidate| (candidate.requests, candidate.pending_tokens);
+            return open().min_by_key(|(at, worker)| (load(worker), *at)).map(|(at, _)| at);
+        }
+        Policy::RoundRobin => {
+            let count = open().count().max(1);
+            return open().nth(turn % count).map(|(at, _)| at);
+        }
+    }
     let least = open().map(|(_, candidate)| candidate.requests).min()?;
     let bound = least + MAX_LEAD.max(least / 2);
     open()
@@ -40,7 +78,9 @@ pub fn choose(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
         .min_by_key(|(at, candidate)| {
             let uncached = prompt_tokens.saturating_sub(candidate.cached_tokens) as u64;
             let load = candidate.requests as u64 * REQUEST_COST + candidate.pending_tokens;
-            (uncached + load, *at)
+            // What finds no room waits until others are done, and takes blocks from the cache.
+            let blocked = uncached.saturating_sub(candidate.free_tokens as u64);
+            (uncached + load + blocked, *at)
         })
         .map(|(at, _)| at)
 }
@@ -51,8 +91,17 @@ mod tests {
 
     use super::*;
 
-    const IDLE: Candidate =
-        Candidate { cached_tokens: 0, requests: 0, pending_tokens: 0, full: false };
+    const IDLE: Candidate = Candidate {
+        cached_tokens: 0,
+        requests: 0,
+        pending_tokens: 0,
+        free_tokens: 100_000,
+        full: false,
+    };
+
+    fn choose(prompt_tokens: usize, candidates: &[Candidate]) -> Option<usize> {
+        super::choose(Policy::KvAware, 0, prompt_tokens, candidates)
+    }
 
     #[test]
     fn a_cached_prefix_attracts_and_load_repels() {
@@ -64,6 +113,18 @@ mod tests {
         assert_eq!(choose(1200, &[full, IDLE]), Some(1));
         assert_eq!(choose(1200, &[Candidate { full: true, ..IDLE }, full]), Some(1));
         assert_eq!(choose(10, &[]), None);
+        let crowded = Candidate { free_tokens: 100, ..IDLE };
+        assert_eq!(choose(1200, &[crowded, Candidate { requests: 3, ..IDLE }]), Some(1));
+    }
+
+    #[test]
+    fn the_other_policies_do_not_look_at_caches() {
+        let cached = Candidate { cached_tokens: 1000, requests: 1, ..IDLE };
+        let full = Candidate { full: true, ..IDLE };
+        let all = [cached, full, IDLE];
+        assert_eq!(super::choose(Policy::LeastLoaded, 0, 1200, &all), Some(2));
+        let turns = (0..4).map(|turn| super::choose(Policy::RoundRobin, turn, 1200, &all));
+        assert_eq!(turns.collect::<Vec<_>>(), [Some(0), Some(2), Some(0), Some(2)]);
     }
 
     proptest! {

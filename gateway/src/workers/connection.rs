@@ -19,7 +19,8 @@ use tonic::Status;
 use tracing::{debug, warn};
 
 use super::adapters::Loaded;
-use super::{Registry, Served, Worker};
+use super::{Registry, Served, Worker, blocks};
+use crate::routing::kv_index::Share;
 use crate::routing::prefix_index::PrefixIndex;
 use crate::text::TextModel;
 
@@ -56,8 +57,15 @@ pub(super) fn start(
             return None;
         }
     };
+    let Some(share) = Share::new(&registry.kv) else {
+        warn!(id = record.id, "more workers than the index of KV blocks has places for");
+        return None;
+    };
     let worker = Arc::new(Worker {
         record,
+        slot: share.slot(),
+        tells_blocks: AtomicBool::new(false),
+        promised: Mutex::default(),
         sequences,
         channels: ThreadLocal::new(),
         control,
@@ -72,8 +80,15 @@ pub(super) fn start(
         prefixes: Mutex::new(None),
         suspect: Notify::new(),
     });
-    let task = tokio::spawn(run(registry.clone(), worker.clone())).abort_handle();
-    Some((worker, task))
+    let (registry, follower) = (registry.clone(), worker.clone());
+    let task = tokio::spawn(async move {
+        let run = run(registry, follower.clone());
+        match follower.record.role {
+            InstanceRole::Pooling => run.await,
+            _ => tokio::join!(run, blocks::follow(&follower, share)).0,
+        }
+    });
+    Some((worker, task.abort_handle()))
 }
 
 async fn run(registry: Arc<Registry>, worker: Arc<Worker>) {

@@ -2,6 +2,7 @@
 //!
 //! * [`Registry`]: all workers, by instance; what models they serve.
 //! * `adapters`: the LoRA adapters of each worker.
+//! * `blocks`: what each holds in its prefix cache.
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
@@ -9,10 +10,12 @@
 //! * [`recent`]: where the last sequences were computed.
 
 mod adapters;
+mod blocks;
 mod connection;
 pub mod recent;
 pub mod tasks;
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
@@ -31,8 +34,9 @@ use tokio::task::AbortHandle;
 use tonic::transport::{Channel, Endpoint};
 use tracing::info;
 
+use crate::routing::kv_index::{Depths, KvIndex, Slot};
 use crate::routing::prefix_index::PrefixIndex;
-use crate::routing::{Candidate, choose};
+use crate::routing::{Candidate, Policy, choose};
 use crate::text::TextModel;
 use adapters::Loaded;
 use recent::Recent;
@@ -40,6 +44,8 @@ pub use tasks::Lack;
 
 /// How long a worker that refused for want of room is passed over.
 const FULL_FOR: Duration = Duration::from_millis(250);
+/// Addresses of KV blocks that are kept in mind, of all workers together: some 300 MB at most.
+const MAX_INDEXED: usize = 4_000_000;
 
 /// A worker process.
 pub struct Worker {
@@ -68,6 +74,13 @@ pub struct Worker {
     pending_tokens: AtomicU64,
     full_until: Mutex<Option<Instant>>,
     prefixes: Mutex<Option<PrefixIndex>>,
+    /// Its place in the index of KV blocks.
+    slot: Slot,
+    /// Whether it says what it holds; otherwise `prefixes` is the guess.
+    tells_blocks: AtomicBool,
+    /// The blocks of prompts that it is computing, and how many of them each is in: it does not hold
+    /// these yet, but will before the next request could be served.
+    promised: Mutex<HashMap<BlockHash, usize>>,
     /// Wakes the connection task to look again at once.
     suspect: Notify,
 }
@@ -126,10 +139,21 @@ impl Worker {
         *self.full_until.lock() = Some(Instant::now() + FULL_FOR);
     }
 
-    fn candidate(&self, hashes: &[BlockHash], block_size: usize) -> Candidate {
-        let reported = self.status.load().as_ref().map_or(0, |s| (s.running + s.waiting) as usize);
-        let matching = self.prefixes.lock().as_ref().map_or(0, |index| index.matching(hashes));
+    fn candidate(&self, hashes: &[BlockHash], depths: &Depths, block_size: usize) -> Candidate {
+        let status = self.status.load();
+        let reported = status.as_ref().map_or(0, |s| (s.running + s.waiting) as usize);
+        let free = status.as_ref().map_or(0, |s| {
+            s.kv_blocks_total.saturating_sub(s.kv_blocks_requests + s.kv_blocks_handoff)
+        });
+        let matching = if self.tells_blocks.load(Relaxed) {
+            let held = depths.iter().find(|(slot, _)| *slot == self.slot).map_or(0, |(_, n)| *n);
+            let promised = self.promised.lock();
+            held + hashes[held..].iter().take_while(|hash| promised.contains_key(hash)).count()
+        } else {
+            self.prefixes.lock().as_ref().map_or(0, |index| index.matching(hashes))
+        };
         Candidate {
+            free_tokens: (free as usize).saturating_mul(block_size),
             cached_tokens: matching * block_size,
             requests: self.requests.load(Relaxed).max(reported),
             pending_tokens: self.pending_tokens.load(Relaxed),
@@ -151,18 +175,33 @@ pub struct Ticket {
     /// Leading prompt tokens that it is believed to have cached.
     pub cached_tokens: usize,
     pending: u64,
+    /// The prompt's blocks, until it has been computed.
+    promised: Vec<BlockHash>,
 }
 
 impl Ticket {
-    fn new(worker: Arc<Worker>, cached_tokens: usize, pending: u64) -> Self {
+    fn new(worker: Arc<Worker>, cached_tokens: usize, pending: u64, hashes: &[BlockHash]) -> Self {
+        {
+            let mut promised = worker.promised.lock();
+            hashes.iter().for_each(|hash| *promised.entry(*hash).or_default() += 1);
+        }
         worker.requests.fetch_add(1, Relaxed);
         worker.pending_tokens.fetch_add(pending, Relaxed);
-        Self { worker, cached_tokens, pending }
+        Self { worker, cached_tokens, pending, promised: hashes.to_vec() }
     }
 
     /// Notes that the prompt has been computed.
     pub fn answered(&mut self) {
         self.worker.pending_tokens.fetch_sub(std::mem::take(&mut self.pending), Relaxed);
+        let mut promised = self.worker.promised.lock();
+        for hash in std::mem::take(&mut self.promised) {
+            if let Entry::Occupied(mut count) = promised.entry(hash) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
     }
 }
 
@@ -179,6 +218,11 @@ pub struct Registry {
     tasks: Mutex<HashMap<String, AbortHandle>>,
     texts: Mutex<HashMap<String, Weak<TextModel>>>,
     etcd_connected: AtomicBool,
+    /// Which of them hold which KV blocks.
+    pub kv: Arc<RwLock<KvIndex>>,
+    policy: Policy,
+    /// What was routed: sequences to workers that generate, prompts to prefill workers, texts.
+    turns: [AtomicUsize; 3],
     /// Where the last sequences were computed.
     pub recent: Recent,
     /// Woken when a worker joins or its adapters change.
@@ -187,12 +231,15 @@ pub struct Registry {
 
 impl Registry {
     /// Follows the cluster's membership for as long as the process lives.
-    pub fn start(watch: ClusterWatch) -> Arc<Self> {
+    pub fn start(watch: ClusterWatch, policy: Policy) -> Arc<Self> {
         let registry = Arc::new(Self {
             workers: RwLock::default(),
             tasks: Mutex::default(),
             texts: Mutex::default(),
             etcd_connected: AtomicBool::new(true),
+            kv: Arc::new(RwLock::new(KvIndex::new(MAX_INDEXED))),
+            policy,
+            turns: Default::default(),
             recent: Recent::default(),
             adapters_changed: Notify::new(),
         });
@@ -266,7 +313,7 @@ impl Registry {
         hashes: &[BlockHash],
         avoid: &[String],
     ) -> Option<Ticket> {
-        let ticket = self.choose(served, prompt_tokens, hashes, |worker| {
+        let ticket = self.choose(served, prompt_tokens, hashes, &self.turns[0], |worker| {
             worker.record.role.generates() && !avoid.contains(&worker.record.id)
         })?;
         if let Some(prefixes) = &mut *ticket.worker.prefixes.lock() {
@@ -283,8 +330,13 @@ impl Registry {
     }
 
     /// Chooses the worker that computes a prompt for another.
-    pub fn choose_prefill(&self, served: &Served, prompt_tokens: usize) -> Option<Ticket> {
-        self.choose(served, prompt_tokens, &[], |worker| {
+    pub fn choose_prefill(
+        &self,
+        served: &Served,
+        prompt_tokens: usize,
+        hashes: &[BlockHash],
+    ) -> Option<Ticket> {
+        self.choose(served, prompt_tokens, hashes, &self.turns[1], |worker| {
             worker.record.role == InstanceRole::Prefill
         })
     }
@@ -294,6 +346,7 @@ impl Registry {
         served: &Served,
         prompt_tokens: usize,
         hashes: &[BlockHash],
+        turn: &AtomicUsize,
         eligible: impl Fn(&Worker) -> bool,
     ) -> Option<Ticket> {
         let workers: Vec<Arc<Worker>> = self
@@ -303,12 +356,14 @@ impl Registry {
             .filter(|worker| worker.serves(served))
             .collect();
         let block_size = served.block_size();
+        let depths = self.kv.read().depths(hashes);
         let candidates: Vec<Candidate> =
-            workers.iter().map(|worker| worker.candidate(hashes, block_size)).collect();
-        let at = choose(prompt_tokens, &candidates)?;
+            workers.iter().map(|worker| worker.candidate(hashes, &depths, block_size)).collect();
+        let turn = turn.fetch_add(1, Relaxed);
+        let at = choose(self.policy, turn, prompt_tokens, &candidates)?;
         let cached = candidates[at].cached_tokens.min(prompt_tokens);
         let pending = (prompt_tokens - cached) as u64;
-        Some(Ticket::new(workers[at].clone(), cached, pending))
+        Some(Ticket::new(workers[at].clone(), cached, pending, hashes))
     }
 
     fn apply(self: &Arc<Self>, membership: &Membership) {

@@ -70,7 +70,7 @@ impl Registry {
         tokens: usize,
         avoid: &[String],
     ) -> Option<Ticket> {
-        self.choose(served, tokens, &[], |worker| {
+        self.choose(served, tokens, &[], &self.turns[2], |worker| {
             worker.record.role == InstanceRole::Pooling && !avoid.contains(&worker.record.id)
         })
     }

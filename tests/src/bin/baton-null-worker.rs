@@ -13,10 +13,11 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
-    AdapterList, AlignRequest, AlignResponse, DescribeRequest, FetchTokenizerRequest, FinishReason,
-    Finished, GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
-    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens,
-    UnloadAdapterRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
+    AdapterList, AlignRequest, AlignResponse, BlockChanges, DescribeRequest, FetchTokenizerRequest,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, ListAdaptersRequest,
+    LoadAdapterRequest, ModelChunk, PoolRequest, PoolResponse, PrefillEvent, PrefillRequest,
+    Started, Token, Tokens, UnloadAdapterRequest, WatchBlocksRequest, WatchStatusRequest,
+    WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
@@ -98,6 +99,7 @@ impl Worker for NullWorker {
     type FetchTokenizerStream = BoxStream<'static, Result<ModelChunk, Status>>;
     type GenerateStream = stream::Iter<std::vec::IntoIter<Result<GenerateEvent, Status>>>;
     type PrefillStream = BoxStream<'static, Result<PrefillEvent, Status>>;
+    type WatchBlocksStream = BoxStream<'static, Result<BlockChanges, Status>>;
     type WatchStatusStream = BoxStream<'static, Result<WorkerStatus, Status>>;
 
     async fn describe(
@@ -166,6 +168,13 @@ impl Worker for NullWorker {
         _request: Request<AlignRequest>,
     ) -> Result<Response<AlignResponse>, Status> {
         Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn watch_blocks(
+        &self,
+        _request: Request<WatchBlocksRequest>,
+    ) -> Result<Response<Self::WatchBlocksStream>, Status> {
+        Err(Status::failed_precondition("this worker has no KV cache"))
     }
 
     async fn watch_status(

@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 
 use crate::constraint::Compiled;
 use crate::kv::BlockId;
+use crate::kv::changes::ChangeLog;
 use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 use crate::model::{Aligned, Model};
@@ -135,6 +136,7 @@ pub struct Engine {
     vocab: usize,
     speech: Option<Arc<SpeechCard>>,
     pool: Arc<KvPool>,
+    changes: Arc<ChangeLog>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -147,18 +149,26 @@ impl Engine {
         let pool = Arc::new(pool);
         let inbox = Arc::new(Inbox::new(limits));
         let status = Arc::new(Mutex::new(WorkerStatus::default()));
+        let changes = Arc::new(ChangeLog::new(limits.blocks));
         let vocab = model.config().vocab;
         let speech = settings.speech.map(Arc::new);
         let special = (settings.eos_token_ids, speech.clone());
-        let engine = run::Running::new(model, pool.clone(), limits, special, &inbox, &status);
+        let engine =
+            run::Running::new(model, pool.clone(), limits, special, &inbox, &status, &changes);
         let thread =
             std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(Self { inbox, status, limits, vocab, speech, pool, thread: Mutex::new(Some(thread)) })
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { inbox, status, limits, vocab, speech, pool, changes, thread })
     }
 
     /// The KV pool.
     pub fn pool(&self) -> &Arc<KvPool> {
         &self.pool
+    }
+
+    /// What its prefix cache holds.
+    pub fn changes(&self) -> &Arc<ChangeLog> {
+        &self.changes
     }
 
     /// The bounds in force.

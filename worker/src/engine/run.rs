@@ -14,6 +14,7 @@ use tracing::{error, warn};
 
 use super::inbox::{Command, Inbox};
 use super::{Event, Finish, NewRequest, PullOrder, Purpose, most_new, scored};
+use crate::kv::changes::ChangeLog;
 use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
@@ -47,6 +48,7 @@ pub(super) struct Running {
     speech: Option<Arc<SpeechCard>>,
     inbox: Arc<Inbox>,
     status: Arc<Mutex<WorkerStatus>>,
+    changes: Arc<ChangeLog>,
     scheduler: Scheduler,
     requests: HashMap<SequenceId, Active>,
     /// From when arrivals are counted.
@@ -70,6 +72,7 @@ impl Running {
         (eos, speech): (Vec<u32>, Option<Arc<SpeechCard>>),
         inbox: &Arc<Inbox>,
         status: &Arc<Mutex<WorkerStatus>>,
+        changes: &Arc<ChangeLog>,
     ) -> Self {
         model.set_interrupt(inbox.interrupt());
         Self {
@@ -80,6 +83,7 @@ impl Running {
             speech,
             inbox: inbox.clone(),
             status: status.clone(),
+            changes: changes.clone(),
             scheduler: Scheduler::new(limits),
             requests: HashMap::new(),
             start: Instant::now(),
@@ -473,7 +477,8 @@ impl Running {
         self.scheduler.remove(id);
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
+        self.changes.append(self.scheduler.changes());
         let (load, usage, stats) =
             (self.scheduler.load(), self.scheduler.usage(), self.scheduler.stats());
         let mut status = self.status.lock();

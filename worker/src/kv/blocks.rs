@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use baton_proto::BlockHash;
 
 use super::BlockId;
+use super::changes::Change;
 
 /// What a reference to a block is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,8 @@ pub struct BlockManager {
     tail: BlockId,
     by_hash: HashMap<BlockHash, BlockId>,
     usage: Usage,
+    /// What became known by an address or unknown, since [`Self::changes`] was emptied.
+    changes: Vec<Change>,
 }
 
 impl BlockManager {
@@ -67,6 +70,8 @@ impl BlockManager {
             // Room for removed entries too, so that it never grows in the middle of a step.
             by_hash: HashMap::with_capacity(2 * blocks),
             usage: Usage::default(),
+            // Of a step there are at most a commit and an eviction for each block.
+            changes: Vec::with_capacity(2 * blocks),
         };
         for id in 0..blocks as BlockId {
             manager.push_back(id);
@@ -90,6 +95,11 @@ impl BlockManager {
         self.usage
     }
 
+    /// The changes of what can be found, in order, to be taken after each step.
+    pub fn changes(&mut self) -> &mut Vec<Change> {
+        &mut self.changes
+    }
+
     /// Whether somebody references the block.
     pub fn in_use(&self, block: BlockId) -> bool {
         self.blocks[block as usize].refs != [0, 0]
@@ -111,6 +121,7 @@ impl BlockManager {
         }
         if let Some(hash) = self.blocks[id as usize].hash.take() {
             self.by_hash.remove(&hash);
+            self.changes.push((hash, false));
             self.usage.cached -= 1;
             self.usage.free += 1;
         }
@@ -172,6 +183,7 @@ impl BlockManager {
         let known = *self.by_hash.entry(hash).or_insert(block);
         if known == block {
             self.blocks[block as usize].hash = Some(hash);
+            self.changes.push((hash, true));
         }
         known == block
     }

@@ -5,6 +5,7 @@
 //!   Plain data, no memory access.
 
 pub mod blocks;
+pub mod changes;
 pub mod pool;
 
 /// Index of a KV block in its pool.

@@ -8,6 +8,7 @@ use super::limits::{Limits, Load};
 use super::sequence::{NewSequence, Sequence, SequenceId, State};
 use crate::kv::BlockId;
 use crate::kv::blocks::{BlockManager, Owner, Usage};
+use crate::kv::changes::Change;
 
 /// The new tokens of one sequence in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +155,11 @@ impl Scheduler {
     /// Blocks by owner.
     pub fn usage(&self) -> Usage {
         self.blocks.usage()
+    }
+
+    /// Blocks that became known by their address, or unknown: see [`BlockManager::changes`].
+    pub fn changes(&mut self) -> &mut Vec<Change> {
+        self.blocks.changes()
     }
 
     /// Counters since the start.

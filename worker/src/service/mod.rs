@@ -8,6 +8,7 @@
 
 mod adapters;
 mod align;
+mod blocks;
 mod generate;
 mod pool;
 mod prefill;
@@ -282,6 +283,7 @@ impl Worker for WorkerService {
     type FetchTokenizerStream = Owned<v1::ModelChunk>;
     type GenerateStream = Owned<v1::GenerateEvent>;
     type PrefillStream = Owned<v1::PrefillEvent>;
+    type WatchBlocksStream = Owned<v1::BlockChanges>;
     type WatchStatusStream = Owned<WorkerStatus>;
 
     async fn describe(
@@ -375,6 +377,14 @@ impl Worker for WorkerService {
         request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
         align::align(self.engine()?, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn watch_blocks(
+        &self,
+        _request: Request<v1::WatchBlocksRequest>,
+    ) -> Result<Response<Self::WatchBlocksStream>, Status> {
+        let log = self.engine()?.engine.changes().clone();
+        Ok(Response::new(Owned::spawn(move |sender| blocks::watch(log, sender))))
     }
 
     async fn watch_status(
