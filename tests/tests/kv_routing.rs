@@ -48,12 +48,18 @@ async fn a_gateway_that_has_just_come_knows_who_has_a_prompt() {
     for body in &bodies {
         assert_eq!(cached(&cluster.api, body).await, 0);
     }
-    let (_gateway, other) = cluster.add_gateway().await;
+    let (mut gateway, other) = cluster.add_gateway().await;
     assert_eq!(agrees(&cluster, &other).await, agrees(&cluster, &cluster.api).await);
+    eventually("the other gateway serves", Duration::from_secs(10), async || {
+        let status = other.get("/health").await.status;
+        if status.is_success() { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
     // By chance a third of them would find theirs.
     for body in &bodies {
         assert_eq!(cached(&other, body).await, 192);
     }
+    gateway.stop().await;
     cluster.finish().await;
 }
 
