@@ -50,9 +50,10 @@ async fn a_gateway_that_has_just_come_knows_who_has_a_prompt() {
     }
     let (mut gateway, other) = cluster.add_gateway().await;
     assert_eq!(agrees(&cluster, &other).await, agrees(&cluster, &cluster.api).await);
-    eventually("the other gateway serves", Duration::from_secs(10), async || {
-        let status = other.get("/health").await.status;
-        if status.is_success() { Ok(()) } else { Err(status.to_string()) }
+    eventually("the other gateway has found all workers", Duration::from_secs(10), async || {
+        let reply = other.get("/metrics").await;
+        let found = Scrape::parse(&reply.text)?.sum("baton_workers", &[("state", "up")]);
+        if found == Some(3.0) { Ok(()) } else { Err(format!("{found:?}")) }
     })
     .await;
     // By chance a third of them would find theirs.
