@@ -13,10 +13,11 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
-    AdapterList, AlignRequest, AlignResponse, DescribeRequest, FetchTokenizerRequest, FinishReason,
-    Finished, GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
-    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens,
-    UnloadAdapterRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
+    AdapterList, AlignRequest, AlignResponse, DescribeRequest, DrainRequest, DrainResponse,
+    FetchTokenizerRequest, FinishReason, Finished, GenerateEvent, GenerateRequest,
+    ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PoolRequest, PoolResponse, PrefillEvent,
+    PrefillRequest, Started, Token, Tokens, UnloadAdapterRequest, WatchStatusRequest,
+    WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
@@ -166,6 +167,10 @@ impl Worker for NullWorker {
         _request: Request<AlignRequest>,
     ) -> Result<Response<AlignResponse>, Status> {
         Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(Status::unimplemented("this worker is never drained"))
     }
 
     async fn watch_status(

@@ -377,6 +377,17 @@ impl Worker for WorkerService {
         align::align(self.engine()?, request.into_inner()).await.map(Response::new)
     }
 
+    async fn drain(
+        &self,
+        _request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        match &self.serves {
+            Serves::Engine(shared) => shared.engine.drain(),
+            Serves::Pooler(shared) => shared.pooler.drain(),
+        }
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+
     async fn watch_status(
         &self,
         request: Request<v1::WatchStatusRequest>,
