@@ -173,6 +173,13 @@ impl Worker for NullWorker {
         Err(Status::unimplemented("this worker is never drained"))
     }
 
+    async fn undrain(
+        &self,
+        _: Request<UndrainRequest>,
+    ) -> Result<Response<UndrainResponse>, Status> {
+        Err(Status::unimplemented("this worker is never drained"))
+    }
+
     async fn watch_status(
         &self,
         request: Request<WatchStatusRequest>,

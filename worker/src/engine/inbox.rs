@@ -88,6 +88,10 @@ impl Inbox {
         self.state.lock().draining = true;
     }
 
+    pub(super) fn undrain(&self) {
+        self.state.lock().draining = false;
+    }
+
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopping = true;

@@ -240,6 +240,12 @@ impl Engine {
         self.status.lock().draining = true;
     }
 
+    /// Takes new requests again.
+    pub fn undrain(&self) {
+        self.inbox.undrain();
+        self.status.lock().draining = false;
+    }
+
     /// Ends all requests and the thread.
     pub fn stop(&self) {
         self.inbox.stop();

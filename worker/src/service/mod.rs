@@ -388,6 +388,17 @@ impl Worker for WorkerService {
         Ok(Response::new(v1::DrainResponse {}))
     }
 
+    async fn undrain(
+        &self,
+        _request: Request<v1::UndrainRequest>,
+    ) -> Result<Response<v1::UndrainResponse>, Status> {
+        match &self.serves {
+            Serves::Engine(shared) => shared.engine.undrain(),
+            Serves::Pooler(shared) => shared.pooler.undrain(),
+        }
+        Ok(Response::new(v1::UndrainResponse {}))
+    }
+
     async fn watch_status(
         &self,
         request: Request<v1::WatchStatusRequest>,
