@@ -100,8 +100,7 @@ impl CoordinatorService {
         let offered = self.launcher.iter().flat_map(|launcher| launcher.models(pool));
         let membership = self.membership();
         let served = membership.instances.values().filter(|it| it.role == pool);
-        let mut models: Vec<String> =
-            offered.chain(served.map(|it| it.model.clone())).collect();
+        let mut models: Vec<String> = offered.chain(served.map(|it| it.model.clone())).collect();
         models.sort();
         models.dedup();
         let list = models.join(", ");

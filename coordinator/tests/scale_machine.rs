@@ -190,7 +190,8 @@ impl World {
     fn happen(&mut self, tick: &Tick) {
         self.now_ms += 100;
         // Those that stop are gone sooner or later, whatever else happens.
-        let gone = |worker: &Worker| worker.process == Process::Stopping && tick.who.is_multiple_of(3);
+        let gone =
+            |worker: &Worker| worker.process == Process::Stopping && tick.who.is_multiple_of(3);
         self.workers.retain(|_, worker| !gone(worker));
         let count = self.workers.len().max(1);
         let Some(worker) = self.workers.values_mut().nth(usize::from(tick.who) % count) else {

@@ -53,7 +53,8 @@ impl Templates {
             if !one.pool.is_worker() {
                 return Err(wrong(&format_args!("pool `{}` is none of workers", one.pool)));
             }
-            if templates.pools[..i].iter().any(|it| (it.pool, &it.model) == (one.pool, &one.model)) {
+            if templates.pools[..i].iter().any(|it| (it.pool, &it.model) == (one.pool, &one.model))
+            {
                 let (pool, model) = (one.pool, &one.model);
                 return Err(wrong(&format_args!("pool `{pool}`, model `{model}` is there twice")));
             }

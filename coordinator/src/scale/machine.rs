@@ -245,7 +245,9 @@ impl Next<'_> {
                 return self.fail(format!("{name} was taken away while it started"));
             };
             match worker.process {
-                Process::Crashed { times, hopeless } if hopeless || times >= self.limits.crashes => {
+                Process::Crashed { times, hopeless }
+                    if hopeless || times >= self.limits.crashes =>
+                {
                     return self.fail(format!("{name} does not start: {}", worker.said));
                 }
                 _ if worker.serves() => {}
@@ -283,9 +285,8 @@ impl Next<'_> {
     }
 
     fn drain(&self) -> Step {
-        let busy = |name: &&String| {
-            self.seen.workers.get(*name).is_some_and(|worker| !worker.drained())
-        };
+        let busy =
+            |name: &&String| self.seen.workers.get(*name).is_some_and(|worker| !worker.drained());
         let busy: Vec<&String> = self.record.retired.iter().filter(busy).collect();
         if busy.is_empty() {
             return self.to(Phase::Retire);

@@ -179,6 +179,7 @@ pub struct Registry {
     tasks: Mutex<HashMap<String, AbortHandle>>,
     texts: Mutex<HashMap<String, Weak<TextModel>>>,
     etcd_connected: AtomicBool,
+    coordinators: RwLock<Vec<String>>,
     /// Where the last sequences were computed.
     pub recent: Recent,
     /// Woken when a worker joins or its adapters change.
@@ -193,6 +194,7 @@ impl Registry {
             tasks: Mutex::default(),
             texts: Mutex::default(),
             etcd_connected: AtomicBool::new(true),
+            coordinators: RwLock::default(),
             recent: Recent::default(),
             adapters_changed: Notify::new(),
         });
@@ -215,6 +217,11 @@ impl Registry {
     /// Whether etcd answers.
     pub fn etcd_connected(&self) -> bool {
         self.etcd_connected.load(Relaxed)
+    }
+
+    /// Addresses of the coordinators, as etcd lists them.
+    pub fn coordinators(&self) -> Vec<String> {
+        self.coordinators.read().clone()
     }
 
     /// All workers, by instance id.
@@ -313,6 +320,9 @@ impl Registry {
 
     fn apply(self: &Arc<Self>, membership: &Membership) {
         self.etcd_connected.store(membership.etcd_connected, Relaxed);
+        let instances = membership.instances.values();
+        let coordinators = instances.filter(|it| it.role == InstanceRole::Coordinator);
+        *self.coordinators.write() = coordinators.map(|it| it.address.clone()).collect();
         let mut workers = self.workers.write();
         for (id, worker) in &*workers {
             worker.listed.store(membership.instances.contains_key(id), Relaxed);

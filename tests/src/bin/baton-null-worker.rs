@@ -16,8 +16,8 @@ use baton_proto::v1::{
     AdapterList, AlignRequest, AlignResponse, DescribeRequest, DrainRequest, DrainResponse,
     FetchTokenizerRequest, FinishReason, Finished, GenerateEvent, GenerateRequest,
     ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PoolRequest, PoolResponse, PrefillEvent,
-    PrefillRequest, Started, Token, Tokens, UnloadAdapterRequest, WatchStatusRequest,
-    WorkerDescription, WorkerStatus,
+    PrefillRequest, Started, Token, Tokens, UndrainRequest, UndrainResponse, UnloadAdapterRequest,
+    WatchStatusRequest, WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
