@@ -297,8 +297,12 @@ impl Next<'_> {
                 .filter_map(|name| self.seen.workers.get(*name)?.load)
                 .map(|load| load.requests)
                 .sum();
+            let silent = |name: &&&String| self.seen.workers[**name].load.is_none();
             let names: Vec<&str> = busy.iter().map(|name| name.as_str()).collect();
-            let reason = format!("{} still had {requests} requests", names.join(", "));
+            let reason = match busy.iter().find(silent) {
+                Some(silent) => format!("{silent} does not answer"),
+                None => format!("{} still had {requests} requests", names.join(", ")),
+            };
             let failure = Failure { reason, drain_timed_out: true };
             return self.to(Phase::Undo(Outcome::Failed(failure)));
         }
