@@ -355,10 +355,8 @@ async fn the_same_request_joins_another_is_refused_and_a_running_one_can_be_canc
     assert!(message.contains(&running.id) && message.contains("join"), "{message}");
     assert_eq!(conflict["type"], "Conflict");
     // Another pool is another matter, and everything else goes on being served.
-    let cancelled = cluster
-        .api
-        .post("/scale_elastic_ep", &json!({"new_data_parallel_size": 1, "pool": "decode"}));
-    cancelled.await.error(400).expect("no such pool here");
+    let elsewhere = cluster.scale("decode", 1).await;
+    elsewhere.error(400).expect("no such pool here");
     assert_eq!(cluster.api.get("/metrics").await.status, 200);
     assert_eq!(cluster.operations().await.len(), 1, "all joined the first");
 

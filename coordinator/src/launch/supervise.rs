@@ -181,7 +181,7 @@ impl Supervisor<'_> {
 
     /// Whether the worker is to end.
     fn end(&self) -> Option<End> {
-        let gone = |orphaned: &Receiver<()>| orphaned.try_recv() != Err(TryRecvError::Empty);
+        let gone = |orphaned: &Receiver<()>| orphaned.try_recv() == Err(TryRecvError::Disconnected);
         if self.orphaned.as_ref().is_some_and(gone) {
             return Some(End::Orphaned);
         }
@@ -203,16 +203,19 @@ impl Supervisor<'_> {
     }
 }
 
-/// Waits, in a thread of its own, until nobody holds the owner's lock.
+/// Waits, in a thread of its own, until nobody holds the owner's lock; then the channel closes.
 fn watch_owner(owner: &Path) -> io::Result<Receiver<()>> {
     let file = File::open(owner)?;
     let (sender, orphaned) = channel();
     std::thread::spawn(move || {
         // Kept locked until this process ends: the next owner must not begin before.
         let locked = file.lock_shared();
-        let _ = sender.send(());
-        std::thread::park();
-        drop((locked, file));
+        drop(sender);
+        loop {
+            // It may wake up without a reason.
+            std::thread::park();
+            let _ = &locked;
+        }
     });
     Ok(orphaned)
 }
