@@ -129,11 +129,14 @@ impl Figures {
     }
 }
 
+/// A worker, and its figures if it answers.
+type Row<'a> = (&'a Instance, Option<Figures>);
+
 /// The pools, each with its workers below it; then the operations that run.
 fn draw(before: &Sample, now: &Sample) -> String {
     let seconds = now.at.duration_since(before.at).as_secs_f64();
     let earlier = before.statuses();
-    let mut pools: BTreeMap<(&str, &str), Vec<(&Instance, Option<Figures>)>> = BTreeMap::new();
+    let mut pools: BTreeMap<(&str, &str), Vec<Row<'_>>> = BTreeMap::new();
     for instance in &now.view.instances {
         if matches!(instance.role.as_str(), "gateway" | "coordinator") {
             continue;
