@@ -179,6 +179,7 @@ async fn a_handed_off_prompt_keeps_to_its_schema_and_draws_the_same() {
     let peer = PrefillPeer {
         instance_id: "peer".into(),
         address: cluster.only(Role::Prefill).address.clone(),
+        ..Default::default()
     };
     schemas_hold(&cluster, &worker, Some(&peer), 1000..1030, 8).await;
     // With and without hand-off, and resumed after any token: the same output.
