@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{DrainRequest, UndrainRequest, WorkerStatus};
-use baton_tests::binaries::MODEL_NAME;
+use baton_tests::binaries::{MODEL_NAME, WHISPER_NAME};
 use baton_tests::prometheus::Scrape;
-use baton_tests::{Api, Cluster, Role, Worker, eventually, grpc};
+use baton_tests::speech::{SENTENCES, say};
+use baton_tests::{Api, Cluster, Role, Worker, eventually, grpc, lora};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -212,16 +213,17 @@ async fn a_stop_moves_all(transport: &str) {
     let expected = undisturbed(&cluster, 150).await;
     let mut clients = Client::start_all(&cluster.api, &requests(150, "moved"));
     all_have(&mut clients, 12).await;
-    let busy = eventually("the worker has a sequence", Duration::from_secs(10), async || {
-        for (i, worker) in cluster.workers.iter().enumerate() {
-            if worker.status().await.running > 1 {
-                return Ok(i);
+    let (at, _) =
+        eventually("a worker has several sequences", Duration::from_secs(10), async || {
+            for (i, worker) in cluster.workers.iter().enumerate() {
+                if worker.status().await.running > 1 {
+                    return Ok(i);
+                }
             }
-        }
-        Err("nobody".to_owned())
-    });
-    let (busy, _) = busy.await;
-    let mut stopped = cluster.workers.remove(busy);
+            Err("nobody".to_owned())
+        })
+        .await;
+    let mut stopped = cluster.workers.remove(at);
     let start = Instant::now();
     stopped.process.stop().await;
     println!("{transport}: stopped after {:?}", start.elapsed());
@@ -268,6 +270,70 @@ async fn workers_drained_one_after_the_other_lose_no_token() {
     assert_equal(&answers(clients).await, &expected);
     assert!(migrations(&cluster, "pulled").await >= 6.0);
     assert_eq!(migrations(&cluster, "computed").await, 0.0);
+    cluster.finish().await;
+}
+
+/// The worker that computes, once it has drawn so many tokens from now on.
+async fn busy(cluster: &Cluster, tokens: u64) -> &Worker {
+    let mut before = Vec::new();
+    for worker in &cluster.workers {
+        before.push(worker.status().await.generation_tokens);
+    }
+    let (at, _) = eventually("a worker computes", Duration::from_secs(60), async || {
+        for (at, worker) in cluster.workers.iter().enumerate() {
+            let status = worker.status().await;
+            if status.running > 0 && status.generation_tokens >= before[at] + tokens {
+                return Ok(at);
+            }
+        }
+        Err("nobody".to_owned())
+    })
+    .await;
+    &cluster.workers[at]
+}
+
+#[tokio::test]
+async fn a_sequence_with_an_adapter_moves() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = lora::write(dir.path(), "one", 1);
+    let modules = lora::modules(&[("one", &folder)]);
+    let builder = Cluster::builder().decode(2).worker_arg("--lora-modules", &modules);
+    let cluster = builder.start().await;
+    let mut request = requests(150, "undisturbed").swap_remove(1);
+    let base = Client::start(&cluster.api, &request).answer().await.0;
+    request["model"] = "one".into();
+    let expected = Client::start(&cluster.api, &request).answer().await.0;
+    assert_ne!(base.choices, expected.choices, "the adapter changes the answer");
+    request["cache_salt"] = "moved".into();
+    let client = Client::start(&cluster.api, &request);
+    let source = busy(&cluster, 12).await;
+    drain(source, Duration::from_secs(30)).await;
+    assert_equal(&answers(vec![client]).await, &[expected]);
+    assert_eq!(migrations(&cluster, "pulled").await, 1.0);
+    undrain(source).await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn a_recording_that_is_being_heard_moves() {
+    let wav = say(&SENTENCES[..6].join(" "), "en-us");
+    let form = [("model", WHISPER_NAME), ("language", "en"), ("temperature", "0")];
+    let hear = async |api: &Api| api.form("/v1/audio/transcriptions", &form, Some(&wav)).await.ok();
+    let alone = Cluster::builder().audio(1).start().await;
+    let expected = hear(&alone.api).await;
+    alone.finish().await;
+    let cluster = Cluster::builder().audio(2).start().await;
+    let (reply, source) = tokio::join!(hear(&cluster.api), async {
+        let source = busy(&cluster, 5).await;
+        drain(source, Duration::from_secs(60)).await;
+        source
+    });
+    assert_eq!(reply, expected);
+    assert!(migrations(&cluster, "pulled").await >= 1.0);
+    assert_eq!(migrations(&cluster, "computed").await, 0.0);
+    let (status, _) = drained(source).await;
+    assert!(status.released >= 1, "{status:?}");
+    undrain(source).await;
     cluster.finish().await;
 }
 

@@ -302,7 +302,8 @@ impl Scheduler {
         };
         sequence.computed = match pulled {
             Pulled::All => len,
-            Pulled::Positions(came) => part(came),
+            // What was found here stays, whatever the peer had.
+            Pulled::Positions(came) => part(came.max(sequence.committed * self.limits.block_size)),
             Pulled::Blocks(arrived) => {
                 part((sequence.committed + arrived) * self.limits.block_size)
             }

@@ -277,7 +277,8 @@ impl Simulation {
             // A peer that had a part, and not all of the last block of it.
             0 if arrived > 0 => {
                 let part = came.min(len) - 1 - (id as usize / 3) % self.limits.block_size;
-                (part..came).for_each(|position| self.unwrite(id, position));
+                let kept = have * self.limits.block_size;
+                (part.max(kept)..came).for_each(|position| self.unwrite(id, position));
                 Pulled::Positions(part)
             }
             _ if arrived == total - have => Pulled::All,
