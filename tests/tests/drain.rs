@@ -357,6 +357,54 @@ async fn the_only_worker_finishes_what_it_has() {
     cluster.finish().await;
 }
 
+/// A supervisor, or a person, that does not want to wait.
+#[tokio::test]
+async fn a_second_signal_ends_a_worker_at_once() {
+    let mut cluster = Cluster::unified().await;
+    let mut client = Client::start(&cluster.api, &requests(1000, "cut").swap_remove(0));
+    client.has(5).await;
+    let mut worker = cluster.workers.remove(0);
+    worker.process.signal(Signal::SIGTERM);
+    eventually("it drains", Duration::from_secs(10), async || {
+        let status = worker.status().await;
+        if status.draining { Ok(()) } else { Err(format!("{status:?}")) }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(worker.process.exited().is_none(), "it has a request, and nobody takes it");
+    worker.process.signal(Signal::SIGTERM);
+    assert!(worker.process.end(Duration::from_secs(5)).await.success());
+    client.task.abort();
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_stopped_lets_its_streams_end() {
+    let cluster = Cluster::unified().await;
+    let mut all = requests(150, "undisturbed");
+    let expected = Client::start(&cluster.api, &all[0]).answer().await.0;
+    let (mut gateway, api) = cluster.add_gateway().await;
+    eventually("the second gateway serves", Duration::from_secs(10), async || {
+        let status = api.get("/health").await.status;
+        if status.is_success() { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    all[0]["cache_salt"] = "gateway".into();
+    let mut client = Client::start(&api, &all[0]);
+    client.has(5).await;
+    gateway.signal(Signal::SIGTERM);
+    eventually("it is out of the balancer", Duration::from_secs(5), async || {
+        let status = api.get("/health").await.status.as_u16();
+        if status == 503 { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    let refused = api.post("/v1/completions", &json!({"prompt": "One"})).await;
+    refused.error(503).expect("a refusal");
+    assert_equal(&[client.answer().await.0], &[expected]);
+    assert!(gateway.end(Duration::from_secs(5)).await.success());
+    cluster.finish().await;
+}
+
 /// When the time is up what is left is computed elsewhere, once there is somewhere.
 #[tokio::test]
 async fn what_is_left_when_the_time_is_up_goes_on_elsewhere() {

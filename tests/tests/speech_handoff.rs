@@ -70,7 +70,7 @@ async fn generated(worker: &Worker, request: GenerateRequest) -> (Started, Vec<u
             Event::Started(it) => started = Some(it),
             Event::Tokens(it) => tokens.extend(it.tokens.iter().map(|token| token.id)),
             Event::Finished(_) => break,
-            Event::PromptLogprobs(_) => {}
+            Event::PromptLogprobs(_) | Event::Released(_) => {}
         }
     }
     (started.expect("a start"), tokens)

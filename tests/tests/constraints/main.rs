@@ -58,6 +58,7 @@ async fn generate(address: &str, request: GenerateRequest) -> Result<Output, Sta
             Event::Tokens(more) => tokens.extend(more.tokens.iter().map(|token| token.id)),
             Event::Finished(finished) => end = Some(finished),
             Event::PromptLogprobs(_) => panic!("nobody asked for prompt logprobs"),
+            Event::Released(_) => panic!("the worker does not drain"),
         }
     }
     let (started, finished) = (start.expect("a start"), end.expect("an end"));
