@@ -304,6 +304,6 @@ impl Driver {
             adapter: self.request.adapter.clone(),
             audio: self.request.audio.clone(),
         };
-        (Ask::Compute(request), positions)
+        (Ask::Compute(Box::new(request)), positions)
     }
 }

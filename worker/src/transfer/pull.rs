@@ -26,7 +26,7 @@ const MAX_PEERS: usize = 256;
 #[derive(Clone, Debug)]
 pub enum Ask {
     /// To compute a prompt.
-    Compute(v1::PrefillRequest),
+    Compute(Box<v1::PrefillRequest>),
     /// What it has of a sequence that it released.
     Held(v1::FetchBlocksRequest),
 }
@@ -56,7 +56,7 @@ impl Ask {
         client: &mut WorkerClient<Channel>,
     ) -> Result<tonic::Streaming<v1::PrefillEvent>, Status> {
         let reply = match self {
-            Self::Compute(request) => client.prefill(Request::new(request.clone())).await,
+            Self::Compute(request) => client.prefill(Request::new((**request).clone())).await,
             Self::Held(request) => client.fetch_blocks(Request::new(request.clone())).await,
         };
         reply.map(tonic::Response::into_inner)
