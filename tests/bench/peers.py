@@ -35,6 +35,7 @@ PACKAGES = {
     "openvino": (["openvino-genai==2026.4.*", "numpy"], {}),
     "pooling": (["sentence-transformers==6.2.*", "torch==2.15.*", "onnxruntime==1.32.*",
                  "onnx==1.23.*", "openvino==2026.4.*"], {}),
+    "speech": (["faster-whisper==1.2.*", "jiwer==4.*"], {}),
     "plot": (["matplotlib"], {}),
 }
 PEERS = ["llama-cpp", "llama-cpp-flash", "ik-llama-cpp", "ik-llama-cpp-flash", "openvino"]

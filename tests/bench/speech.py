@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Baton's Whisper and faster-whisper on one CPU: the same weights, threads and sound, in turns.
 
-    VENV/bin/python tests/bench/speech.py MODEL
+    python3 tests/bench/speech.py
 
-MODEL is a folder of CTranslate2. It needs espeak-ng, sox, and a Python with faster-whisper and jiwer.
+builds Baton and installs faster-whisper under `target/bench-venv`; it needs espeak-ng and sox.
 A minute of speech is written down greedily (beam 1), with times, without the text of the window
 before, by both in turn, each stopped (`SIGSTOP`) while it is not its turn; the ratio is the median
-over pairs of neighbours. Writes `speech.json` (every sample) and `speech.md` to `docs/benchmarks`.
+over pairs of neighbours. Writes `speech.json` (every sample), `speech.md` and `speech.svg` to `docs/benchmarks`.
 See README.md beside this file.
 """
 
@@ -23,7 +23,9 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from peers import ROOT, environment
+
+VENV = ROOT / "target" / "bench-venv"
 TARGET = 1.2
 SENTENCES = (
     "The committee met on Tuesday to discuss the new bridge across the river.",
@@ -41,6 +43,25 @@ SENTENCES = (
     "Letters are read on the first Monday of the month, and every one of them is answered.",
     "Thank you for listening, and have a pleasant evening.",
 )
+
+
+PLOT = """
+import json, statistics, sys
+import matplotlib
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+samples = {name: [run["seconds"] for run in runs] for name, runs in json.load(open(sys.argv[1])).items()}
+figure, axis = plt.subplots(figsize=(7, 2.4))
+medians = [statistics.median(runs) for runs in samples.values()]
+axis.barh(list(samples), medians, color=["C1" if name == "baton" else "C0" for name in samples])
+for at, runs in enumerate(samples.values()):
+    axis.plot(runs, [at] * len(runs), "|", color="black", markersize=8)
+axis.invert_yaxis()
+axis.set_xlabel("seconds for a minute of speech")
+axis.grid(axis="x", linewidth=0.4)
+figure.tight_layout()
+figure.savefig(sys.argv[2])
+"""
 
 
 def speak(folder):
@@ -110,7 +131,7 @@ def errors(text, said):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("--model", help="a folder of CTranslate2; by default whisper-base")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", default=str(ROOT / "docs/benchmarks"))
@@ -118,19 +139,23 @@ def main():
     options = parser.parse_args()
     if options.peer:
         return peer(options.model, options.peer[0], options.threads, options.peer[1])
-    model = str(pathlib.Path(options.model).expanduser())
-    build = ["cargo", "build", "--release", "--workspace", "--example", "bench_whisper"]
+    python = str(environment("speech", VENV))
+    if pathlib.Path(sys.prefix) != VENV / "speech":
+        os.execv(python, [python, *sys.argv])
+    build = ["cargo", "build", "--release", "--workspace", "--bins", "--example", "bench_whisper"]
     subprocess.run(build, cwd=ROOT, check=True)
+    fetch = [ROOT / "target/release/baton", "model", "fetch", "whisper-base"]
+    model = options.model or subprocess.check_output(fetch, text=True).strip()
     ours = str(ROOT / "target/release/examples/bench_whisper")
     threads = str(options.threads)
-    environment = {"OMP_NUM_THREADS": threads}
+    limits = {"OMP_NUM_THREADS": threads}
     with tempfile.TemporaryDirectory() as folder:
         sound, length = speak(folder)
-        own = [sys.executable, __file__, model, "--threads", threads, "--peer", sound]
+        own = [python, __file__, "--model", model, "--threads", threads, "--peer", sound]
         engines = {
-            "baton": Engine([ours, model, sound, "--threads", threads, "--json"], environment),
-            "faster-whisper, float32": Engine([*own, "float32"], environment),
-            "faster-whisper, int8": Engine([*own, "int8"], environment),
+            "baton": Engine([ours, model, sound, "--threads", threads, "--json"], limits),
+            "faster-whisper, float32": Engine([*own, "float32"], limits),
+            "faster-whisper, int8": Engine([*own, "int8"], limits),
         }
         samples = {name: [] for name in engines}
         for _ in range(options.rounds):
@@ -159,7 +184,9 @@ def main():
                      f"{ratio:.2f} |")
     out = pathlib.Path(options.out)
     (out / "speech.json").write_text(json.dumps(samples, indent=1) + "\n")
-    (out / "speech.md").write_text("\n".join(lines) + "\n")
+    (out / "speech.md").write_text("\n".join(lines) + "\n\n![Speech](speech.svg)\n")
+    subprocess.run([environment("plot", VENV), "-c", PLOT, out / "speech.json", out / "speech.svg"],
+                   check=True)
     print("\n".join(lines))
 
 

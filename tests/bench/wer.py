@@ -1,5 +1,5 @@
 """Word error rate of a running gateway, and of faster-whisper with the same weights, on speech by
-espeak-ng whose text is known.
+espeak-ng whose text, or whose meaning in English, is known.
 
 Usage: wer.py BASE_URL MODEL WEIGHTS OUT.md
 
@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 NEEDED = {"faster_whisper": "faster-whisper==1.2.1", "jiwer": "jiwer", "requests": "requests"}
 
@@ -55,6 +57,48 @@ SETS = [
     ),
 ]
 
+# Voice, the language's name, and what is said with what it means.
+TRANSLATED = [
+    (
+        "de",
+        "German",
+        [
+            ("Das Wetter ist heute sehr schön.", "The weather is very nice today."),
+            ("Der Zug fährt um neun Uhr nach Berlin.", "The train goes to Berlin at nine o'clock."),
+            ("Meine Schwester arbeitet in einem Krankenhaus.", "My sister works in a hospital."),
+            ("Wir haben gestern einen neuen Tisch gekauft.", "We bought a new table yesterday."),
+            ("Die Kinder spielen im Garten.", "The children are playing in the garden."),
+            ("Ich möchte ein Glas Wasser trinken.", "I would like to drink a glass of water."),
+            ("Das Buch liegt auf dem Tisch.", "The book is on the table."),
+            ("Morgen gehen wir ins Museum.", "Tomorrow we are going to the museum."),
+        ],
+    ),
+    (
+        "es",
+        "Spanish",
+        [
+            ("El tren sale a las nueve de la mañana.", "The train leaves at nine in the morning."),
+            ("Mi hermano trabaja en un hospital.", "My brother works in a hospital."),
+            ("La casa es grande y tiene un jardín.", "The house is big and has a garden."),
+            ("Ayer compramos una mesa nueva.", "Yesterday we bought a new table."),
+            ("Los niños juegan en el parque.", "The children play in the park."),
+            ("Quiero beber un vaso de agua.", "I want to drink a glass of water."),
+            ("El libro está encima de la mesa.", "The book is on the table."),
+            ("Mañana vamos al museo.", "Tomorrow we are going to the museum."),
+        ],
+    ),
+]
+
+
+def jobs() -> Iterator[tuple[str, str, list[tuple[str, str, str, int, list[str]]]]]:
+    """Name, language, and the recordings: what is said, what should be written, voice, speed, and
+    what is done to it. English is written down, other languages are translated."""
+    for name, voice, speed, groups, told in SETS:
+        texts = [" ".join(SENTENCES[at] for at in group) for group in groups]
+        yield name, "en", [(text, text, voice, speed, told) for text in texts]
+    for voice, name, pairs in TRANSLATED:
+        yield f"{name}, to English", voice, [(said, meant, voice, 140, []) for said, meant in pairs]
+
 
 def record(folder: Path, name: str, text: str, voice: str, speed: int, told: list[str]) -> Path:
     said = folder / f"{name}-said.wav"
@@ -75,7 +119,7 @@ def main() -> None:
 
     peer = faster_whisper.WhisperModel(weights, device="cpu", compute_type="float32", cpu_threads=2)
     # What both are told: greedy first, the reference's thresholds and temperatures.
-    options = {"language": "en", "beam_size": 1, "best_of": 1, "max_initial_timestamp": 1.0}
+    options: dict[str, Any] = {"beam_size": 1, "best_of": 1, "max_initial_timestamp": 1.0}
     options["temperature"] = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     plain = jiwer.Compose(
         [
@@ -92,21 +136,21 @@ def main() -> None:
 
     rows, said_all, ours_all, theirs_all, same, count = [], [], [], [], 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, voice, speed, groups, told) in enumerate(SETS):
+        for number, (name, language, recordings) in enumerate(jobs()):
             said, ours, theirs = [], [], []
-            for i, group in enumerate(groups):
-                text = " ".join(SENTENCES[at] for at in group)
+            task = "transcribe" if language == "en" else "translate"
+            route, form = "transcriptions", {"model": served, "language": language}
+            if task == "translate":
+                route = "translations"
+            for i, (text, meant, voice, speed, told) in enumerate(recordings):
                 made = record(Path(folder), f"{number}-{i}", text, voice, speed, told)
                 with made.open("rb") as file:
                     reply = requests.post(
-                        f"{base_url}/v1/audio/transcriptions",
-                        files={"file": file},
-                        data={"model": served, "language": "en"},
-                        timeout=600,
+                        f"{base_url}/v1/audio/{route}", files={"file": file}, data=form, timeout=600
                     )
                 reply.raise_for_status()
-                segments, _ = peer.transcribe(str(made), **options)
-                said.append(text)
+                segments, _ = peer.transcribe(str(made), language=language, task=task, **options)
+                said.append(meant)
                 ours.append(reply.json()["text"])
                 theirs.append("".join(segment.text for segment in segments).strip())
                 same += ours[-1] == theirs[-1]
@@ -123,7 +167,7 @@ def main() -> None:
         "# Word error rate of speech to text",
         "",
         f"Share of words that would have to be changed, of speech by espeak-ng whose text is known "
-        f"(Harvard sentences), with {Path(weights).name} in float32, greedy with the reference's "
+        f"(Harvard sentences), and of translations from what was meant, with {Path(weights).name} in float32, greedy with the reference's "
         f"fallback. Beside Baton: faster-whisper {faster_whisper.__version__} with the same weights "
         f"on the same files. {same} of {count} texts are equal to the letter. "
         f"Written by `tests/bench/wer.py`, {time.strftime('%Y-%m-%d')}.",

@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let mut y = vec![0.0; rows * linear.outputs()];
                 let work = rows * linear.outputs() * linear.inputs();
                 let rate = fastest(arguments.runs, work, || {
-                    multiply(isa, &mut pool, &x, [linear.set(&mut y)]);
+                    multiply(isa, &mut pool, x.view(), [linear.set(&mut y)]);
                 });
                 println!("{isa:?} {precision:?} {name} {dtype:?} x {rows:<4} {rate:7.1}");
             }
@@ -156,7 +156,7 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
                 x.fill(isa, &mut pool, rows, inputs, |row, out| noise(row as u64, out));
                 let mut y = vec![0.0; rows * outputs];
                 let rate = fastest(runs, rows * outputs * inputs, || {
-                    multiply(isa, &mut pool, &x, [linear.set(&mut y)]);
+                    multiply(isa, &mut pool, x.view(), [linear.set(&mut y)]);
                 });
                 println!(
                     "{isa:?} {precision:?} {inputs} to {outputs} {dtype:?} x {rows:<4} {rate:7.1} \
@@ -188,7 +188,7 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
                 for linear in &layers {
                     let y = &mut y[..rows * linear.outputs()];
                     let x = &x[usize::from(linear.inputs() == 1536)];
-                    multiply(isa, &mut pool, x, [linear.set(y)]);
+                    multiply(isa, &mut pool, x.view(), [linear.set(y)]);
                 }
             });
             println!(

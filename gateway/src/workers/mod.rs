@@ -121,6 +121,14 @@ impl Worker {
         self.suspect.notify_one();
     }
 
+    /// Takes a worker out of routing that said so before its status did.
+    pub fn mark_draining(&self) {
+        if let Some(status) = self.status().filter(|status| !status.draining) {
+            let status = WorkerStatus { draining: true, ..(*status).clone() };
+            self.status.store(Some(Arc::new(status)));
+        }
+    }
+
     /// Passes the worker over for a moment.
     pub fn mark_full(&self) {
         *self.full_until.lock() = Some(Instant::now() + FULL_FOR);
@@ -280,6 +288,11 @@ impl Registry {
             prefixes.insert(hashes);
         }
         Some(ticket)
+    }
+
+    /// A worker that had a sequence, if it answers, draining or not.
+    pub fn back_to(&self, worker: &Arc<Worker>, prompt_tokens: usize) -> Option<Ticket> {
+        worker.answers().then(|| Ticket::new(worker.clone(), 0, prompt_tokens as u64))
     }
 
     /// The workers of a model that answer, of every role.

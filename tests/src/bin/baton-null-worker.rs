@@ -14,10 +14,10 @@ use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
     AdapterList, AlignRequest, AlignResponse, DescribeRequest, DrainRequest, DrainResponse,
-    FetchTokenizerRequest, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PoolRequest, PoolResponse, PrefillEvent,
-    PrefillRequest, Started, Token, Tokens, UndrainRequest, UndrainResponse, UnloadAdapterRequest,
-    WatchStatusRequest, WorkerDescription, WorkerStatus,
+    FetchBlocksRequest, FetchTokenizerRequest, FinishReason, Finished, GenerateEvent,
+    GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk, PoolRequest,
+    PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens, UndrainRequest,
+    UndrainResponse, UnloadAdapterRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
@@ -99,6 +99,7 @@ impl Worker for NullWorker {
     type FetchTokenizerStream = BoxStream<'static, Result<ModelChunk, Status>>;
     type GenerateStream = stream::Iter<std::vec::IntoIter<Result<GenerateEvent, Status>>>;
     type PrefillStream = BoxStream<'static, Result<PrefillEvent, Status>>;
+    type FetchBlocksStream = BoxStream<'static, Result<PrefillEvent, Status>>;
     type WatchStatusStream = BoxStream<'static, Result<WorkerStatus, Status>>;
 
     async fn describe(
@@ -166,6 +167,13 @@ impl Worker for NullWorker {
         &self,
         _request: Request<AlignRequest>,
     ) -> Result<Response<AlignResponse>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn fetch_blocks(
+        &self,
+        _: Request<FetchBlocksRequest>,
+    ) -> Result<Response<Self::FetchBlocksStream>, Status> {
         Err(Status::unimplemented("this worker computes nothing"))
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::config::{EncoderConfig, Positions};
 use super::weights::Weights;
 use super::{Encoder, Text};
-use crate::kernels::activations::{Activations, Precision};
+use crate::kernels::activations::{Activations, Precision, Rows};
 use crate::kernels::affine::LayerNorm;
 use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::cpu::Isa;
@@ -160,15 +160,9 @@ impl Encoder for Bidirectional {
         };
         for (layer, &window) in weights.layers.iter().zip(&config.windows) {
             go_on()?;
-            let normed = |norm: &Option<LayerNorm>, x: &[f32], out: &mut [f32]| match norm {
-                Some(norm) => norm.apply(isa, x, out),
-                None => out.copy_from_slice(x),
-            };
-            input.fill(isa, threads, rows, hidden, |row, out| {
-                normed(&layer.attention_norm, &x[row * hidden..][..hidden], out);
-            });
+            let seen = normed(isa, threads, input, layer.attention_norm.as_ref(), x, hidden);
             let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
-            multiply(isa, threads, input, products);
+            multiply(isa, threads, seen, products);
             if let Some([all, near]) = ropes {
                 let rope = if window.is_some() { near } else { all };
                 threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
@@ -191,36 +185,31 @@ impl Encoder for Bidirectional {
                 value,
                 attended,
             );
-            input.fill(isa, threads, rows, hidden, |row, out| {
-                out.copy_from_slice(&attended[row * hidden..][..hidden]);
-            });
-            multiply(isa, threads, input, [layer.output.add_to(x)]);
+            let seen = input.of(isa, threads, attended, hidden);
+            multiply(isa, threads, seen, [layer.output.add_to(x)]);
             if let Some(norm) = &layer.attention_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
 
             go_on()?;
-            input.fill(isa, threads, rows, hidden, |row, out| {
-                normed(&layer.ffn_norm, &x[row * hidden..][..hidden], out);
-            });
-            match &layer.gate {
+            let seen = normed(isa, threads, input, layer.ffn_norm.as_ref(), x, hidden);
+            let seen = match &layer.gate {
                 Some(gate_of) => {
-                    multiply(isa, threads, input, [gate_of.set(gate), layer.up.set(up)]);
+                    multiply(isa, threads, seen, [gate_of.set(gate), layer.up.set(up)]);
                     input.fill(isa, threads, rows, ffn, |row, out| {
                         let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
                         gated(isa, Activation::Gelu, gate, up, out);
                     });
+                    input.view()
                 }
                 None => {
                     let product = layer.up.set(up).activation(Activation::Gelu);
-                    multiply(isa, threads, input, [product]);
-                    input.fill(isa, threads, rows, ffn, |row, out| {
-                        out.copy_from_slice(&up[row * ffn..][..ffn]);
-                    });
+                    multiply(isa, threads, seen, [product]);
+                    input.of(isa, threads, up, ffn)
                 }
-            }
+            };
             go_on()?;
-            multiply(isa, threads, input, [layer.down.add_to(x)]);
+            multiply(isa, threads, seen, [layer.down.add_to(x)]);
             if let Some(norm) = &layer.ffn_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
@@ -231,4 +220,20 @@ impl Encoder for Bidirectional {
         std::mem::swap(x, states);
         Ok(())
     }
+}
+
+/// The residual stream as the next product sees it: through a norm, where the model has it before.
+fn normed<'a>(
+    isa: Isa,
+    threads: &mut ThreadPool,
+    input: &'a mut Activations,
+    norm: Option<&LayerNorm>,
+    x: &'a [f32],
+    hidden: usize,
+) -> Rows<'a> {
+    let Some(norm) = norm else { return input.of(isa, threads, x, hidden) };
+    input.fill(isa, threads, x.len() / hidden, hidden, |row, out| {
+        norm.apply(isa, &x[row * hidden..][..hidden], out);
+    });
+    input.view()
 }

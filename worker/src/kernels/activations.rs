@@ -37,9 +37,56 @@ impl Precision {
             Self::Float | Self::BFloat16 => None,
         }
     }
+
+    /// Bytes of a rounded row.
+    fn row_bytes(self, width: usize) -> usize {
+        match self {
+            Self::Float => 0,
+            Self::BFloat16 => width * size_of::<bf16>(),
+            _ => width / BLOCK * BLOCK_BYTES,
+        }
+    }
 }
 
-/// Rows of equal width, a multiple of 32. Grown to the most rows seen and kept.
+/// What a product multiplies: rows of equal width, a multiple of 32.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    precision: Precision,
+    count: usize,
+    width: usize,
+    floats: &'a [f32],
+    blocks: &'a [u8],
+}
+
+impl<'a> Rows<'a> {
+    /// How the rows are rounded.
+    pub(super) fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// How many rows there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Floats of a row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The rows as floats.
+    pub fn floats(&self) -> &'a [f32] {
+        self.floats
+    }
+
+    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats; or its elements as bfloat16.
+    pub(super) fn row_blocks(&self, row: usize) -> &'a [u8] {
+        let bytes = self.precision.row_bytes(self.width);
+        &self.blocks[row * bytes..][..bytes]
+    }
+}
+
+/// Rows and what their rounding takes. Grown to the most rows seen and kept.
 #[derive(Default)]
 pub struct Activations {
     precision: Precision,
@@ -55,38 +102,33 @@ impl Activations {
         Self { precision, ..Self::default() }
     }
 
-    /// How the rows are rounded.
-    pub(super) fn precision(&self) -> Precision {
-        self.precision
+    /// The rows, for products.
+    pub fn view(&self) -> Rows<'_> {
+        let (precision, count, width) = (self.precision, self.rows, self.width);
+        let floats = &self.floats[..count * width];
+        Rows { precision, count, width, floats, blocks: &self.blocks }
     }
 
-    /// How many rows there are.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Floats of a row.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// The rows as floats.
-    pub fn floats(&self) -> &[f32] {
-        &self.floats[..self.rows * self.width]
-    }
-
-    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats; or its elements as bfloat16.
-    pub(super) fn row_blocks(&self, row: usize) -> &[u8] {
-        let bytes = self.row_bytes();
-        &self.blocks[row * bytes..][..bytes]
-    }
-
-    fn row_bytes(&self) -> usize {
-        match self.precision {
-            Precision::Float => 0,
-            Precision::BFloat16 => self.width * size_of::<bf16>(),
-            _ => self.width / BLOCK * BLOCK_BYTES,
+    /// Takes all rows from a slice: as they are where nothing is rounded, so without a copy.
+    ///
+    /// # Panics
+    /// When the width is no multiple of 32.
+    pub fn of<'a>(
+        &'a mut self,
+        isa: Isa,
+        pool: &mut ThreadPool,
+        floats: &'a [f32],
+        width: usize,
+    ) -> Rows<'a> {
+        let count = floats.len() / width;
+        if self.precision == Precision::Float {
+            assert!(width.is_multiple_of(BLOCK), "rows of {width}");
+            return Rows { precision: self.precision, count, width, floats, blocks: &[] };
         }
+        self.fill(isa, pool, count, width, |row, out| {
+            out.copy_from_slice(&floats[row * width..][..width]);
+        });
+        self.view()
     }
 
     /// Makes `rows` rows of `width` floats; `write(row, out)` writes all of each, on any thread.
@@ -104,7 +146,7 @@ impl Activations {
         assert!(width.is_multiple_of(BLOCK), "rows of {width}");
         (self.rows, self.width) = (rows, width);
         self.floats.resize(self.floats.len().max(rows * width), 0.0);
-        let bytes = self.row_bytes();
+        let bytes = self.precision.row_bytes(width);
         self.blocks.resize(self.blocks.len().max(rows * bytes), 0);
         let (precision, largest) = (self.precision, self.precision.largest());
         let floats = &mut self.floats[..rows * width];

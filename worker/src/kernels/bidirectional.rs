@@ -165,7 +165,6 @@ unsafe fn tile<V: Lanes, const M: usize, const N: usize>(
         }
         let mut largest = [V::splat(UNSEEN); N];
         let mut total = [V::splat(0.0); N];
-        std::slice::from_raw_parts_mut(sums, call.head_dim * lanes).fill(0.0);
         let from = first.saturating_sub(call.window) / CHUNK * CHUNK;
         let to = call.rows.min((first + count).saturating_add(call.window));
         for chunk in (from..to).step_by(CHUNK) {
@@ -175,6 +174,7 @@ unsafe fn tile<V: Lanes, const M: usize, const N: usize>(
                 mask::<N>(call, first, count, chunk, keys, weights);
             }
             let factor = exponents::<V, N>(keys, weights, &mut largest, &mut total);
+            let factor = (chunk > from).then_some(factor);
             weigh::<V, M, N>(call, chunk, keys, weights, factor, sums);
         }
         for n in 0..N {
@@ -368,14 +368,15 @@ unsafe fn exponents<V: Lanes, const N: usize>(
     }
 }
 
-/// Adds a chunk's weighted values to the sums, which are multiplied by a factor first.
+/// Adds a chunk's weighted values to the sums, which are multiplied by a factor first; those of the
+/// first chunk begin with nothing.
 #[inline(always)]
 unsafe fn weigh<V: Lanes, const M: usize, const N: usize>(
     call: &Call,
     chunk: usize,
     keys: usize,
     weights: *const f32,
-    factor: [V; N],
+    factor: Option<[V; N]>,
     sums: *mut f32,
 ) {
     // SAFETY: the chunk's keys are rows of the span.
@@ -399,15 +400,17 @@ unsafe fn weigh_tile<V: Lanes, const M: usize, const N: usize>(
     v: *const f32,
     keys: usize,
     weights: *const f32,
-    factor: [V; N],
+    factor: Option<[V; N]>,
     sums: *mut f32,
 ) {
     // SAFETY: `M` dimensions from `v` on exist in each of the keys' rows, with sums for each.
     unsafe {
         let mut tile = [[V::splat(0.0); N]; M];
-        for m in 0..M {
-            for n in 0..N {
-                tile[m][n] = V::load(sums.add((m * N + n) * LANES)).mul(factor[n]);
+        if let Some(factor) = factor {
+            for m in 0..M {
+                for n in 0..N {
+                    tile[m][n] = V::load(sums.add((m * N + n) * LANES)).mul(factor[n]);
+                }
             }
         }
         for key in 0..keys {

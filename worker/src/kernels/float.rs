@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use candle_core::quantized::GgmlDType;
 
-use super::activations::{Activations, Precision};
+use super::activations::{Precision, Rows};
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
 use super::linear::Into;
@@ -46,6 +46,8 @@ pub(super) struct Output {
     pub(super) stride: usize,
     pub(super) outputs: usize,
     pub(super) into: Into,
+    /// A value for each output, added to each row.
+    pub(super) bias: Option<*const f32>,
 }
 
 /// Multiplies some rows of `x` by some weights.
@@ -56,7 +58,7 @@ pub(super) struct Output {
 pub(super) unsafe fn multiply(
     isa: Isa,
     weights: &Weights<'_>,
-    x: &Activations,
+    x: Rows<'_>,
     rows: Range<usize>,
     output: &Output,
 ) {
@@ -72,6 +74,7 @@ pub(super) unsafe fn multiply(
         stride: output.stride,
         outputs: output.outputs,
         add: output.into == Into::Add,
+        bias: output.bias,
     };
     SCRATCH.with_borrow_mut(|decoded| {
         let mut grown = |tiles: usize| {
@@ -145,23 +148,50 @@ struct Call {
     /// Outputs that exist, of the tiles' `16 · tiles`.
     outputs: usize,
     add: bool,
+    bias: Option<*const f32>,
 }
 
 impl Call {
+    /// Writes a row's sums of `N` tiles.
     #[inline(always)]
-    unsafe fn put<V: Lanes>(&self, row: usize, output: usize, values: V) {
-        // SAFETY: only outputs that exist are written, and they are this task's alone.
+    unsafe fn put<V: Lanes, const N: usize>(&self, row: usize, tile: usize, mut sums: [V; N]) {
+        let first = tile * LANES;
+        // SAFETY: only outputs that exist are written, and they are this task's alone; each has a
+        // bias where there is one.
         unsafe {
-            let y = self.y.add(row * self.stride + output);
-            if output + LANES <= self.outputs {
-                let values = if self.add { V::load(y).add(values) } else { values };
-                values.store(y);
-                return;
+            let y = self.y.add(row * self.stride + first);
+            if first + N * LANES > self.outputs {
+                let mut lanes = [[0.0; LANES]; N];
+                for n in 0..N {
+                    sums[n].store(lanes[n].as_mut_ptr());
+                }
+                return self.put_some(row, first, lanes.as_flattened());
             }
-            let mut lanes = [0.0; LANES];
-            values.store(lanes.as_mut_ptr());
-            for (i, value) in lanes[..self.outputs - output].iter().enumerate() {
-                *y.add(i) = if self.add { *y.add(i) + value } else { *value };
+            if let Some(bias) = self.bias {
+                for n in 0..N {
+                    sums[n] = sums[n].add(V::load(bias.add(first + n * LANES)));
+                }
+            }
+            if self.add {
+                for n in 0..N {
+                    sums[n] = V::load(y.add(n * LANES)).add(sums[n]);
+                }
+            }
+            for n in 0..N {
+                sums[n].store(y.add(n * LANES));
+            }
+        }
+    }
+
+    /// As [`Self::put`], of outputs that do not all exist.
+    #[cold]
+    unsafe fn put_some(&self, row: usize, first: usize, sums: &[f32]) {
+        for (output, sum) in (first..self.outputs).zip(sums) {
+            // SAFETY: the output exists and is this task's alone; it has a bias if any has.
+            unsafe {
+                let y = self.y.add(row * self.stride + output);
+                let sum = self.bias.map_or(*sum, |bias| sum + *bias.add(output));
+                *y = if self.add { *y + sum } else { sum };
             }
         }
     }
@@ -244,56 +274,68 @@ unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
     // SAFETY: the tiles and rows cover the result once.
     unsafe {
         cover!(call, 6, wide, |row, tile| {
-            1 4 => pass::<V, R, 1, 4>(call, row, tile),
-            2 4 => pass::<V, R, 2, 4>(call, row, tile),
-            3 4 => pass::<V, R, 3, 4>(call, row, tile),
-            4 4 => pass::<V, R, 4, 4>(call, row, tile),
-            5 4 => pass::<V, R, 5, 4>(call, row, tile),
-            6 4 => pass::<V, R, 6, 4>(call, row, tile),
-            1 1 => pass::<V, R, 1, 1>(call, row, tile),
-            2 1 => pass::<V, R, 2, 1>(call, row, tile),
-            3 1 => pass::<V, R, 3, 1>(call, row, tile),
-            4 1 => pass::<V, R, 4, 1>(call, row, tile),
-            5 1 => pass::<V, R, 5, 1>(call, row, tile),
-            6 1 => pass::<V, R, 6, 1>(call, row, tile),
+            1 4 => pass_1::<V, R, 4>(call, row, tile),
+            2 4 => pass_2::<V, R, 4>(call, row, tile),
+            3 4 => pass_3::<V, R, 4>(call, row, tile),
+            4 4 => pass_4::<V, R, 4>(call, row, tile),
+            5 4 => pass_5::<V, R, 4>(call, row, tile),
+            6 4 => pass_6::<V, R, 4>(call, row, tile),
+            1 1 => pass_1::<V, R, 1>(call, row, tile),
+            2 1 => pass_2::<V, R, 1>(call, row, tile),
+            3 1 => pass_3::<V, R, 1>(call, row, tile),
+            4 1 => pass_4::<V, R, 1>(call, row, tile),
+            5 1 => pass_5::<V, R, 1>(call, row, tile),
+            6 1 => pass_6::<V, R, 1>(call, row, tile),
         });
     }
 }
 
-/// `M` rows times `N` tiles, over all inputs.
-#[inline(always)]
-unsafe fn pass<V: Lanes, R: Read, const M: usize, const N: usize>(
-    call: &Call,
-    row: usize,
-    tile: usize,
-) {
-    // SAFETY: the rows and tiles exist.
-    unsafe {
-        let weights = call.weights.add(tile * call.tile_bytes);
-        let x = call.x.add(row * call.inputs);
-        let mut sums = [[V::splat(0.0); N]; M];
-        for step in 0..call.inputs / R::STEP {
-            for i in 0..R::STEP {
-                // Not `from_fn`: what is called in its closure is compiled without the vectors.
-                let mut vectors = [V::splat(0.0); N];
-                for n in 0..N {
-                    let from = weights.add(n * call.tile_bytes + step * R::BYTES);
-                    vectors[n] = R::read(from, i);
-                }
-                for m in 0..M {
-                    let x = V::splat(*x.add(m * call.inputs + step * R::STEP + i));
-                    for n in 0..N {
-                        sums[m][n] = vectors[n].mul_add(x, sums[m][n]);
+/// Defines `$name`, so many rows times `N` tiles over all inputs. Each row's sums have a name: an
+/// array of them all is more than the compiler keeps in registers.
+macro_rules! passes {
+    ($($name:ident, $ahead:literal: $($m:literal $sums:ident),*;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name<V: Lanes, R: Read, const N: usize>(call: &Call, row: usize, tile: usize) {
+            // SAFETY: the rows and tiles exist.
+            unsafe {
+                let weights = call.weights.add(tile * call.tile_bytes);
+                let x = call.x.add(row * call.inputs);
+                $(let mut $sums = [V::splat(0.0); N];)*
+                for step in 0..call.inputs / R::STEP {
+                    for i in 0..R::STEP {
+                        // Not `from_fn`: what is called in its closure is compiled without the
+                        // vectors.
+                        let mut vectors = [V::splat(0.0); N];
+                        for n in 0..N {
+                            let from = weights.add(n * call.tile_bytes + step * R::BYTES);
+                            vectors[n] = R::read(from, i);
+                            // What the next tiles will read, while these compute. One row waits
+                            // for memory whatever it does.
+                            if $ahead {
+                                V::prefetch(from.wrapping_add(N * call.tile_bytes));
+                            }
+                        }
+                        $(
+                            let x_m = *x.add($m * call.inputs + step * R::STEP + i);
+                            let x_m = V::splat(x_m);
+                            for n in 0..N {
+                                $sums[n] = vectors[n].mul_add(x_m, $sums[n]);
+                            }
+                        )*
                     }
                 }
+                $(call.put(row + $m, tile, $sums);)*
             }
         }
-        for m in 0..M {
-            for n in 0..N {
-                call.put(row + m, (tile + n) * LANES, sums[m][n]);
-            }
-        }
-    }
+    )*};
+}
+passes! {
+    pass_1, false: 0 a;
+    pass_2, true: 0 a, 1 b;
+    pass_3, true: 0 a, 1 b, 2 c;
+    pass_4, true: 0 a, 1 b, 2 c, 3 d;
+    pass_5, true: 0 a, 1 b, 2 c, 3 d, 4 e;
+    pass_6, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f;
 }
 
 /// `count` vectors of weights as floats.
@@ -388,7 +430,11 @@ mod bfloat {
             let mut sums = [[_mm512_setzero_ps(); N]; M];
             for step in 0..call.inputs / 2 {
                 let weights: [__m512bh; N] = std::array::from_fn(|n| {
-                    pairs(_mm512_loadu_si512(weights.add(n * call.tile_bytes + step * 64).cast()))
+                    let from = weights.add(n * call.tile_bytes + step * 64);
+                    if M > 1 {
+                        Avx512::prefetch(from.wrapping_add(N * call.tile_bytes));
+                    }
+                    pairs(_mm512_loadu_si512(from.cast()))
                 });
                 for m in 0..M {
                     let x = x.add(m * call.inputs / 2 + step).read_unaligned();
@@ -399,9 +445,7 @@ mod bfloat {
                 }
             }
             for m in 0..M {
-                for n in 0..N {
-                    call.put(row + m, (tile + n) * LANES, Avx512(sums[m][n]));
-                }
+                call.put(row + m, tile, sums[m].map(Avx512));
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::activations::{Activations, BLOCK_BYTES, FACTORS, Precision};
+use super::activations::{BLOCK_BYTES, FACTORS, Precision, Rows};
 use super::cpu::{Isa, dispatch_dot};
 use super::dot::{BLOCK, Dot, STEP};
 use super::lanes::{LANES, Lanes};
@@ -21,7 +21,7 @@ pub(super) unsafe fn multiply(
     isa: Isa,
     weights: &Packed,
     (first, count): (usize, usize),
-    x: &Activations,
+    x: Rows<'_>,
     rows: Range<usize>,
     y: *mut f32,
     stride: usize,

@@ -2,7 +2,7 @@
 
 use candle_core::quantized::GgmlDType;
 
-use super::activations::{Activations, Precision};
+use super::activations::{Precision, Rows};
 use super::arena::Arena;
 use super::cpu::Isa;
 use super::elementwise::{self, Activation};
@@ -200,15 +200,15 @@ impl<'a> Product<'a> {
 pub fn multiply<const N: usize>(
     isa: Isa,
     pool: &mut ThreadPool,
-    x: &Activations,
+    x: Rows<'_>,
     products: [Product<'_>; N],
 ) {
     for product in &products {
         assert_eq!(product.weights.inputs, x.width(), "inputs");
-        assert_eq!(product.y.len(), x.rows() * product.weights.outputs, "y");
+        assert_eq!(product.y.len(), x.count() * product.weights.outputs, "y");
     }
     // The kernels take whole tiles of rows: there must be one.
-    if x.rows() == 0 {
+    if x.count() == 0 {
         return;
     }
     let integers = |weights: &Linear| {
@@ -225,9 +225,9 @@ pub fn multiply<const N: usize>(
         (weights, Disjoint(y.as_mut_ptr()), into, finish)
     });
     // The rows of one task after the other's, so that a thread's next task has the same rows.
-    pool.run(panels * x.rows().div_ceil(ROWS), |task| {
+    pool.run(panels * x.count().div_ceil(ROWS), |task| {
         let (rows, mut at) = (task / panels * ROWS, task % panels);
-        let rows = rows..x.rows().min(rows + ROWS);
+        let rows = rows..x.count().min(rows + ROWS);
         for (weights, y, into, finish) in &products {
             if at >= panels_of(weights) {
                 at -= panels_of(weights);
@@ -241,26 +241,35 @@ pub fn multiply<const N: usize>(
             // matrices; tasks write disjoint parts of `y`, which outlives the region.
             unsafe {
                 let y = y.at(rows.start * stride + first);
-                let output = float::Output { y, stride, outputs, into: *into };
-                match &weights.repacked {
+                let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
+                let output = float::Output {
+                    y,
+                    stride,
+                    outputs,
+                    into: *into,
+                    bias: bias.map(<[f32]>::as_ptr),
+                };
+                let late_bias = match &weights.repacked {
                     Repacked::Blocks(packed) if integers(weights) => {
                         let tiles = (first / LANES, outputs.div_ceil(LANES));
                         integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
+                        bias
                     }
                     Repacked::Panels(panels) => {
                         let weights = float::Weights::Panels(panels, first / LANES);
                         float::multiply(isa, &weights, x, rows, &output);
+                        None
                     }
                     _ => {
                         let bytes = weights.rows(first, outputs);
                         let weights = float::Weights::Rows(weights.weight.dtype, bytes);
                         float::multiply(isa, &weights, x, rows, &output);
+                        None
                     }
-                }
+                };
                 for row in 0..count {
                     let y = std::slice::from_raw_parts_mut(y.add(row * stride), outputs);
-                    let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
-                    elementwise::finish(isa, bias, finish.activation, y);
+                    elementwise::finish(isa, late_bias, finish.activation, y);
                 }
             }
             return;
@@ -277,6 +286,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernels::activations::Activations;
 
     fn tensor<B: GgmlType>(
         dtype: GgmlDType,
@@ -358,7 +368,7 @@ mod tests {
                 Into::Set => linear.set(y),
                 Into::Add => linear.add_to(y),
             };
-            multiply(isa, &mut pool, &activations, [product]);
+            multiply(isa, &mut pool, activations.view(), [product]);
         };
         for isa in Isa::available() {
             // What lies behind the output must stay as it is.
@@ -460,14 +470,14 @@ mod tests {
                     out.iter_mut().enumerate().for_each(|(i, x)| *x = noise(seed + 4, row * 64 + i));
                 });
                 let mut plain = vec![0.0; rows * outputs];
-                multiply(isa, &mut pool, &x, [linear.set(&mut plain)]);
+                multiply(isa, &mut pool, x.view(), [linear.set(&mut plain)]);
                 plain.chunks_exact_mut(outputs).for_each(|row| elementwise::add_to(row, &bias));
                 let mut biased = vec![0.0; rows * outputs];
-                multiply(isa, &mut pool, &x, [linear.set(&mut biased).bias(Some(&bias))]);
+                multiply(isa, &mut pool, x.view(), [linear.set(&mut biased).bias(Some(&bias))]);
                 prop_assert_eq!(&biased, &plain);
                 let mut active = vec![0.0; rows * outputs];
                 let product = linear.set(&mut active).bias(Some(&bias));
-                multiply(isa, &mut pool, &x, [product.activation(Activation::Gelu)]);
+                multiply(isa, &mut pool, x.view(), [product.activation(Activation::Gelu)]);
                 plain.resize(plain.len().next_multiple_of(LANES), 0.0);
                 elementwise::gelu(isa, &mut plain);
                 prop_assert_eq!(&active, &plain[..active.len()]);

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 
-use super::activations::Activations;
+use super::activations::Rows;
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
 use super::pool::{Disjoint, ThreadPool};
@@ -117,7 +117,7 @@ impl Groups {
 pub fn add<'a, const N: usize>(
     isa: Isa,
     pool: &mut ThreadPool,
-    x: &Activations,
+    x: Rows<'_>,
     groups: &Groups,
     of: impl Fn(usize, usize) -> Option<&'a LowRank> + Sync,
     results: [(&mut [f32], usize); N],
@@ -125,9 +125,9 @@ pub fn add<'a, const N: usize>(
     if groups.is_empty() {
         return;
     }
-    assert_eq!(groups.owners.len(), x.rows(), "rows");
+    assert_eq!(groups.owners.len(), x.count(), "rows");
     let results = results.map(|(y, width)| {
-        assert_eq!(y.len(), x.rows() * width, "y");
+        assert_eq!(y.len(), x.count() * width, "y");
         (Disjoint(y.as_mut_ptr()), width)
     });
     let inputs = x.floats();
@@ -140,7 +140,7 @@ pub fn add<'a, const N: usize>(
         SCRATCH.with_borrow_mut(|inner| {
             inner.resize(inner.len().max(ROWS * update.rank), 0.0);
             let call = Call { update, rows, x: inputs.as_ptr(), inner: inner.as_mut_ptr() };
-            // SAFETY: `isa` is available; rows are below `x.rows()`, as `arrange` takes them from
+            // SAFETY: `isa` is available; rows are below `x.count()`, as `arrange` takes them from
             // the owners; each row is in one task for each result, so nobody else writes it.
             unsafe { apply(isa, &call, y.at(0)) }
         });
@@ -272,7 +272,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kernels::activations::Precision;
+    use crate::kernels::activations::{Activations, Precision};
 
     fn noise(seed: u64, i: usize) -> f32 {
         let mut x = (seed << 32 | i as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -297,9 +297,7 @@ mod tests {
         let mut pool = ThreadPool::new(2).unwrap();
         let mut input = Activations::new(Precision::Sixteen);
         let width = x.len() / rows;
-        input.fill(isa, &mut pool, rows, width, |row, out| {
-            out.copy_from_slice(&x[row * width..][..width]);
-        });
+        let input = input.of(isa, &mut pool, x, width);
         let mut groups = Groups::default();
         owners.iter().for_each(|owner| groups.push(*owner, 1));
         groups.arrange(updates.len());
@@ -308,7 +306,7 @@ mod tests {
             let width = y.len() / rows;
             (y, width)
         });
-        add(isa, &mut pool, &input, &groups, of, results);
+        add(isa, &mut pool, input, &groups, of, results);
     }
 
     proptest! {

@@ -167,7 +167,7 @@ impl Decoder {
     ) -> Result<(), ModelError> {
         self.layers(batch, kv)?;
         states.clear();
-        states.extend_from_slice(self.scratch.input.floats());
+        states.extend_from_slice(self.scratch.input.view().floats());
         Ok(())
     }
 }
@@ -204,7 +204,7 @@ impl Model for Decoder {
         let Self { config, isa, threads, weights, scratch, .. } = self;
         logits.resize(scratch.wanted.len() * config.vocab, 0.0);
         let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-        multiply(*isa, threads, &scratch.input, [head.set(logits)]);
+        multiply(*isa, threads, scratch.input.view(), [head.set(logits)]);
         Ok(())
     }
 }
@@ -309,10 +309,10 @@ impl Decoder {
                 layer.key.weight.set(key),
                 layer.value.weight.set(value),
             ];
-            multiply(isa, threads, input, products);
+            multiply(isa, threads, input.view(), products);
             let results = [(&mut query[..], q_width), (key, kv_width), (value, kv_width)];
             let modules = of(&[Module::Query, Module::Key, Module::Value]);
-            low_rank::add(isa, threads, input, groups, modules, results);
+            low_rank::add(isa, threads, input.view(), groups, modules, results);
             if let Some(bias) = &layer.value.bias {
                 value.chunks_exact_mut(kv_width).for_each(|value| add_to(value, bias));
             }
@@ -347,12 +347,12 @@ impl Decoder {
             let modules = of(&[Module::Output]);
             match &layer.post_attention_norm {
                 None => {
-                    multiply(isa, threads, input, [layer.output.add_to(x)]);
-                    low_rank::add(isa, threads, input, groups, modules, [(x, hidden)]);
+                    multiply(isa, threads, input.view(), [layer.output.add_to(x)]);
+                    low_rank::add(isa, threads, input.view(), groups, modules, [(x, hidden)]);
                 }
                 Some(norm) => {
-                    multiply(isa, threads, input, [layer.output.set(branch)]);
-                    low_rank::add(isa, threads, input, groups, modules, [(branch, hidden)]);
+                    multiply(isa, threads, input.view(), [layer.output.set(branch)]);
+                    low_rank::add(isa, threads, input.view(), groups, modules, [(branch, hidden)]);
                     join(threads, x, branch, norm);
                 }
             }
@@ -360,10 +360,10 @@ impl Decoder {
                 rms_norm(isa, &x[row * hidden..][..hidden], &layer.ffn_norm, eps, out);
             });
             go_on()?;
-            multiply(isa, threads, input, [layer.gate.set(gate), layer.up.set(up)]);
+            multiply(isa, threads, input.view(), [layer.gate.set(gate), layer.up.set(up)]);
             let (modules, results) =
                 (of(&[Module::Gate, Module::Up]), [(&mut gate[..], ffn), (up, ffn)]);
-            low_rank::add(isa, threads, input, groups, modules, results);
+            low_rank::add(isa, threads, input.view(), groups, modules, results);
             go_on()?;
             input.fill(isa, threads, rows, ffn, |row, out| {
                 let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
@@ -372,12 +372,12 @@ impl Decoder {
             let modules = of(&[Module::Down]);
             match &layer.post_ffn_norm {
                 None => {
-                    multiply(isa, threads, input, [layer.down.add_to(x)]);
-                    low_rank::add(isa, threads, input, groups, modules, [(x, hidden)]);
+                    multiply(isa, threads, input.view(), [layer.down.add_to(x)]);
+                    low_rank::add(isa, threads, input.view(), groups, modules, [(x, hidden)]);
                 }
                 Some(norm) => {
-                    multiply(isa, threads, input, [layer.down.set(branch)]);
-                    low_rank::add(isa, threads, input, groups, modules, [(branch, hidden)]);
+                    multiply(isa, threads, input.view(), [layer.down.set(branch)]);
+                    low_rank::add(isa, threads, input.view(), groups, modules, [(branch, hidden)]);
                     join(threads, x, branch, norm);
                 }
             }

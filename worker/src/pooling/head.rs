@@ -190,7 +190,7 @@ impl Head {
                     });
                     width = projection.weight.outputs();
                     let mut product = vec![0.0; count * width];
-                    multiply(isa, threads, &self.scratch, [projection.set(&mut product)]);
+                    multiply(isa, threads, self.scratch.view(), [projection.set(&mut product)]);
                     product.chunks_exact_mut(width).for_each(|row| function.apply(row));
                     rows = product;
                 }

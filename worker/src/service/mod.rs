@@ -8,6 +8,8 @@
 
 mod adapters;
 mod align;
+mod drain;
+mod fetch;
 mod generate;
 mod pool;
 mod prefill;
@@ -35,6 +37,7 @@ use crate::pooling::Pooler;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
 
+pub use drain::Drain;
 pub use pool::PoolingParts;
 
 /// Events on their way to a client that reads slowly.
@@ -50,6 +53,8 @@ pub trait Computes: Send + Sync {
     fn status(&self) -> WorkerStatus;
     /// Refuses new requests from here on; those that are in go on.
     fn drain(&self);
+    /// Takes new requests again.
+    fn undrain(&self);
     /// Ends all requests and the threads.
     fn stop(&self);
 }
@@ -61,6 +66,10 @@ impl Computes for Engine {
 
     fn drain(&self) {
         self.drain();
+    }
+
+    fn undrain(&self) {
+        self.undrain();
     }
 
     fn stop(&self) {
@@ -75,6 +84,10 @@ impl Computes for Pooler {
 
     fn drain(&self) {
         self.drain();
+    }
+
+    fn undrain(&self) {
+        self.undrain();
     }
 
     fn stop(&self) {
@@ -98,6 +111,8 @@ pub struct Parts {
     pub transports: Vec<v1::Transport>,
     /// How long finished blocks are kept for a peer.
     pub hold_lease: Duration,
+    /// How long a drain may take that names no time.
+    pub drain_timeout: Duration,
     /// The engine.
     pub engine: Arc<Engine>,
 }
@@ -131,6 +146,7 @@ struct Shared {
     model: ModelCard,
     transports: Vec<v1::Transport>,
     hold_lease: Duration,
+    drain: Arc<Drain>,
     adapters: Arc<Adapters>,
     engine: Arc<Engine>,
     puller: Puller,
@@ -151,6 +167,7 @@ impl WorkerService {
             puller: Puller::new(parts.transports.clone()),
             transports: parts.transports,
             hold_lease: parts.hold_lease,
+            drain: Arc::new(Drain::new(parts.engine.clone(), parts.drain_timeout)),
             adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
@@ -160,9 +177,18 @@ impl WorkerService {
     /// A service that pools. Fills in the card's `tokenizer_digest`.
     pub fn pooling(parts: PoolingParts) -> Result<Self, serde_json::Error> {
         let (tokenizer, model) = with_tokenizer(&parts.tokenizer, parts.model)?;
-        let PoolingParts { instance_id, pooler, .. } = parts;
-        let shared = pool::Shared { instance_id, model, pooler };
+        let PoolingParts { instance_id, pooler, drain_timeout, .. } = parts;
+        let drain = Arc::new(Drain::new(pooler.clone(), drain_timeout));
+        let shared = pool::Shared { instance_id, model, pooler, drain };
         Ok(Self { serves: Serves::Pooler(Arc::new(shared)), tokenizer })
+    }
+
+    /// How the worker is drained.
+    pub fn drain(&self) -> Arc<Drain> {
+        match &self.serves {
+            Serves::Engine(shared) => shared.drain.clone(),
+            Serves::Pooler(shared) => shared.drain.clone(),
+        }
     }
 
     fn engine(&self) -> Result<&Arc<Shared>, Status> {
@@ -264,7 +290,7 @@ fn refused(error: SubmitError) -> Status {
         SubmitError::Refused(Refusal::QueueFull { .. }) => {
             Status::resource_exhausted(error.to_string())
         }
-        SubmitError::Refused(Refusal::Stopping) => Status::unavailable(error.to_string()),
+        SubmitError::Refused(Refusal::Stopping) => baton_proto::drain::draining(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }
@@ -282,6 +308,7 @@ impl Worker for WorkerService {
     type FetchTokenizerStream = Owned<v1::ModelChunk>;
     type GenerateStream = Owned<v1::GenerateEvent>;
     type PrefillStream = Owned<v1::PrefillEvent>;
+    type FetchBlocksStream = Owned<v1::PrefillEvent>;
     type WatchStatusStream = Owned<WorkerStatus>;
 
     async fn describe(
@@ -333,6 +360,13 @@ impl Worker for WorkerService {
         prefill::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
     }
 
+    async fn fetch_blocks(
+        &self,
+        request: Request<v1::FetchBlocksRequest>,
+    ) -> Result<Response<Self::FetchBlocksStream>, Status> {
+        fetch::start(self.engine()?.clone(), request.into_inner()).map(Response::new)
+    }
+
     async fn load_adapter(
         &self,
         request: Request<v1::LoadAdapterRequest>,
@@ -374,17 +408,19 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
-        align::align(self.engine()?, request.into_inner()).await.map(Response::new)
+        let shared = self.engine()?;
+        tokio::select! {
+            aligned = align::align(shared, request.into_inner()) => aligned.map(Response::new),
+            () = shared.drain.over() => Err(drain::given_up()),
+        }
     }
 
     async fn drain(
         &self,
-        _request: Request<v1::DrainRequest>,
+        request: Request<v1::DrainRequest>,
     ) -> Result<Response<v1::DrainResponse>, Status> {
-        match &self.serves {
-            Serves::Engine(shared) => shared.engine.drain(),
-            Serves::Pooler(shared) => shared.pooler.drain(),
-        }
+        let millis = request.into_inner().timeout_ms;
+        Self::drain(self).begin((millis > 0).then(|| timeout(millis)));
         Ok(Response::new(v1::DrainResponse {}))
     }
 
@@ -392,10 +428,7 @@ impl Worker for WorkerService {
         &self,
         _request: Request<v1::UndrainRequest>,
     ) -> Result<Response<v1::UndrainResponse>, Status> {
-        match &self.serves {
-            Serves::Engine(shared) => shared.engine.undrain(),
-            Serves::Pooler(shared) => shared.pooler.undrain(),
-        }
+        Self::drain(self).end();
         Ok(Response::new(v1::UndrainResponse {}))
     }
 

@@ -386,6 +386,10 @@ pub fn is_id(id: &str) -> bool {
 /// An error of the chat in the words of the request.
 pub fn reworded(error: ApiError) -> ApiError {
     let Some(param) = error.field().map(str::to_owned) else { return error };
+    // The one message that also names another field.
+    if param == "min_tokens" {
+        return error.rename("max_completion_tokens", "max_output_tokens").rename(&param, &param);
+    }
     let fixed: HashMap<&str, &str> = HashMap::from([
         ("max_completion_tokens", "max_output_tokens"),
         ("max_tokens", "max_output_tokens"),
@@ -540,5 +544,10 @@ mod tests {
             assert_eq!(body["error"]["param"], expected);
             assert_eq!(body["error"]["message"], format!("`{expected}` is wrong."));
         }
+        let more = "`min_tokens` must be at most `max_completion_tokens`.";
+        let body = reworded(ApiError::bad_value("min_tokens", more)).body();
+        assert_eq!(body["error"]["param"], "min_tokens");
+        let expected = "`min_tokens` must be at most `max_output_tokens`.";
+        assert_eq!(body["error"]["message"], expected);
     }
 }

@@ -119,7 +119,12 @@ pub(super) fn probabilities(
         let x = &x[rows[0] * hidden..][..rows.len() * hidden];
         context.normed(&weights.norm, x, rows.len());
         logits.resize(rows.len() * vocab, 0.0);
-        multiply(context.isa, context.threads, context.input, [weights.embedding.set(&mut logits)]);
+        multiply(
+            context.isa,
+            context.threads,
+            context.input.view(),
+            [weights.embedding.set(&mut logits)],
+        );
         for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
             let token = tokens[row + 1];
             let text = &logits[..(end.max(token) as usize + usize::from(token >= end)).min(vocab)];

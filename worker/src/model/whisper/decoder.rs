@@ -115,8 +115,7 @@ pub(super) fn decode(
         context.threads.for_rows((key, hidden), (value, hidden), head);
         let isa = context.isa;
         attend(isa, context.threads, kv, &pages, i, None, &texts, buffers, query, attended);
-        context.taken(attended, rows, hidden);
-        context.add(&own.output, x);
+        context.add(&own.output, attended, x);
 
         context.go_on()?;
         context.normed(&cross.norm, x, rows);
@@ -145,8 +144,7 @@ pub(super) fn decode(
                 }
             }
         }
-        context.taken(attended, rows, hidden);
-        context.add(&cross.output, x);
+        context.add(&cross.output, attended, x);
         context.go_on()?;
         context.mlp(mlp, x, up, rows);
     }
@@ -169,7 +167,7 @@ pub(super) fn decode(
     }
     context.normed(&weights.norm, packed, wanted.len());
     logits.resize(wanted.len() * shape.vocab, 0.0);
-    multiply(context.isa, context.threads, context.input, [weights.embedding.set(logits)]);
+    multiply(context.isa, context.threads, context.input.view(), [weights.embedding.set(logits)]);
     Ok(())
 }
 

@@ -100,8 +100,7 @@ pub(super) fn encode(
                     isa, threads, heads, head_dim, None, &span, attention, query, key, value,
                     attended,
                 );
-                context.taken(attended, positions, hidden);
-                context.add(&part.output, x);
+                context.add(&part.output, attended, x);
             }
             Some((layer, false)) => context.mlp(&layer.mlp, x, up, positions),
         }

@@ -163,36 +163,29 @@ impl Context<'_> {
         });
     }
 
-    /// Takes rows as they are, for the next product.
-    fn taken(&mut self, x: &[f32], rows: usize, width: usize) {
-        self.input.fill(self.isa, self.threads, rows, width, |row, out| {
-            out.copy_from_slice(&x[row * width..][..width]);
-        });
-    }
-
     /// Products that overwrite.
     fn set<const N: usize>(&mut self, products: [(&Affine, &mut [f32]); N]) {
         let products = products.map(|(affine, y)| affine.set(y));
-        multiply(self.isa, self.threads, self.input, products);
+        multiply(self.isa, self.threads, self.input.view(), products);
     }
 
     /// As [`Self::set`], through a GELU.
     fn set_active(&mut self, affine: &Affine, y: &mut [f32]) {
         let product = affine.set(y).activation(Activation::Gelu);
-        multiply(self.isa, self.threads, self.input, [product]);
+        multiply(self.isa, self.threads, self.input.view(), [product]);
     }
 
-    /// A product that is added to the residual stream.
-    fn add(&mut self, affine: &Affine, x: &mut [f32]) {
-        multiply(self.isa, self.threads, self.input, [affine.add_to(x)]);
+    /// A product of some rows that is added to the residual stream.
+    fn add(&mut self, affine: &Affine, rows: &[f32], x: &mut [f32]) {
+        let rows = self.input.of(self.isa, self.threads, rows, affine.weight.inputs());
+        multiply(self.isa, self.threads, rows, [affine.add_to(x)]);
     }
 
     /// `x += down(gelu(up(norm(x))))`.
     fn mlp(&mut self, mlp: &Mlp, x: &mut [f32], up: &mut [f32], rows: usize) {
         self.normed(&mlp.norm, x, rows);
         self.set_active(&mlp.up, up);
-        self.taken(up, rows, self.shape.ffn);
-        self.add(&mlp.down, x);
+        self.add(&mlp.down, up, x);
     }
 
     /// Changes each row of a matrix.
