@@ -12,10 +12,21 @@ use tracing::{info, warn};
 /// Wait after a failure.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// The proof of having been elected: the key that stands for us in etcd, and the revision at which
+/// it was made. While the key is there with this revision, nobody else leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leadership {
+    /// The key.
+    pub key: Vec<u8>,
+    /// Later leaders have greater ones.
+    pub revision: i64,
+}
+
 /// A candidacy for as long as it lives.
 #[derive(Debug)]
 pub struct Election {
     leader: watch::Receiver<String>,
+    own: watch::Receiver<Option<Leadership>>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -23,11 +34,14 @@ impl Election {
     /// Stands for election under `id`, for ever.
     pub fn start(settings: EtcdSettings, id: String) -> Self {
         let (sender, leader) = watch::channel(String::new());
+        let (elected, own) = watch::channel(None);
         let observer = settings.clone();
         let tasks = [
             tokio::spawn(async move {
                 loop {
-                    if let Err(error) = stand(&settings, &id).await {
+                    let ended = stand(&settings, &id, &elected).await;
+                    elected.send_replace(None);
+                    if let Err(error) = ended {
                         warn!(%error, "out of the election; trying again");
                     }
                     tokio::time::sleep(RETRY).await;
@@ -41,7 +55,12 @@ impl Election {
                 }
             }),
         ];
-        Self { leader, tasks }
+        Self { leader, own, tasks }
+    }
+
+    /// Our own leadership, as far as we know: etcd knows better.
+    pub fn own(&self) -> watch::Receiver<Option<Leadership>> {
+        self.own.clone()
     }
 
     /// The id of the leader as last heard; empty before there was one.
@@ -57,7 +76,11 @@ impl Drop for Election {
 }
 
 /// Waits to be elected and leads until the lease is lost.
-async fn stand(settings: &EtcdSettings, id: &str) -> Result<(), MembershipError> {
+async fn stand(
+    settings: &EtcdSettings,
+    id: &str,
+    elected: &watch::Sender<Option<Leadership>>,
+) -> Result<(), MembershipError> {
     let mut client = connect(settings).await?;
     let ttl = settings.lease_ttl;
     let seconds = ttl.as_secs().max(1) as i64;
@@ -65,8 +88,11 @@ async fn stand(settings: &EtcdSettings, id: &str) -> Result<(), MembershipError>
     let mut campaigner: Client = client.clone();
     let lead = async {
         // Returns when all who stood before are gone.
-        campaigner.campaign(election_name(&settings.cluster), id, lease).await?;
+        let name = election_name(&settings.cluster);
+        let mut won = campaigner.campaign(name, id, lease).await?;
         info!(id, "leading");
+        let key = won.take_leader();
+        elected.send_replace(key.map(|it| Leadership { key: it.key().into(), revision: it.rev() }));
         std::future::pending::<Result<(), MembershipError>>().await
     };
     tokio::select! {

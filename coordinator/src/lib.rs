@@ -1,8 +1,11 @@
 //! Who is alive, and the operator's command.
 //!
 //! * [`election`]: one of several coordinators leads.
+//! * [`scale`]: changes of a pool's size, carried out by the leader.
+//! * [`launch`]: who starts and ends workers.
 //! * [`service`]: the cluster as the coordinator sees it, over gRPC.
-//! * [`cli`]: `baton up`, `status`, `down`, `model`: a whole cluster on one machine.
+//! * [`workers`]: what a coordinator asks of workers.
+//! * [`cli`]: the `baton` command: a whole cluster on one machine, and its operation.
 //!
 //! The coordinator is never on the path of a token: without it, everything goes on being served.
 
@@ -11,4 +14,7 @@
 pub mod cli;
 pub mod config;
 pub mod election;
+pub mod launch;
+pub mod scale;
 pub mod service;
+pub mod workers;

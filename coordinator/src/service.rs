@@ -1,22 +1,30 @@
-//! `baton.v1.Coordinator`: the cluster as seen from here.
+//! `baton.v1.Coordinator`: the cluster as seen from here, and what it is told to change.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_membership::{ClusterWatch, InstanceRecord};
-use baton_proto::endpoint;
+use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership, MembershipError};
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-use baton_proto::v1::worker_client::WorkerClient;
-use baton_proto::v1::{ClusterView, GetClusterRequest, Instance, WatchStatusRequest, WorkerStatus};
+use baton_proto::v1::{
+    CancelScaleRequest, ClusterView, DrainInstanceRequest, GetClusterRequest, GetScaleRequest,
+    Instance, ListScalesRequest, ScaleOperation, ScaleOperations, ScaleRequest,
+};
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
-use tracing::debug;
 
 use crate::election::Election;
+use crate::launch::{Launched, Launcher};
+use crate::scale::record::Record;
+use crate::scale::store::{Advanced, Begun, Operations, ScaleStore};
+use crate::workers;
 
-/// How long a worker may take to tell its status.
-const STATUS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time that requests get when a request to scale or to drain does not say.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(120);
+/// The longest such time.
+const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// The largest pool: more is a typo.
+const MAX_SIZE: u32 = 1024;
 
 /// The service.
 pub struct CoordinatorService {
@@ -26,6 +34,10 @@ pub struct CoordinatorService {
     pub watch: ClusterWatch,
     /// Who leads.
     pub election: Election,
+    /// The scale operations.
+    pub store: ScaleStore,
+    /// Who starts and ends workers, if this coordinator can.
+    pub launcher: Option<Arc<dyn Launcher>>,
 }
 
 impl CoordinatorService {
@@ -44,6 +56,69 @@ impl CoordinatorService {
             .serve_with_incoming_shutdown(incoming, shutdown)
             .await
     }
+
+    fn membership(&self) -> Arc<Membership> {
+        Arc::clone(&self.watch.subscribe().borrow())
+    }
+
+    async fn launched(&self) -> Vec<Launched> {
+        match &self.launcher {
+            Some(launcher) => launcher.list().await.unwrap_or_default(),
+            None => Vec::new(),
+        }
+    }
+
+    async fn operations(&self) -> Result<Operations, Status> {
+        self.store.list().await.map_err(unavailable)
+    }
+
+    /// The pool that a request means.
+    fn pool(&self, name: &str) -> Result<InstanceRole, Status> {
+        if name.is_empty() {
+            let membership = self.membership();
+            let there = |role| membership.instances.values().any(|it| it.role == role);
+            return Ok(match there(InstanceRole::Decode) || !there(InstanceRole::Unified) {
+                true => InstanceRole::Decode,
+                false => InstanceRole::Unified,
+            });
+        }
+        let roles = [
+            InstanceRole::Prefill,
+            InstanceRole::Decode,
+            InstanceRole::Unified,
+            InstanceRole::Pooling,
+            InstanceRole::Audio,
+        ];
+        roles.into_iter().find(|role| role.as_str() == name).ok_or_else(|| {
+            let names = roles.map(InstanceRole::as_str).join(", ");
+            Status::invalid_argument(format!("`pool` is `{name}`; it must be one of {names}"))
+        })
+    }
+
+    /// The model that a request means: the one that it names, or else the pool's only one.
+    fn model(&self, pool: InstanceRole, name: String) -> Result<String, Status> {
+        let offered = self.launcher.iter().flat_map(|launcher| launcher.models(pool));
+        let membership = self.membership();
+        let served = membership.instances.values().filter(|it| it.role == pool);
+        let mut models: Vec<String> = offered.chain(served.map(|it| it.model.clone())).collect();
+        models.sort();
+        models.dedup();
+        let list = models.join(", ");
+        match models.len() {
+            0 => Err(Status::invalid_argument(format!(
+                "pool `{pool}` has no workers, and none can be launched: start coordinators with \
+                 --workers FILE, with a command for this pool"
+            ))),
+            _ if models.contains(&name) => Ok(name),
+            1 if name.is_empty() => Ok(models.remove(0)),
+            _ if name.is_empty() => Err(Status::invalid_argument(format!(
+                "pool `{pool}` has several models; give `model`, one of {list}"
+            ))),
+            _ => Err(Status::invalid_argument(format!(
+                "`model` is `{name}`; pool `{pool}` has {list}"
+            ))),
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -52,18 +127,9 @@ impl Coordinator for CoordinatorService {
         &self,
         _request: Request<GetClusterRequest>,
     ) -> Result<Response<ClusterView>, Status> {
-        let membership = Arc::clone(&self.watch.subscribe().borrow());
-        let instances = membership.instances.values().map(|record| async {
-            Instance {
-                id: record.id.clone(),
-                role: record.role.to_string(),
-                address: record.address.clone(),
-                model: record.model.clone(),
-                version: record.version.clone(),
-                started_ms: record.started_ms,
-                status: status(record).await,
-            }
-        });
+        let membership = self.membership();
+        let launched = self.launched().await;
+        let instances = membership.instances.values().map(|record| describe(record, &launched));
         Ok(Response::new(ClusterView {
             cluster: self.cluster.clone(),
             etcd_connected: membership.etcd_connected,
@@ -71,26 +137,138 @@ impl Coordinator for CoordinatorService {
             instances: futures::future::join_all(instances).await,
         }))
     }
+
+    async fn scale(
+        &self,
+        request: Request<ScaleRequest>,
+    ) -> Result<Response<ScaleOperation>, Status> {
+        let ScaleRequest { pool, model, size, drain_timeout_ms } = request.into_inner();
+        if size > MAX_SIZE {
+            let message = format!("`size` is {size}; it must be at most {MAX_SIZE}");
+            return Err(Status::invalid_argument(message));
+        }
+        let longest = MAX_DRAIN_TIMEOUT.as_millis() as u64;
+        let drain_timeout_ms = match drain_timeout_ms {
+            0 => DRAIN_TIMEOUT.as_millis() as u64,
+            given => given.min(longest),
+        };
+        let pool = self.pool(&pool)?;
+        let model = self.model(pool, model)?;
+        let request = Record::new(pool, model, size, drain_timeout_ms);
+        match self.store.begin(request).await.map_err(unavailable)? {
+            Begun::Runs(record) => Ok(Response::new((&record).into())),
+            Begun::Conflict(record) => Err(Status::already_exists(format!(
+                "operation {} is running; wait for its end, or cancel it",
+                record.describe()
+            ))),
+        }
+    }
+
+    async fn get_scale(
+        &self,
+        request: Request<GetScaleRequest>,
+    ) -> Result<Response<ScaleOperation>, Status> {
+        let id = request.into_inner().id;
+        let operations = self.operations().await?;
+        let running = operations.running.iter().map(|stored| &stored.record);
+        let found = running.chain(&operations.ended).find(|record| record.id == id);
+        let found = found.ok_or_else(|| Status::not_found(format!("no operation {id}")))?;
+        Ok(Response::new(found.into()))
+    }
+
+    async fn cancel_scale(
+        &self,
+        request: Request<CancelScaleRequest>,
+    ) -> Result<Response<ScaleOperation>, Status> {
+        let CancelScaleRequest { id, pool } = request.into_inner();
+        let pool = if id.is_empty() { Some(self.pool(&pool)?) } else { None };
+        // The leader may move it between our look and our write.
+        for _ in 0..20 {
+            let operations = self.operations().await?;
+            let meant = |it: &Record| it.id == id || Some(it.pool) == pool;
+            let Some(stored) = operations.running.iter().find(|it| meant(&it.record)) else {
+                let over = operations.ended.iter().find(|it| it.id == id);
+                return Err(match (over, pool) {
+                    (Some(over), _) => Status::failed_precondition(format!(
+                        "operation {} is over",
+                        over.describe()
+                    )),
+                    (None, Some(pool)) => {
+                        Status::not_found(format!("no operation runs for pool `{pool}`"))
+                    }
+                    (None, None) => Status::not_found(format!("no operation {id}")),
+                });
+            };
+            if !stored.record.phase.cancellable() {
+                return Err(Status::failed_precondition(format!(
+                    "it is too late to cancel operation {}: its workers are being ended",
+                    stored.record.describe()
+                )));
+            }
+            if let Advanced::Written(_) = self.store.cancel(stored).await.map_err(unavailable)? {
+                return Ok(Response::new((&stored.record).into()));
+            }
+        }
+        Err(Status::aborted("the operation moves too fast; try again"))
+    }
+
+    async fn list_scales(
+        &self,
+        _request: Request<ListScalesRequest>,
+    ) -> Result<Response<ScaleOperations>, Status> {
+        let operations = self.operations().await?;
+        let running = operations.running.iter().map(|stored| &stored.record);
+        let all = operations.ended.iter().chain(running);
+        Ok(Response::new(ScaleOperations { operations: all.map(Into::into).collect() }))
+    }
+
+    async fn drain_instance(
+        &self,
+        request: Request<DrainInstanceRequest>,
+    ) -> Result<Response<Instance>, Status> {
+        let DrainInstanceRequest { instance, undo } = request.into_inner();
+        let membership = self.membership();
+        let launched = self.launched().await;
+        let named = |record: &InstanceRecord| {
+            let name = launched.iter().find(|it| it.address == record.address);
+            record.id == instance
+                || record.address == instance
+                || name.is_some_and(|it| it.spec.name == instance)
+        };
+        let workers = membership.instances.values().filter(|it| it.role.is_worker());
+        let record = workers.into_iter().find(|record| named(record)).ok_or_else(|| {
+            let message = format!("no worker {instance}; `baton top` lists ids and names");
+            Status::not_found(message)
+        })?;
+        let done = match undo {
+            false => workers::drain(&record.address, MAX_DRAIN_TIMEOUT).await,
+            true => workers::undrain(&record.address).await,
+        };
+        done.map_err(|status| {
+            Status::unavailable(format!("{instance} does not answer: {}", status.message()))
+        })?;
+        Ok(Response::new(describe(record, &launched).await))
+    }
 }
 
-/// What a worker says of itself now; `None` for other processes and for silent workers.
-async fn status(record: &InstanceRecord) -> Option<WorkerStatus> {
-    if !record.role.is_worker() {
-        return None;
-    }
-    let ask = async {
-        let channel = endpoint(&record.address)?.connect().await?;
-        let mut client = WorkerClient::new(channel);
-        let request = WatchStatusRequest { interval_ms: 60_000 };
-        let status = client.watch_status(request).await?.into_inner().message().await?;
-        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(status)
+async fn describe(record: &InstanceRecord, launched: &[Launched]) -> Instance {
+    let status = match record.role.is_worker() {
+        true => workers::status(&record.address).await.ok(),
+        false => None,
     };
-    match tokio::time::timeout(STATUS_TIMEOUT, ask).await {
-        Ok(Ok(status)) => status,
-        Ok(Err(error)) => {
-            debug!(id = record.id, error, "no status");
-            None
-        }
-        Err(_) => None,
+    let name = launched.iter().find(|it| it.address == record.address);
+    Instance {
+        id: record.id.clone(),
+        role: record.role.to_string(),
+        address: record.address.clone(),
+        model: record.model.clone(),
+        version: record.version.clone(),
+        started_ms: record.started_ms,
+        status,
+        name: name.map(|it| it.spec.name.clone()).unwrap_or_default(),
     }
+}
+
+fn unavailable(error: MembershipError) -> Status {
+    Status::unavailable(error.to_string())
 }

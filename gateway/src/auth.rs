@@ -22,12 +22,13 @@ const PROBES: [&str; 2] = ["/health", "/ping"];
 
 /// Routes for operators. A route that is not served yet may be listed: it is guarded from its
 /// first day.
-const ADMIN: [&str; 21] = [
+const ADMIN: [&str; 22] = [
     "/abort_requests",
     "/collective_rpc",
     "/drain",
     "/finish_weight_update",
     "/init_weight_transfer_engine",
+    "/is_scaling_elastic_ep",
     "/pause",
     "/reset_encoder_cache",
     "/reset_mm_cache",

@@ -104,6 +104,24 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "Request Timeout", message)
     }
 
+    /// 408: requests did not end in time, and a pool keeps its size.
+    pub fn drain_timed_out(seconds: u64, reason: &str) -> Self {
+        let message =
+            format!("Scale failed due to request drain timeout after {seconds} seconds: {reason}");
+        Self::new(StatusCode::REQUEST_TIMEOUT, "Request Timeout", message)
+    }
+
+    /// 500: a pool could not be given its size.
+    pub fn scale_failed(reason: &str) -> Self {
+        let message = format!("Scale failed: {reason}");
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "Internal Server Error", message)
+    }
+
+    /// 409: it cannot be done beside, or after, what others do.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "Conflict", message)
+    }
+
     /// 413.
     pub fn body_too_large(limit: usize) -> Self {
         let message = format!(

@@ -9,6 +9,7 @@
 //! * [`audio`]: from a file of sound to what models hear. [`speech`]: from that to a transcript.
 //! * [`text`]: tokenizer, chat template, stop strings.
 //! * [`output`]: what an answer's text means: reasoning, content, tool calls.
+//! * [`coordinators`]: what operators ask of the cluster.
 //! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
 //! * [`store`]: responses that are kept.
 //! * [`metrics`]: what Prometheus reads.
@@ -22,6 +23,7 @@ pub mod api;
 pub mod audio;
 pub mod auth;
 pub mod config;
+pub mod coordinators;
 pub mod error;
 pub mod generate;
 pub mod http;

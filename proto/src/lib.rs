@@ -5,6 +5,7 @@
 //! * [`adapter`]: LoRA adapters of a whole cluster, as etcd keeps them.
 //! * [`instance`]: the records that processes keep in etcd.
 //! * [`channel`]: how processes call each other.
+//! * [`drain`]: how a worker that drains refuses.
 //! * [`bundle`]: the tokenizer and chat template as a worker hands them out.
 //!
 //! Nothing here runs: no tasks, no files, no sockets. Gateway, worker and coordinator meet here and nowhere else.
@@ -14,6 +15,7 @@
 pub mod adapter;
 pub mod bundle;
 pub mod channel;
+pub mod drain;
 pub mod instance;
 pub mod prefix;
 

@@ -80,6 +80,7 @@ MAY_REFUSE = {
     "GET /v1/models/{name}": NO_MODEL,
     "POST /v1/load_lora_adapter": {400: "an adapter that fits the model", 404: "a folder there"},
     "POST /v1/unload_lora_adapter": {404: "an adapter of this name"},
+    "POST /scale_elastic_ep": {503: "a coordinator"},
     "GET /": {304: "a page that has changed"},
     "HEAD /": {304: "a page that has changed"},
     "GET /docs": {307: "it leads elsewhere"},
@@ -99,7 +100,10 @@ ELSEWHERE = {
     ("POST /v1/unload_lora_adapter", 200): "needs an adapter: lora.rs",
     ("GET /openapi.json", 200): "where the document comes from",
     ("GET /tokenizer_info", 400): "a query that names the model twice: openapi.rs",
+    ("POST /scale_elastic_ep", 200): "needs a coordinator: scale.rs",
+    ("POST /scale_elastic_ep", 409): "scale.rs",
     # A key is left out of what was answered with 2xx.
+    ("POST /scale_elastic_ep", 401): "access.rs",
     ("POST /v1/load_lora_adapter", 401): "access.rs",
     ("POST /v1/unload_lora_adapter", 401): "access.rs",
 }

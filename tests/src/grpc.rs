@@ -40,9 +40,14 @@ pub async fn next(stream: &mut Streaming<WorkerStatus>) -> WorkerStatus {
     message.expect("the worker still answers")
 }
 
+/// A client of the coordinator at `address`.
+pub async fn coordinator(address: &str) -> CoordinatorClient<Channel> {
+    CoordinatorClient::new(connect(address).await)
+}
+
 /// The cluster as the coordinator sees it.
 pub async fn cluster_view(address: &str) -> ClusterView {
-    let mut client = CoordinatorClient::new(connect(address).await);
+    let mut client = coordinator(address).await;
     let view = tokio::time::timeout(CALL_WITHIN, client.get_cluster(GetClusterRequest {})).await;
     view.expect("a view in time").expect("the cluster's view").into_inner()
 }

@@ -5,6 +5,7 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
@@ -26,6 +27,7 @@
 pub mod bench;
 pub mod binaries;
 pub mod cluster;
+pub mod elastic;
 pub mod etcd;
 pub mod grpc;
 pub mod http;

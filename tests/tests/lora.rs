@@ -153,7 +153,11 @@ async fn a_hand_off_with_an_adapter_equals_unified() {
             ignore_eos: true,
             ..SamplingParams::default()
         }),
-        prefill: Some(PrefillPeer { instance_id: "p".into(), address: prefill.address.clone() }),
+        prefill: Some(PrefillPeer {
+            instance_id: "p".into(),
+            address: prefill.address.clone(),
+            ..Default::default()
+        }),
         handoff_min_tokens: 1,
         timeout_ms: 60_000,
         cache_salt: "of its own".into(),

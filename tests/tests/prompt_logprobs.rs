@@ -50,6 +50,7 @@ async fn generate(address: &str, request: GenerateRequest) -> Result<Output, Sta
             Event::Started(started) => output.cached = started.cached_tokens,
             Event::Tokens(tokens) => output.tokens.extend(tokens.tokens),
             Event::Finished(_) => {}
+            Event::Released(_) => panic!("the worker does not drain"),
         }
     }
     Ok(output)

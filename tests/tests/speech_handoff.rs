@@ -70,7 +70,7 @@ async fn generated(worker: &Worker, request: GenerateRequest) -> (Started, Vec<u
             Event::Started(it) => started = Some(it),
             Event::Tokens(it) => tokens.extend(it.tokens.iter().map(|token| token.id)),
             Event::Finished(_) => break,
-            Event::PromptLogprobs(_) => {}
+            Event::PromptLogprobs(_) | Event::Released(_) => {}
         }
     }
     (started.expect("a start"), tokens)
@@ -84,6 +84,7 @@ async fn sound_moves(transport: &str) {
     let peer = Some(PrefillPeer {
         instance_id: describe(prefill).await.instance_id,
         address: prefill.address.clone(),
+        ..Default::default()
     });
     // Computed where it is decoded, under a salt of its own.
     let here = GenerateRequest { cache_salt: "here".into(), ..request(&about, "english", "en") };
@@ -146,7 +147,7 @@ async fn a_peer_that_fails_costs_time_alone() {
     let about = describe(decode).await;
     let (_, expected) = generated(decode, request(&about, "german", "de")).await;
     let address = "http://127.0.0.1:1".to_owned();
-    let peer = Some(PrefillPeer { instance_id: "nobody".into(), address });
+    let peer = Some(PrefillPeer { instance_id: "nobody".into(), address, ..Default::default() });
     let salt = "other".to_owned();
     let away =
         GenerateRequest { prefill: peer, cache_salt: salt, ..request(&about, "german", "de") };

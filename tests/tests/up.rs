@@ -190,6 +190,69 @@ async fn nothing_outlives_a_killed_up() {
     operator.nothing_left().await;
 }
 
+/// The workers that `up` started are the coordinator's: it ends them too, also the last but one,
+/// and `up` does not start them again. Nor does the death of the coordinator touch them.
+#[tokio::test]
+async fn pools_are_scaled_below_what_up_began_with_and_workers_outlive_the_coordinator() {
+    let operator = Operator::new();
+    let small = ["--decode", "2", "--prefill", "1", "--threads", "1", "--kv-memory", "128MiB"];
+    let (mut up, printed, _) = operator.up(&small).await;
+    let workers = || {
+        let all = leftovers::processes(operator.dir());
+        let mut workers: Vec<String> =
+            all.into_iter().filter(|process| process.contains("baton-worker")).collect();
+        workers.sort();
+        workers
+    };
+    let began = workers();
+    assert_eq!(began.len(), 3, "{began:#?}");
+    let coordinator = leftovers::processes(operator.dir());
+    let coordinator = coordinator.iter().find(|it| it.contains("baton-coordinator --etcd"));
+    let pid = coordinator.and_then(|it| it.split(' ').next()?.parse().ok()).expect("its pid");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("kill it");
+    eventually("the coordinator is started again", Duration::from_secs(10), async || {
+        let (code, _, stderr) = operator.run(&["status"]).await;
+        if code == 0 { Ok(()) } else { Err(stderr) }
+    })
+    .await;
+    assert_eq!(workers(), began, "the workers are the same");
+
+    for (args, left) in
+        [(&["scale", "1"][..], 2), (&["scale", "--pool", "prefill", "0"], 1), (&["scale", "2"], 2)]
+    {
+        let (code, stdout, stderr) = operator.run(args).await;
+        assert_eq!(code, 0, "{args:?}: {stdout}{stderr}");
+        assert_eq!(workers().len(), left, "after {args:?}");
+    }
+    assert!(paste(&printed)["choices"].is_array());
+    let (code, stdout, stderr) = operator.run(&["scale", "--pool", "audio", "1"]).await;
+    assert_eq!(code, 2, "{stdout}{stderr}");
+    assert!(stderr.contains("pool `audio`") && stderr.contains("--workers"), "{stderr}");
+    let (_, history, _) = operator.run(&["scale", "--list"]).await;
+    assert_eq!(history.matches("done").count(), 3, "{history}");
+
+    let (code, top, stderr) = operator.run(&["top", "--once"]).await;
+    assert_eq!(code, 0, "{stderr}");
+    let name = ["decode-1", "decode-2"].into_iter().find(|name| top.contains(name));
+    let name = name.unwrap_or_else(|| panic!("no worker is named in\n{top}"));
+    let (code, stdout, stderr) = operator.run(&["drain", name]).await;
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let (_, top, _) = operator.run(&["top", "--once"]).await;
+    assert_eq!(top.matches("draining").count(), 1, "{top}");
+    assert!(paste(&printed)["choices"].is_array(), "the other serves");
+    let (code, stdout, stderr) = operator.run(&["drain", "--undo", name]).await;
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let (code, _, stderr) = operator.run(&["drain", "nobody"]).await;
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("no worker nobody"), "{stderr}");
+
+    let (code, stdout, stderr) = operator.run(&["down"]).await;
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let status = up.end(STOP_WITHIN).await;
+    assert!(status.success(), "{status}: {}", up.stderr());
+    operator.nothing_left().await;
+}
+
 /// Each failure has its exit code, names what is wrong, and leaves no half of a cluster.
 #[tokio::test]
 async fn up_refuses_what_it_cannot_start_and_cleans_up() {

@@ -112,6 +112,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 adapter: None,
                 purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
+                returning: false,
             })?;
             let mut tokens = Vec::new();
             loop {

@@ -59,6 +59,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         }
     };
     let service = service.map_err(|error| Failure::new(Exit::BadModel, error))?;
+    let drain = service.drain();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -69,15 +70,20 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     info!(id = instance.id, address = instance.address, "serving");
 
     stop_signals.next().await;
-    info!("stopping: running requests may finish");
-    engine.drain();
-    registration.withdraw().await;
+    info!("stopping: running requests go elsewhere, or finish");
+    drain.begin(None);
     let drained = async {
-        while engine.status().running + engine.status().waiting > 0 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        // Beside the drain: etcd may be away.
+        let drained = async {
+            while !drain.done() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::join!(drained, registration.withdraw());
     };
-    stop_signals.drain(drained, Duration::from_secs(settings.drain_timeout)).await;
+    // Whatever is left when its time is up is told so before the process ends.
+    let limit = Duration::from_secs(settings.drain_timeout) + Duration::from_secs(1);
+    stop_signals.drain(drained, limit).await;
     // Joining a thread: not on the runtime's own threads.
     let _ = tokio::task::spawn_blocking(move || engine.stop()).await;
     let _ = stop.send(());
@@ -166,6 +172,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         adapters,
         transports: settings.transports.iter().map(|&transport| transport.into()).collect(),
         hold_lease: Duration::from_secs(settings.hold_lease),
+        drain_timeout: Duration::from_secs(settings.drain_timeout),
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
@@ -226,6 +233,7 @@ async fn load_pooling(
         instance_id: instance.id.clone(),
         model,
         tokenizer: loaded.tokenizer,
+        drain_timeout: Duration::from_secs(settings.drain_timeout),
         pooler: Arc::new(pooler),
     };
     Ok((parts, instance))

@@ -151,6 +151,7 @@ fn allocations(
             adapter,
             purpose: Purpose::Generate { pull_from: None },
             deadline: Instant::now() + Duration::from_secs(600),
+            returning: false,
         };
         engine.submit(request).unwrap()
     };

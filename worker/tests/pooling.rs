@@ -419,7 +419,13 @@ async fn a_dropped_call_leaves_and_the_others_are_answered() {
 async fn serve(pooler: Arc<Pooler>, card: PoolingCard) -> WorkerClient<Channel> {
     let model = ModelCard { pooling: Some(card), ..ModelCard::default() };
     let tokenizer = open(&reference().join("bert_poolings"), None).tokenizer;
-    let parts = PoolingParts { instance_id: "one".into(), model, tokenizer, pooler };
+    let parts = PoolingParts {
+        instance_id: "one".into(),
+        model,
+        tokenizer,
+        drain_timeout: Duration::from_secs(30),
+        pooler,
+    };
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let service = WorkerService::pooling(parts).unwrap();

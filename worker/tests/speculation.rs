@@ -121,6 +121,7 @@ fn request() -> impl Strategy<Value = NewRequest> {
                 adapter: None,
                 purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
+                returning: false,
             }
         },
     )
@@ -187,6 +188,7 @@ fn what_repeats_is_guessed_and_counted() {
         adapter: None,
         purpose: Purpose::Generate { pull_from: None },
         deadline: Instant::now() + Duration::from_secs(60),
+        returning: false,
     };
     let answer = answers(&ahead, &[request]).remove(0);
     assert!(answer.tokens.len() == 100 && answer.tokens.iter().all(|token| token.id == 42));

@@ -100,6 +100,7 @@ fn request(audio: Bytes, prompt: Vec<u32>, sampling: SamplingParams) -> NewReque
         adapter: None,
         purpose: Purpose::Generate { pull_from: None },
         deadline: Instant::now() + Duration::from_secs(600),
+        returning: false,
     }
 }
 

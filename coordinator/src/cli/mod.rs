@@ -1,15 +1,23 @@
-//! The `baton` command: a whole cluster on one machine.
+//! The `baton` command: a whole cluster on one machine, and its operation.
 //!
-//! * [`up`]: starts the processes and watches over them; [`process`]: one of them.
+//! * [`up`]: starts the processes and watches over them; [`process`]: one of them; `up_workers`:
+//!   the workers, which are the coordinator's.
 //! * [`model`]: the default model, fetched and checked.
 //! * [`state`]: what a running `baton up` leaves for the other commands to find.
-//! * [`status`]: asks the coordinator, and draws the table.
+//! * [`ask`]: calls of the coordinator.
+//! * [`status`]: who is there, as a table; [`top`]: how busy they are, over and over.
+//! * [`scale`]: changes a pool's size; [`drain`]: takes one worker out of service.
 
+pub mod ask;
+pub mod drain;
 pub mod model;
 pub mod process;
+pub mod scale;
 pub mod state;
 pub mod status;
+pub mod top;
 pub mod up;
+mod up_workers;
 
 use baton_membership::daemon::Failure;
 use clap::{Parser, Subcommand};
@@ -20,6 +28,7 @@ Start a whole cluster on this machine, ask it something, look at it, stop it:
   baton up                 # etcd, coordinator, gateway, one prefill and one decode worker
   curl http://127.0.0.1:8000/v1/models
   baton status             # in another terminal
+  baton scale 3            # three decode workers
   baton down               # or Ctrl-C";
 
 /// Runs and inspects Baton, a serving cluster for language models.
@@ -36,6 +45,12 @@ enum Action {
     Up(up::UpArgs),
     /// Shows what runs, where, and how busy it is.
     Status(status::StatusArgs),
+    /// Shows how busy each worker is, over and over.
+    Top(top::TopArgs),
+    /// Changes how many workers a pool has, and waits until it has them.
+    Scale(scale::ScaleArgs),
+    /// Has a worker finish what it has and take nothing new, and waits until it has finished.
+    Drain(drain::DrainArgs),
     /// Stops the cluster that `baton up` runs, and waits until it is gone.
     Down,
     /// Fetches models.
@@ -63,6 +78,9 @@ pub async fn run(command: Command) -> Result<(), Failure> {
     match command.action {
         Action::Up(args) => up::run(args).await,
         Action::Status(args) => status::run(args).await,
+        Action::Top(args) => top::run(args).await,
+        Action::Scale(args) => scale::run(args).await,
+        Action::Drain(args) => drain::run(args).await,
         Action::Down => state::down().await,
         Action::Model { action: ModelAction::Fetch { model } } => {
             println!("{}", model::fetch(model)?.display());

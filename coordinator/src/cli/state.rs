@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 /// How long `baton down` waits for the end.
 const DOWN_WITHIN: Duration = Duration::from_secs(60);
 
+/// How long the workers of a `baton up` that was killed may take to end.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// Where the running cluster is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -42,13 +45,25 @@ pub fn directory() -> PathBuf {
     state.join("baton")
 }
 
+/// The file that a running `baton up` keeps locked.
+pub fn lock_file() -> PathBuf {
+    directory().join("lock")
+}
+
 impl Lock {
     /// Takes the lock, or says who has it.
     pub fn take() -> Result<Self, Failure> {
         let directory = directory();
         fs::create_dir_all(&directory).map_err(|error| cannot(&directory, &error))?;
         let file = open(&directory)?;
-        match file.try_lock() {
+        // The workers of one that was killed hold it until they have ended, a moment later.
+        let since = Instant::now();
+        let mut locked = file.try_lock();
+        while matches!(locked, Err(TryLockError::WouldBlock)) && since.elapsed() < ENDING {
+            std::thread::sleep(Duration::from_millis(20));
+            locked = file.try_lock();
+        }
+        match locked {
             Ok(()) => {
                 // Logs of the cluster before; there may be none.
                 let _ = fs::remove_dir_all(directory.join("logs"));

@@ -2,27 +2,22 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use baton_membership::daemon::{Exit, Failure};
+use baton_membership::daemon::Failure;
 use baton_proto::InstanceRole;
-use baton_proto::v1::coordinator_client::CoordinatorClient;
-use baton_proto::v1::{ClusterView, GetClusterRequest, WorkerStatus};
+use baton_proto::v1::{ClusterView, WorkerStatus};
 use clap::Args;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{ContentArrangement, Table};
 use serde_json::json;
-use tonic::transport::Endpoint;
 
-use super::state;
-
-/// How long the coordinator may take to answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+use super::ask::CoordinatorArgs;
 
 /// Flags of `baton status`.
 #[derive(Clone, Debug, Args)]
 pub struct StatusArgs {
-    /// The coordinator to ask; by default that of the cluster which `baton up` runs here.
-    #[arg(long, env = "BATON_COORDINATOR", value_name = "URL")]
-    coordinator: Option<String>,
+    /// Whom to ask.
+    #[command(flatten)]
+    coordinator: CoordinatorArgs,
 
     /// Print JSON, for scripts.
     #[arg(long)]
@@ -31,11 +26,7 @@ pub struct StatusArgs {
 
 /// Asks, and prints.
 pub async fn run(args: StatusArgs) -> Result<(), Failure> {
-    let coordinator = match args.coordinator {
-        Some(url) => url,
-        None => state::running()?.coordinator,
-    };
-    let view = ask(&coordinator).await?;
+    let view = args.coordinator.connect().await?.cluster().await?;
     if args.json {
         println!("{:#}", as_json(&view));
         return Ok(());
@@ -45,22 +36,6 @@ pub async fn run(args: StatusArgs) -> Result<(), Failure> {
         println!("etcd does not answer: this is the last view known");
     }
     Ok(())
-}
-
-async fn ask(coordinator: &str) -> Result<ClusterView, Failure> {
-    let silent = |error: &dyn std::fmt::Display| {
-        let message = format!("the coordinator at {coordinator} does not answer: {error}");
-        Failure::new(Exit::Unavailable, message)
-    };
-    let ask = async {
-        let endpoint = Endpoint::from_shared(coordinator.to_owned())
-            .map_err(|error| Failure::new(Exit::Config, format!("--coordinator: {error}")))?;
-        let channel = endpoint.connect().await.map_err(|error| silent(&error))?;
-        let answer = CoordinatorClient::new(channel).get_cluster(GetClusterRequest {}).await;
-        Ok(answer.map_err(|status| silent(&status.message()))?.into_inner())
-    };
-    let late = || silent(&format_args!("nothing within {ANSWER_WITHIN:?}"));
-    tokio::time::timeout(ANSWER_WITHIN, ask).await.map_err(|_| late())?
 }
 
 fn as_json(view: &ClusterView) -> serde_json::Value {
@@ -83,6 +58,7 @@ fn as_json(view: &ClusterView) -> serde_json::Value {
         .map(|instance| {
             json!({
                 "id": instance.id,
+                "name": instance.name,
                 "role": instance.role,
                 "address": instance.address,
                 "model": instance.model,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_membership::daemon::{Exit, Failure, StopSignals};
-use baton_membership::{EtcdSettings, connect};
+use baton_membership::{EtcdSettings, InstanceRole, connect};
 use clap::Args;
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
@@ -14,19 +14,21 @@ use futures::stream::FuturesUnordered;
 
 use super::model;
 use super::process::{Process, Spec};
-use super::state::{Lock, State};
+use super::state::{self, Lock, State};
 use super::status::new_table;
+use super::up_workers::{Served, launch_failed, listed, tell_of_crashes, templates, workers_ready};
+use crate::launch::WorkerSpec;
+use crate::launch::local::{self, LocalProcesses, LocalWorker};
 
 /// How long a process may take to be ready, and the cluster to serve.
-const READY_WITHIN: Duration = Duration::from_secs(120);
+pub(super) const READY_WITHIN: Duration = Duration::from_secs(120);
 /// How long a process may take to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
 /// Signals so close to the first are the same Ctrl-C.
 const ECHO: Duration = Duration::from_millis(500);
 /// Seconds that running requests get when the cluster stops.
-const DRAIN_SECONDS: &str = "5";
-/// The role of the worker that embeds, and the name of its model by default.
-const POOLING: &str = "pooling";
+pub(super) const DRAIN_SECONDS: &str = "5";
+/// The name of the model that embeds, by default.
 const EMBEDDER: &str = "minilm";
 /// Waits before a process that ended is started again: the first, and the longest.
 const RESTART: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
@@ -72,11 +74,11 @@ pub struct UpArgs {
 
     /// Memory of each worker's KV cache.
     #[arg(long, default_value = "1GiB", value_name = "SIZE")]
-    kv_memory: String,
+    pub(super) kv_memory: String,
 
     /// Threads of each worker; by default the cores are shared out.
     #[arg(long)]
-    threads: Option<usize>,
+    pub(super) threads: Option<usize>,
 
     /// A key that clients must send; may be repeated.
     #[arg(long = "api-key", value_name = "KEY")]
@@ -85,8 +87,18 @@ pub struct UpArgs {
 
 impl UpArgs {
     /// Workers of all roles.
-    fn workers(&self) -> usize {
-        self.prefill + self.decode + self.unified + usize::from(self.embedder.is_some())
+    pub(super) fn workers(&self) -> usize {
+        self.pools().into_iter().map(|(_, count)| count).sum()
+    }
+
+    /// How many workers each pool has.
+    fn pools(&self) -> [(InstanceRole, usize); 4] {
+        [
+            (InstanceRole::Prefill, self.prefill),
+            (InstanceRole::Decode, self.decode),
+            (InstanceRole::Unified, self.unified),
+            (InstanceRole::Pooling, usize::from(self.embedder.is_some())),
+        ]
     }
 }
 
@@ -107,17 +119,17 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
             (fetched, Some(name))
         }
     };
+    let served = Served::new(model, name);
     let embedder = match &args.embedder {
         None => None,
-        Some(Some(folder)) => Some(Served { model: folder.clone(), name: None }),
+        Some(Some(folder)) => Some(Served::new(folder.clone(), None)),
         Some(None) => {
             let model = model::fetch(model::Known::Minilm)?;
-            Some(Served { model, name: Some(EMBEDDER.to_owned()) })
+            Some(Served::new(model, Some(EMBEDDER.to_owned())))
         }
     };
-    let mut cluster = Cluster::new(lock, &args)?;
+    let mut cluster = Cluster::new(lock, &args, &served, embedder.as_ref())?;
     let started = Instant::now();
-    let served = Served { model, name };
     let start = cluster.start(&args, &served, embedder.as_ref());
     let ended = tokio::select! {
         ended = start => ended,
@@ -130,7 +142,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
         cluster.stop(&mut stop_signals).await;
         return Err(failure);
     }
-    cluster.announce(&args, started.elapsed());
+    cluster.announce(&args, started.elapsed())?;
     tokio::select! {
         never = cluster.watch_over() => match never {},
         () = stop_signals.next() => {}
@@ -140,21 +152,16 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A model, and the name that it is served under.
-struct Served {
-    model: PathBuf,
-    /// The worker's own choice without it.
-    name: Option<String>,
-}
-
 /// Says it now, under the flag's name here, and not when everything else has started.
 fn check_port(address: SocketAddr) -> Result<(), Failure> {
     TcpListener::bind(address).map(drop).map_err(|error| Failure::listen("--port", address, &error))
 }
 
-/// The processes, in the order of their start.
+/// The processes, in the order of their start, and the workers, which belong to the coordinator:
+/// here they are only started first and ended last.
 struct Cluster {
     lock: Lock,
+    workers: LocalProcesses,
     programs: PathBuf,
     etcd: [String; 2],
     /// The coordinator's port, the same when it is started again: `baton status` knows it.
@@ -163,7 +170,12 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn new(lock: Lock, args: &UpArgs) -> Result<Self, Failure> {
+    fn new(
+        lock: Lock,
+        args: &UpArgs,
+        model: &Served,
+        embedder: Option<&Served>,
+    ) -> Result<Self, Failure> {
         let failed = |error: std::io::Error| Failure::new(Exit::Failure, error);
         let own = std::env::current_exe().map_err(failed)?;
         let programs = own.parent().unwrap_or(Path::new(".")).to_path_buf();
@@ -178,7 +190,23 @@ impl Cluster {
         }
         let [client, peer, coordinator] = free_ports(args.port)?;
         let etcd = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
-        Ok(Self { lock, programs, etcd, coordinator, processes: Vec::new() })
+        let templates = templates(args, &programs, &etcd[0], model, embedder);
+        let path = lock.directory().join("workers.json");
+        let text = serde_json::to_vec_pretty(&templates).unwrap_or_default();
+        std::fs::write(&path, text).map_err(failed)?;
+        let workers = LocalProcesses::new(
+            local::Settings {
+                dir: lock.directory().join("workers"),
+                logs: lock.directory().join("logs"),
+                supervisor: programs.join("baton-coordinator"),
+                owner: Some(state::lock_file()),
+                grace: STOP_WITHIN,
+            },
+            templates,
+        )
+        .map_err(launch_failed)?;
+        workers.clear().map_err(launch_failed)?;
+        Ok(Self { lock, workers, programs, etcd, coordinator, processes: Vec::new() })
     }
 
     async fn start(
@@ -200,22 +228,41 @@ impl Cluster {
             }
             flags
         });
-        let coordinator = self.spec(
-            "coordinator",
-            "coordinator",
-            "baton-coordinator",
-            &["--listen".into(), format!("127.0.0.1:{}", self.coordinator)],
-        );
-        let mut specs = vec![coordinator];
-        specs.extend(self.workers(args, model, embedder));
-        specs.push(gateway);
+        let directory = self.lock.directory().to_path_buf();
+        let file = |name: &str| directory.join(name).display().to_string();
+        let flags = [
+            ["--listen".into(), format!("127.0.0.1:{}", self.coordinator)],
+            ["--workers".into(), file("workers.json")],
+            ["--workers-dir".into(), file("workers")],
+            ["--workers-logs".into(), file("logs")],
+            ["--workers-owner".into(), state::lock_file().display().to_string()],
+            ["--stop-timeout".into(), STOP_WITHIN.as_secs().to_string()],
+        ];
+        let coordinator =
+            self.spec("coordinator", "coordinator", "baton-coordinator", &flags.concat());
+        // Before the coordinator: from its first order on it alone starts and ends workers.
+        for (pool, count) in args.pools() {
+            let model = match (pool, embedder) {
+                (InstanceRole::Pooling, Some(embedder)) => embedder,
+                _ => model,
+            };
+            for n in 1..=count {
+                let (name, model) = (format!("{pool}-{n}"), model.name.clone());
+                let started = self.workers.start(0, &WorkerSpec { name, pool, model });
+                started.map_err(launch_failed)?;
+            }
+        }
         let logs = self.lock.directory().join("logs");
         let first = self.processes.len();
-        for spec in specs {
+        for spec in [coordinator, gateway] {
             self.processes.push(Process::start(spec, &logs)?);
         }
         let waits = self.processes[first..].iter_mut().map(|process| process.ready(READY_WITHIN));
-        futures::future::try_join_all(waits).await?;
+        let (ready, workers) =
+            tokio::join!(futures::future::try_join_all(waits), workers_ready(&self.workers));
+        // A worker's own error first: without workers the others may fail too.
+        workers?;
+        ready?;
         let address = |role: &str| {
             let of = self.processes.iter().find(|process| process.spec.role == role);
             of.map(|process| process.address.clone()).unwrap_or_default()
@@ -274,26 +321,6 @@ impl Cluster {
         }
     }
 
-    fn workers(&self, args: &UpArgs, model: &Served, embedder: Option<&Served>) -> Vec<Spec> {
-        let roles = [("prefill", args.prefill), ("decode", args.decode), ("unified", args.unified)];
-        let count = args.workers();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = args.threads.unwrap_or(cores.div_ceil(count)).to_string();
-        let mut specs = Vec::new();
-        for (role, count) in roles {
-            for n in 1..=count {
-                let mut flags = worker_flags(role, model, &threads);
-                flags.extend(["--kv-memory".into(), args.kv_memory.clone()]);
-                specs.push(self.spec(&format!("{role}-{n}"), role, "baton-worker", &flags));
-            }
-        }
-        if let Some(embedder) = embedder {
-            let flags = worker_flags(POOLING, embedder, &threads);
-            specs.push(self.spec("pooling-1", POOLING, "baton-worker", &flags));
-        }
-        specs
-    }
-
     fn spec(&self, name: &str, role: &'static str, program: &str, flags: &[String]) -> Spec {
         let mut args: Vec<OsString> = vec!["--etcd".into(), self.etcd[0].clone().into()];
         args.extend(flags.iter().map(Into::into));
@@ -324,7 +351,7 @@ impl Cluster {
         Err(Failure::new(Exit::Unavailable, message))
     }
 
-    fn announce(&self, args: &UpArgs, took: Duration) {
+    fn announce(&self, args: &UpArgs, took: Duration) -> Result<(), Failure> {
         let mut table = new_table(&["role", "address", "pid", "log"]);
         for process in &self.processes {
             table.add_row([
@@ -333,6 +360,10 @@ impl Cluster {
                 process.pid().map_or_else(String::new, |pid| pid.to_string()),
                 process.log().display().to_string(),
             ]);
+        }
+        for LocalWorker { launched, pid, log } in listed(&self.workers)? {
+            let (role, log) = (launched.spec.pool.to_string(), log.display().to_string());
+            table.add_row([role, launched.address, pid.to_string(), log]);
         }
         let gateway = self.processes.iter().find(|process| process.spec.role == "gateway");
         let url = gateway.map(|process| loopback(&process.address)).unwrap_or_default();
@@ -353,6 +384,7 @@ impl Cluster {
                  \"input\": \"The capital of France is Paris.\"}}'"
             );
         }
+        Ok(())
     }
 
     /// Starts again what ends, for ever.
@@ -364,42 +396,33 @@ impl Cluster {
             .map(|process| Box::pin(keep_running(process, logs.clone())) as _)
             .collect();
         let mut watches = watches;
-        match watches.next().await {
-            Some(never) => never,
-            // No processes: nothing to watch over.
-            None => std::future::pending().await,
+        tokio::select! {
+            Some(never) = watches.next() => never,
+            never = tell_of_crashes(&self.workers) => never,
         }
     }
 
-    /// Stops all, last started first, all workers at once. Another signal kills what is left.
+    /// Stops all: who sends requests, who starts workers, the workers, what they all need. Another
+    /// signal kills what is left.
     async fn stop(&mut self, stop_signals: &mut StopSignals) {
-        let order: [&[&str]; 4] =
-            [&["gateway"], &["prefill", "decode", "unified", POOLING], &["coordinator"], &["etcd"]];
-        for roles in order {
-            let group = self.processes.iter_mut().filter(|p| roles.contains(&p.spec.role));
-            let stops = group.map(|process| process.stop(STOP_WITHIN));
-            tokio::select! {
-                _ = futures::future::join_all(stops) => {}
-                () = again(stop_signals) => break,
+        let workers = self.workers.clone();
+        let stops = async {
+            for role in ["gateway", "coordinator", "etcd"] {
+                if role == "etcd" {
+                    workers.stop_all(STOP_WITHIN).await;
+                }
+                let group = self.processes.iter_mut().filter(|process| process.spec.role == role);
+                futures::future::join_all(group.map(|process| process.stop(STOP_WITHIN))).await;
             }
+        };
+        tokio::select! {
+            () = stops => {}
+            () = again(stop_signals) => self.workers.kill_all().await,
         }
         // Those that still run are killed as they are dropped.
         self.processes.clear();
         let _ = std::fs::remove_dir_all(self.lock.directory().join("etcd"));
     }
-}
-
-/// The flags of a worker of any role.
-fn worker_flags(role: &str, served: &Served, threads: &str) -> Vec<String> {
-    let mut flags: Vec<String> = vec!["--role".into(), role.into()];
-    flags.extend(["--listen".into(), "127.0.0.1:0".into()]);
-    flags.extend(["--model".into(), served.model.display().to_string()]);
-    flags.extend(["--threads".into(), threads.into()]);
-    flags.extend(["--drain-timeout".into(), DRAIN_SECONDS.into()]);
-    if let Some(name) = &served.name {
-        flags.extend(["--served-model-name".into(), name.clone()]);
-    }
-    flags
 }
 
 /// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.

@@ -160,6 +160,8 @@ impl Answer {
                     self.number = Some(self.generation.registry.recent.started(placement));
                 }
                 Some(Update::Resumed(started)) => {
+                    let card = &self.generation.job.served.card;
+                    self.metrics.migrated(card, &started);
                     if let Some(number) = self.number {
                         self.generation.registry.recent.moved(number, self.placement(&started));
                     }

@@ -2,7 +2,8 @@
 //!
 //! A [`Generation`] sends its sequence to a worker and yields what comes back. When the worker
 //! fails, it sends prompt and tokens so far to another one and goes on: a draw depends on the seed
-//! and the token's index alone, so the client sees the tokens it would have seen. Dropping it
+//! and the token's index alone, so the client sees the tokens it would have seen. A worker that
+//! drains releases the sequence and keeps its KV for the next one to pull. Dropping a `Generation`
 //! cancels the work, all the way down.
 
 pub mod answer;
@@ -10,10 +11,11 @@ pub mod answer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_proto::drain::is_draining;
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
     AdapterRef, AudioWindow, FinishReason, GenerateEvent, GenerateRequest, PrefillPeer,
-    PromptTokenLogprob, SamplingParams, Started, Token,
+    PromptTokenLogprob, Released, SamplingParams, Started, Token,
 };
 use baton_proto::{BlockHash, InstanceRole};
 use tokio::time::{timeout, timeout_at};
@@ -22,7 +24,7 @@ use tracing::{debug, warn};
 
 use crate::error::ApiError;
 use crate::metrics::Siblings;
-use crate::workers::{Registry, Served, Ticket};
+use crate::workers::{Registry, Served, Ticket, Worker};
 
 /// Failures in a row, without a token between them, after which a request is given up: it may be
 /// the request that brings workers down.
@@ -88,7 +90,7 @@ impl Job {
 pub enum Update {
     /// The prompt has been computed.
     Started(Started),
-    /// Another worker has computed prompt and tokens so far, and goes on.
+    /// Another worker has prompt and tokens so far, and goes on.
     Resumed(Started),
     /// Log-probabilities of some prompt tokens, in order.
     PromptLogprobs(Vec<PromptTokenLogprob>),
@@ -103,6 +105,10 @@ pub struct Generation {
     registry: Arc<Registry>,
     job: Job,
     attempt: Attempt,
+    /// What a worker that drains has of the sequence, until another one goes on.
+    held: Option<Held>,
+    /// The attempt there: the blocks stay for as long as it does.
+    leaving: Option<Attempt>,
     /// All tokens so far.
     output: Vec<u32>,
     /// Tokens of the current message that have not been yielded.
@@ -125,6 +131,24 @@ struct Attempt {
     events: Streaming<GenerateEvent>,
     /// Log-probabilities of the prompt that it has sent.
     prompt_logprobs: usize,
+}
+
+/// A sequence as a worker released it.
+struct Held {
+    worker: Arc<Worker>,
+    id: String,
+    positions: u32,
+}
+
+impl Held {
+    fn peer(&self) -> PrefillPeer {
+        PrefillPeer {
+            instance_id: self.worker.record.id.clone(),
+            address: self.worker.record.address.clone(),
+            held_id: self.id.clone(),
+            held_positions: self.positions,
+        }
+    }
 }
 
 impl Attempt {
@@ -153,12 +177,14 @@ impl Generation {
         let mut failures = 0;
         let patience = Instant::now() + START_WITHIN;
         loop {
-            match open(&registry, &job, &[], &mut avoid).await {
+            match open(&registry, &job, &[], &mut avoid, None).await {
                 Ok(attempt) => {
                     return Ok(Self {
                         registry,
                         job,
                         attempt,
+                        held: None,
+                        leaving: None,
                         output: Vec::new(),
                         ready: Vec::new().into_iter(),
                         started: false,
@@ -200,6 +226,7 @@ impl Generation {
                     Some(Event::Started(started)) => {
                         self.attempt.ticket.answered();
                         self.attempt.prefill = None;
+                        (self.held, self.leaving) = (None, None);
                         return Ok(Some(match std::mem::replace(&mut self.started, true) {
                             false => Update::Started(started),
                             true => Update::Resumed(started),
@@ -229,21 +256,35 @@ impl Generation {
                         let (reason, stop) = (finished.reason(), finished.stop_token_id);
                         return Ok(Some(Update::Finished(reason, stop)));
                     }
+                    Some(Event::Released(released)) => {
+                        self.released(released);
+                        self.resume().await?;
+                        continue;
+                    }
                     None => continue,
                 },
                 Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
                 Ok(Err(status)) => status,
             };
-            let failure = judge(&self.job, &self.attempt.ticket, status, &mut self.avoid);
+            let failure = match is_draining(&status) {
+                // It gives up what is left, and has not failed.
+                true => {
+                    self.attempt.ticket.worker.mark_draining();
+                    None
+                }
+                false => Some(judge(&self.job, &self.attempt.ticket, status, &mut self.avoid)),
+            };
             if let Some(end) = self.ended_unsaid() {
                 return Ok(Some(end));
             }
             match failure {
-                Failure::Final(error) => return Err(error),
-                Failure::Retry(error) | Failure::Absent(error) | Failure::Full(error) => {
-                    self.resume(error).await?
+                Some(Failure::Final(error)) => return Err(error),
+                Some(Failure::Retry(error) | Failure::Absent(error) | Failure::Full(error)) => {
+                    self.failed(error)?
                 }
+                None => {}
             }
+            self.resume().await?;
         }
     }
 
@@ -260,42 +301,60 @@ impl Generation {
         (full || done).then_some(Update::Finished(FinishReason::Length, None))
     }
 
-    /// Goes on elsewhere, and waits a little for somewhere to go on.
-    async fn resume(&mut self, cause: ApiError) -> Result<(), ApiError> {
-        let mut cause = cause;
-        let until = self.job.deadline.min(Instant::now() + RESUME_WITHIN);
+    /// Notes that the worker computes the sequence no further, and what it keeps.
+    fn released(&mut self, released: Released) {
+        let worker = &self.attempt.ticket.worker;
+        worker.mark_draining();
+        // Released before it had pulled: what it was to pull may be more.
+        let more = self.held.as_ref().is_none_or(|held| held.positions <= released.held_positions);
+        if more {
+            self.held = Some(Held {
+                worker: worker.clone(),
+                id: released.held_id,
+                positions: released.held_positions,
+            });
+            self.leaving = None;
+        }
+    }
+
+    /// Counts a failure; an error when there were too many.
+    fn failed(&mut self, cause: ApiError) -> Result<(), ApiError> {
         self.failures += 1;
+        self.failures_in_all += 1;
+        match self.failures >= MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
+            true => Err(cause),
+            false => Ok(()),
+        }
+    }
+
+    /// Goes on elsewhere, and waits a little for somewhere to go on.
+    async fn resume(&mut self) -> Result<(), ApiError> {
+        let until = self.job.deadline.min(Instant::now() + RESUME_WITHIN);
+        debug!(
+            request_id = self.job.request_id,
+            tokens = self.output.len(),
+            held = self.held.as_ref().map(|held| held.positions),
+            "going on with another worker"
+        );
         loop {
-            self.failures_in_all += 1;
-            if self.failures >= MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
-                return Err(cause);
-            }
-            debug!(
-                request_id = self.job.request_id,
-                tokens = self.output.len(),
-                "going on with another worker"
-            );
-            loop {
-                let (output, avoid) = (&self.output, &mut self.avoid);
-                match open(&self.registry, &self.job, output, avoid).await {
-                    Ok(attempt) => {
-                        self.attempt = attempt;
-                        return Ok(());
+            let (output, avoid, held) = (&self.output, &mut self.avoid, self.held.as_ref());
+            match open(&self.registry, &self.job, output, avoid, held).await {
+                Ok(attempt) => {
+                    let before = std::mem::replace(&mut self.attempt, attempt);
+                    if self.held.is_some() && self.leaving.is_none() {
+                        self.leaving = Some(before);
                     }
-                    Err(Failure::Retry(error)) => {
-                        cause = error;
-                        self.failures += 1;
-                        break;
-                    }
-                    // Nobody is there, or nobody has room: that may pass.
-                    Err(Failure::Absent(_) | Failure::Full(_)) if Instant::now() < until => {
-                        // A worker that failed may be back as good as new.
-                        self.avoid.clear();
-                        tokio::time::sleep(LOOK_EVERY).await;
-                    }
-                    Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
-                        return Err(error);
-                    }
+                    return Ok(());
+                }
+                Err(Failure::Retry(error)) => self.failed(error)?,
+                // Nobody is there, or nobody has room: that may pass.
+                Err(Failure::Absent(_) | Failure::Full(_)) if Instant::now() < until => {
+                    // A worker that failed may be back as good as new.
+                    self.avoid.clear();
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
+                    return Err(error);
                 }
             }
         }
@@ -308,13 +367,22 @@ async fn open(
     job: &Job,
     output: &[u32],
     avoid: &mut Vec<String>,
+    held: Option<&Held>,
 ) -> Result<Attempt, Failure> {
     let tokens = job.prompt.len() + output.len();
+    let missing = tokens.saturating_sub(held.map_or(0, |held| held.positions as usize));
     // Each worker is asked once, so this ends.
     let mut asked = avoid.clone();
+    let mut no_room = false;
     loop {
-        let Some(ticket) = registry.choose_decode(&job.served, tokens, &job.hashes, &asked) else {
-            return Err(match asked.len() > avoid.len() {
+        let others = registry.choose_decode(&job.served, missing, &job.hashes, &asked);
+        // Where it was, although that worker drains, when nobody else takes it.
+        let back = || {
+            let held = held.filter(|held| !asked.contains(&held.worker.record.id))?;
+            registry.back_to(&held.worker, missing)
+        };
+        let Some(ticket) = others.or_else(back) else {
+            return Err(match no_room {
                 true => Failure::Full(full()),
                 // Gone, or on its way to another worker.
                 false if registry.served(job.served.name()).is_none() => {
@@ -323,9 +391,12 @@ async fn open(
                 false => Failure::Absent(nobody(job.served.name())),
             });
         };
+        let source = held
+            .filter(|held| held.positions > 0 || held.worker.record.id == ticket.worker.record.id);
         // The decode worker knows what it has cached; here it is only guessed. So the peer is
         // named whenever the hand-off could pay.
-        let peer = if ticket.worker.record.role == InstanceRole::Decode
+        let peer = if source.is_none()
+            && ticket.worker.record.role == InstanceRole::Decode
             && tokens >= job.handoff_min_tokens as usize
         {
             registry.choose_prefill(&job.served, tokens, &job.hashes)
@@ -342,9 +413,12 @@ async fn open(
             prompt_token_ids: job.prompt.to_vec(),
             output_token_ids: output.to_vec(),
             sampling: Some(sampling),
-            prefill: peer.as_ref().map(|peer| PrefillPeer {
-                instance_id: peer.worker.record.id.clone(),
-                address: peer.worker.record.address.clone(),
+            prefill: source.map(Held::peer).or_else(|| {
+                peer.as_ref().map(|peer| PrefillPeer {
+                    instance_id: peer.worker.record.id.clone(),
+                    address: peer.worker.record.address.clone(),
+                    ..PrefillPeer::default()
+                })
             }),
             handoff_min_tokens: job.handoff_min_tokens,
             timeout_ms: job.deadline.saturating_duration_since(Instant::now()).as_millis().max(1)
@@ -356,6 +430,7 @@ async fn open(
                 digest: adapter.digest.clone(),
             }),
             audio: job.audio.clone(),
+            movable: true,
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
         let mut client = ticket.worker.client();
@@ -377,6 +452,12 @@ async fn open(
         if status.code() == Code::ResourceExhausted {
             // Not a failure: look for one with room.
             ticket.worker.mark_full();
+            no_room = true;
+            asked.push(ticket.worker.record.id.clone());
+            continue;
+        }
+        if is_draining(&status) {
+            ticket.worker.mark_draining();
             asked.push(ticket.worker.record.id.clone());
             continue;
         }

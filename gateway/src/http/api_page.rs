@@ -66,6 +66,7 @@ fn the_page_lists_every_field_of_every_body() {
         ("/v1/rerank", &["Fields of texts", "POST /rerank"]),
         ("/v2/rerank", &["Fields of texts", "POST /rerank"]),
         ("/v2/embed", &["POST /v2/embed"]),
+        ("/scale_elastic_ep", &["POST /scale_elastic_ep"]),
         ("/tokenize", &["POST /tokenize"]),
         ("/detokenize", &["POST /detokenize"]),
     ] {

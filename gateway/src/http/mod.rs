@@ -26,6 +26,7 @@ mod pooling;
 mod request_id;
 mod responses;
 mod routes;
+mod scale;
 mod server_info;
 mod tokenize;
 

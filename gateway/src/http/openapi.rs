@@ -163,6 +163,7 @@ fn finish(path: &str, method: &str, operation: &mut Operation) {
     let of_model = takes_body || path == "/tokenizer_info";
     let generates = takes_body && !path.ends_with("tokenize");
     let named = path.contains('{');
+    let scales = path == "/scale_elastic_ep";
     let stored = path.starts_with("/v1/responses/");
     let failures = [
         (
@@ -172,15 +173,16 @@ fn finish(path: &str, method: &str, operation: &mut Operation) {
         ),
         (401, !open, "A key is missing or wrong."),
         (403, admin, "The key is no admin key."),
-        (404, of_model || named, "There is no such thing."),
+        (404, (of_model && !scales) || named, "There is no such thing."),
         (408, takes_body, "The body did not arrive in time."),
         (422, path.starts_with("/v1/audio/"), "`file` is a text."),
+        (409, scales, "Another operation runs for the pool, or it was cancelled."),
         (413, takes_body && !path.starts_with("/v1/audio/"), "The body is too large."),
         (429, !open && !admin, "Too many requests; `retry-after` says when to come again."),
         (500, of_model || stored, "A failure of the server."),
         (
             503,
-            of_model || stored,
+            of_model || stored || path == "/is_scaling_elastic_ep",
             "Nobody can serve this now; `retry-after` says when to come again.",
         ),
         (504, generates, "The request's time is over."),

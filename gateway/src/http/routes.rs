@@ -52,6 +52,8 @@ routes! {
     "/v1/models/{name:.+}": get ops::model;
     "/v1/load_lora_adapter": post lora::load;
     "/v1/unload_lora_adapter": post lora::unload;
+    "/scale_elastic_ep": post scale::scale;
+    "/is_scaling_elastic_ep": post scale::is_scaling;
     "/health": get ops::health;
     "/ping": get|post ops::ping;
     "/version": get ops::version;

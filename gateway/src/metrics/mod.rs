@@ -90,6 +90,8 @@ pub struct Metrics {
     cache_config: GaugeVec,
     handoffs: CounterVec,
     handoff_tokens: CounterVec,
+    migrations: CounterVec,
+    migrated_tokens: CounterVec,
     running: GaugeVec,
     waiting: GaugeVec,
     kv_usage: GaugeVec,
@@ -248,6 +250,18 @@ impl Metrics {
                 "baton_handoff_tokens_total",
                 "Prompt tokens whose KV was pulled, by transport.",
                 &with("transport"),
+            )?,
+            migrations: counter(
+                &r,
+                "baton_migrations_total",
+                "Sequences that went on with another worker, by what became of their KV.",
+                &with("kv"),
+            )?,
+            migrated_tokens: counter(
+                &r,
+                "baton_migrated_tokens_total",
+                "Tokens of those, prompt and output, whose KV was pulled.",
+                &LABELS,
             )?,
             running: gauge(
                 &r,
@@ -433,6 +447,19 @@ impl Metrics {
             self.handoffs.with_label_values(&labels).inc();
             self.handoff_tokens.with_label_values(&labels).inc_by(pulled);
         }
+    }
+
+    /// A sequence went on with another worker.
+    pub fn migrated(&self, model: &ModelCard, started: &Started) {
+        let name = model.name.as_str();
+        let pulled = started.handed_off_tokens;
+        let kv = match (pulled, started.cached_tokens) {
+            (1.., _) => "pulled",
+            (0, 1..) => "cached",
+            (0, 0) => "computed",
+        };
+        self.migrations.with_label_values(&[name, ENGINE, kv]).inc();
+        self.migrated_tokens.with_label_values(&[name, ENGINE]).inc_by(pulled.into());
     }
 
     /// A sequence's first token came, this long after the request.

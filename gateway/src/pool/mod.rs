@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::MAX_MESSAGE_BYTES;
+use baton_proto::drain::is_draining;
 use baton_proto::v1::{PoolInput, PoolOutput, PoolRequest, PoolResponse, Task};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::time::timeout_at;
@@ -171,6 +172,10 @@ async fn call(
                 Code::ResourceExhausted => {
                     worker.mark_full();
                     full = true;
+                    continue;
+                }
+                Code::Unavailable if is_draining(&status) => {
+                    worker.mark_draining();
                     continue;
                 }
                 Code::InvalidArgument => {

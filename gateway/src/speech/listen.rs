@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::web::Bytes;
+use baton_proto::drain::is_draining;
 use baton_proto::v1::{AlignRequest, AudioWindow, SamplingParams, SpeechCard, SpeechRules};
 use tokio::time::timeout_at;
 use tonic::Code;
@@ -341,6 +342,7 @@ impl Listener {
             match status.code() {
                 Code::DeadlineExceeded => return Err(ApiError::timed_out()),
                 Code::ResourceExhausted => ticket.worker.mark_full(),
+                Code::Unavailable if is_draining(&status) => ticket.worker.mark_draining(),
                 Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => {
                     let message = format!("Words could not be timed: {}.", status.message());
                     return Err(ApiError::internal(message));

@@ -134,6 +134,14 @@ impl Worker {
         self.suspect.notify_one();
     }
 
+    /// Takes a worker out of routing that said so before its status did.
+    pub fn mark_draining(&self) {
+        if let Some(status) = self.status().filter(|status| !status.draining) {
+            let status = WorkerStatus { draining: true, ..(*status).clone() };
+            self.status.store(Some(Arc::new(status)));
+        }
+    }
+
     /// Passes the worker over for a moment.
     pub fn mark_full(&self) {
         *self.full_until.lock() = Some(Instant::now() + FULL_FOR);
@@ -223,6 +231,7 @@ pub struct Registry {
     policy: Policy,
     /// What was routed: sequences to workers that generate, prompts to prefill workers, texts.
     turns: [AtomicUsize; 3],
+    coordinators: RwLock<Vec<String>>,
     /// Where the last sequences were computed.
     pub recent: Recent,
     /// Woken when a worker joins or its adapters change.
@@ -240,6 +249,7 @@ impl Registry {
             kv: Arc::new(RwLock::new(KvIndex::new(MAX_INDEXED))),
             policy,
             turns: Default::default(),
+            coordinators: RwLock::default(),
             recent: Recent::default(),
             adapters_changed: Notify::new(),
         });
@@ -262,6 +272,11 @@ impl Registry {
     /// Whether etcd answers.
     pub fn etcd_connected(&self) -> bool {
         self.etcd_connected.load(Relaxed)
+    }
+
+    /// Addresses of the coordinators, as etcd lists them.
+    pub fn coordinators(&self) -> Vec<String> {
+        self.coordinators.read().clone()
     }
 
     /// All workers, by instance id.
@@ -322,6 +337,11 @@ impl Registry {
         Some(ticket)
     }
 
+    /// A worker that had a sequence, if it answers, draining or not.
+    pub fn back_to(&self, worker: &Arc<Worker>, prompt_tokens: usize) -> Option<Ticket> {
+        worker.answers().then(|| Ticket::new(worker.clone(), 0, prompt_tokens as u64, &[]))
+    }
+
     /// The workers of a model that answer, of every role.
     pub fn of_model(&self, served: &Served) -> Vec<Arc<Worker>> {
         let mut workers = self.workers();
@@ -368,6 +388,9 @@ impl Registry {
 
     fn apply(self: &Arc<Self>, membership: &Membership) {
         self.etcd_connected.store(membership.etcd_connected, Relaxed);
+        let instances = membership.instances.values();
+        let coordinators = instances.filter(|it| it.role == InstanceRole::Coordinator);
+        *self.coordinators.write() = coordinators.map(|it| it.address.clone()).collect();
         let mut workers = self.workers.write();
         for (id, worker) in &*workers {
             worker.listed.store(membership.instances.contains_key(id), Relaxed);

@@ -24,9 +24,10 @@ pub struct Placement {
     pub started: SystemTime,
     /// From the request's arrival at the gateway to its first token.
     pub ttft: Duration,
-    /// The worker that generates it; after a failure, the one that went on.
+    /// The worker that generates it; after a migration, the one that went on.
     pub decode: String,
-    /// The prefill worker that computed the prompt; `None` when `decode` did.
+    /// The prefill worker that computed the prompt; `None` when `decode` did. After a migration,
+    /// the worker that the KV came from.
     pub prefill: Option<String>,
     /// How the KV blocks came from there: `shm` or `grpc`; `None` when none did.
     pub transport: Option<&'static str>,

@@ -36,8 +36,11 @@ pub fn request(prompt: Vec<u32>, max_tokens: u32) -> GenerateRequest {
 pub async fn first_token(worker: &str, peer: Option<&str>, prompt: Vec<u32>) -> Duration {
     let mut client = grpc::worker(worker).await;
     let mut request = request(prompt, 1);
-    request.prefill =
-        peer.map(|address| PrefillPeer { instance_id: "peer".into(), address: address.into() });
+    request.prefill = peer.map(|address| PrefillPeer {
+        instance_id: "peer".into(),
+        address: address.into(),
+        ..Default::default()
+    });
     let start = Instant::now();
     let mut events = client.generate(request).await.expect("accepted").into_inner();
     let mut took = None;

@@ -13,10 +13,11 @@ use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{
-    AdapterList, AlignRequest, AlignResponse, BlockChanges, DescribeRequest, FetchTokenizerRequest,
-    FinishReason, Finished, GenerateEvent, GenerateRequest, ListAdaptersRequest,
-    LoadAdapterRequest, ModelChunk, PoolRequest, PoolResponse, PrefillEvent, PrefillRequest,
-    Started, Token, Tokens, UnloadAdapterRequest, WatchBlocksRequest, WatchStatusRequest,
+    AdapterList, AlignRequest, AlignResponse, BlockChanges, DescribeRequest, DrainRequest,
+    DrainResponse, FetchBlocksRequest, FetchTokenizerRequest, FinishReason, Finished,
+    GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
+    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens,
+    UndrainRequest, UndrainResponse, UnloadAdapterRequest, WatchBlocksRequest, WatchStatusRequest,
     WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
@@ -100,6 +101,7 @@ impl Worker for NullWorker {
     type GenerateStream = stream::Iter<std::vec::IntoIter<Result<GenerateEvent, Status>>>;
     type PrefillStream = BoxStream<'static, Result<PrefillEvent, Status>>;
     type WatchBlocksStream = BoxStream<'static, Result<BlockChanges, Status>>;
+    type FetchBlocksStream = BoxStream<'static, Result<PrefillEvent, Status>>;
     type WatchStatusStream = BoxStream<'static, Result<WorkerStatus, Status>>;
 
     async fn describe(
@@ -175,6 +177,24 @@ impl Worker for NullWorker {
         _request: Request<WatchBlocksRequest>,
     ) -> Result<Response<Self::WatchBlocksStream>, Status> {
         Err(Status::failed_precondition("this worker has no KV cache"))
+    }
+
+    async fn fetch_blocks(
+        &self,
+        _: Request<FetchBlocksRequest>,
+    ) -> Result<Response<Self::FetchBlocksStream>, Status> {
+        Err(Status::unimplemented("this worker computes nothing"))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(Status::unimplemented("this worker is never drained"))
+    }
+
+    async fn undrain(
+        &self,
+        _: Request<UndrainRequest>,
+    ) -> Result<Response<UndrainResponse>, Status> {
+        Err(Status::unimplemented("this worker is never drained"))
     }
 
     async fn watch_status(

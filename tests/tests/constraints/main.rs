@@ -58,6 +58,7 @@ async fn generate(address: &str, request: GenerateRequest) -> Result<Output, Sta
             Event::Tokens(more) => tokens.extend(more.tokens.iter().map(|token| token.id)),
             Event::Finished(finished) => end = Some(finished),
             Event::PromptLogprobs(_) => panic!("nobody asked for prompt logprobs"),
+            Event::Released(_) => panic!("the worker does not drain"),
         }
     }
     let (started, finished) = (start.expect("a start"), end.expect("an end"));
@@ -179,6 +180,7 @@ async fn a_handed_off_prompt_keeps_to_its_schema_and_draws_the_same() {
     let peer = PrefillPeer {
         instance_id: "peer".into(),
         address: cluster.only(Role::Prefill).address.clone(),
+        ..Default::default()
     };
     schemas_hold(&cluster, &worker, Some(&peer), 1000..1030, 8).await;
     // With and without hand-off, and resumed after any token: the same output.

@@ -10,12 +10,13 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::mpsc;
 
 use super::{Event, NewRequest};
-use crate::scheduler::{Limits, Load, Refusal, SequenceId};
+use crate::scheduler::{Limits, Load, Pulled, Refusal, SequenceId};
 
 pub(super) enum Command {
     Add { id: SequenceId, request: Box<NewRequest>, events: mpsc::Sender<Event>, arrived: Instant },
     Abort(SequenceId),
-    PullEnded { id: SequenceId, arrived: usize, first: Option<Token> },
+    Release(SequenceId),
+    PullEnded { id: SequenceId, pulled: Pulled, first: Option<Token> },
 }
 
 /// What outlives the lock: the commands, and whether to go on.
@@ -36,8 +37,10 @@ pub(super) struct Inbox {
 struct State {
     commands: VecDeque<Command>,
     next_id: SequenceId,
-    /// Requests among the commands.
+    /// Requests among the commands, and those among the commands that the engine took since it
+    /// last told its load.
     arrived: usize,
+    taken: usize,
     /// The scheduler's load as of the last drain.
     load: Load,
     /// Whether an abort may interrupt the step in progress: not twice in a row, so that a storm
@@ -62,10 +65,13 @@ impl Inbox {
         events: mpsc::Sender<Event>,
     ) -> Result<SequenceId, Refusal> {
         let mut state = self.state.lock();
-        if state.draining || state.stopping {
+        if state.stopping || (state.draining && !request.returning) {
             return Err(Refusal::Stopping);
         }
-        self.limits.check_queue(state.load, state.arrived)?;
+        // One that returns had its place before.
+        if !request.returning {
+            self.limits.check_queue(state.load, state.arrived + state.taken)?;
+        }
         state.next_id += 1;
         state.arrived += 1;
         let id = state.next_id;
@@ -88,6 +94,16 @@ impl Inbox {
         self.state.lock().draining = true;
     }
 
+    pub(super) fn undrain(&self) {
+        self.state.lock().draining = false;
+    }
+
+    /// Whether new requests are refused, and how many were taken that no status counts yet.
+    pub(super) fn draining(&self) -> (bool, usize) {
+        let state = self.state.lock();
+        (state.draining, state.arrived + state.taken)
+    }
+
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         state.stopping = true;
@@ -105,7 +121,7 @@ impl Inbox {
                 }
             }
         }
-        state.arrived = 0;
+        state.taken += std::mem::take(&mut state.arrived);
         Batch { commands: std::mem::take(&mut state.commands), stopping: state.stopping }
     }
 
@@ -114,6 +130,7 @@ impl Inbox {
     pub(super) fn open_step(&self, load: Load, interruptible: bool) -> bool {
         let mut state = self.state.lock();
         state.load = load;
+        state.taken = 0;
         state.interruptible = interruptible;
         if !state.stopping {
             self.interrupt.store(false, Ordering::Relaxed);

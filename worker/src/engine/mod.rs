@@ -5,8 +5,8 @@
 //! * [`PullOrder`]: blocks that a transfer task fills; dropping it ends the pull.
 //!
 //! Requests come in through a bounded inbox and go out through one bounded channel each, so the
-//! engine never waits for anybody. Aborts and ends of pulls are never refused; there are at most
-//! two for each live request.
+//! engine never waits for anybody. Aborts, releases and ends of pulls are never refused; there are
+//! at most three for each live request.
 
 mod inbox;
 mod run;
@@ -25,7 +25,7 @@ use crate::kv::changes::ChangeLog;
 use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 use crate::model::{Aligned, Model};
-use crate::scheduler::{Limits, Refusal, SequenceId};
+use crate::scheduler::{Limits, Pulled, Refusal, SequenceId};
 use inbox::{Command, Inbox};
 
 /// A sequence to compute.
@@ -51,6 +51,9 @@ pub struct NewRequest {
     pub purpose: Purpose,
     /// When to give up.
     pub deadline: Instant,
+    /// It was here before and comes back: it is taken while the engine drains too, and whoever
+    /// waits.
+    pub returning: bool,
 }
 
 /// What a request is for.
@@ -70,7 +73,7 @@ pub enum Purpose {
 }
 
 /// What happens to a request, in this order: `Admitted`, `Pull` or `Blocks`, `NoSpeech`,
-/// `Prompt`s, `Token`s, `Finished`.
+/// `Prompt`s, `Token`s, `Finished` or `Released`.
 #[derive(Debug)]
 pub enum Event {
     /// It has its blocks.
@@ -99,6 +102,14 @@ pub enum Event {
     Token(Token),
     /// It is over.
     Finished(Finish),
+    /// [`RequestHandle::release`]: it is computed no further, and its blocks are kept until the
+    /// handle is dropped.
+    Released {
+        /// Leading positions whose KV is in the blocks.
+        positions: usize,
+        /// The blocks, and the generation of each.
+        blocks: Vec<(BlockId, u64)>,
+    },
 }
 
 /// How a request ended.
@@ -183,7 +194,16 @@ impl Engine {
 
     /// Gauges and counters as of the last step.
     pub fn status(&self) -> WorkerStatus {
-        self.status.lock().clone()
+        // First: what is counted there no more is counted in the status.
+        let (draining, unseen) = self.inbox.draining();
+        let mut status = self.status.lock().clone();
+        status.draining = draining;
+        if draining {
+            // Whoever waits for the end must not miss any.
+            status.waiting += unseen as u32;
+            status.running += status.held;
+        }
+        status
     }
 
     /// Takes a request, or says why not.
@@ -247,7 +267,11 @@ impl Engine {
     /// Refuses new requests from here on; those that are in go on.
     pub fn drain(&self) {
         self.inbox.drain();
-        self.status.lock().draining = true;
+    }
+
+    /// Takes new requests again.
+    pub fn undrain(&self) {
+        self.inbox.undrain();
     }
 
     /// Ends all requests and the thread.
@@ -348,6 +372,12 @@ impl RequestHandle {
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
     }
+
+    /// Asks for the request to be stopped, so that a peer can go on with it: see
+    /// [`Event::Released`]. It may finish before.
+    pub fn release(&self) {
+        self.inbox.push(Command::Release(self.id));
+    }
 }
 
 impl Drop for RequestHandle {
@@ -368,6 +398,8 @@ pub struct PullOrder {
     arrived: usize,
     /// The peer's first token, when every block is filled.
     first: Option<Token>,
+    /// Leading positions that are filled, where the peer had no more.
+    positions: Option<usize>,
     pool: Arc<KvPool>,
     inbox: Arc<Inbox>,
 }
@@ -411,15 +443,33 @@ impl PullOrder {
         self.first = Some(first);
         Ok(())
     }
+
+    /// Ends the pull of a peer's `positions` leading positions well. An error when blocks of them
+    /// are missing.
+    pub fn complete_part(mut self, positions: usize) -> Result<(), String> {
+        let wanted = positions.div_ceil(self.block_size());
+        let missing = wanted.saturating_sub(self.cached + self.arrived);
+        if missing > 0 {
+            return Err(format!("{missing} blocks did not come"));
+        }
+        self.positions = Some(positions);
+        Ok(())
+    }
+
+    fn block_size(&self) -> usize {
+        self.pool.layout().block_size as usize
+    }
 }
 
 impl Drop for PullOrder {
     fn drop(&mut self) {
-        self.inbox.push(Command::PullEnded {
-            id: self.id,
-            arrived: self.arrived,
-            first: self.first.take(),
-        });
+        let first = self.first.take();
+        let pulled = match (&first, self.positions) {
+            (Some(_), _) => Pulled::All,
+            (None, Some(positions)) => Pulled::Positions(positions),
+            (None, None) => Pulled::Blocks(self.arrived),
+        };
+        self.inbox.push(Command::PullEnded { id: self.id, pulled, first });
     }
 }
 

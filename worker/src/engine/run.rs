@@ -51,6 +51,8 @@ pub(super) struct Running {
     changes: Arc<ChangeLog>,
     scheduler: Scheduler,
     requests: HashMap<SequenceId, Active>,
+    /// Requests to be released as soon as they can be.
+    releasing: Vec<SequenceId>,
     /// From when arrivals are counted.
     start: Instant,
     prompt_tokens: u64,
@@ -86,6 +88,7 @@ impl Running {
             changes: changes.clone(),
             scheduler: Scheduler::new(limits),
             requests: HashMap::new(),
+            releasing: Vec::new(),
             start: Instant::now(),
             prompt_tokens: 0,
             generation_tokens: 0,
@@ -112,6 +115,7 @@ impl Running {
             }
             batch.commands.into_iter().for_each(|command| self.apply(command));
             self.enforce_deadlines();
+            self.release();
             self.scheduler.schedule(&mut plan);
             // Before anything is written: what peers may still copy of these blocks is void.
             plan.allocated.iter().for_each(|&block| self.pool.renew(block));
@@ -140,8 +144,9 @@ impl Running {
                 self.requests.remove(&id);
                 self.scheduler.remove(id);
             }
-            Command::PullEnded { id, arrived, first } => {
-                let goes_on = self.scheduler.pull_ended(id, arrived, first.is_some());
+            Command::Release(id) => self.releasing.push(id),
+            Command::PullEnded { id, pulled, first } => {
+                let goes_on = self.scheduler.pull_ended(id, pulled);
                 if let (true, Some(token)) = (goes_on, first) {
                     if let Some(active) = self.requests.get_mut(&id) {
                         active.sampler.record(token.id);
@@ -171,6 +176,7 @@ impl Running {
             deadline,
             constraint,
             priority,
+            returning: _,
         } = request;
         let root = BlockHash::root(&salt);
         let root = adapter.as_ref().map_or(root, |adapter| root.with_adapter(adapter.digest()));
@@ -183,8 +189,9 @@ impl Running {
         }
         let leading = self.limits.leading;
         let undivided = purpose == Purpose::Align;
-        // Where it is told whether anybody speaks.
-        let probe = self.speech.as_ref().filter(|_| !undivided).and_then(|card| {
+        // Where it is told whether anybody speaks: once, before the first token.
+        let probing = !undivided && output.is_empty();
+        let probe = self.speech.as_ref().filter(|_| probing).and_then(|card| {
             let start = prompt.iter().rposition(|token| *token == card.start_of_transcript);
             start.map(|at| leading + at)
         });
@@ -245,6 +252,25 @@ impl Running {
         late.into_iter().for_each(|id| self.end(id, Finish::Deadline));
     }
 
+    /// Stops the requests that are to be released, and tells where their blocks are. From then on
+    /// they are their handles' alone, whatever their deadline: a peer may be reading.
+    fn release(&mut self) {
+        let mut releasing = std::mem::take(&mut self.releasing);
+        releasing.retain(|&id| {
+            if !self.requests.contains_key(&id) {
+                return false;
+            }
+            let Some(positions) = self.scheduler.release(id) else { return true };
+            let blocks = self.scheduler.get(id).map_or(&[][..], |sequence| sequence.blocks());
+            let filled = &blocks[..positions.div_ceil(self.limits.block_size)];
+            let blocks = filled.iter().map(|&block| (block, self.pool.generation(block))).collect();
+            self.send(id, Event::Released { positions, blocks });
+            self.requests.remove(&id);
+            false
+        });
+        self.releasing = releasing;
+    }
+
     fn announce_admissions(&mut self, plan: &Plan) {
         for &id in &plan.admitted {
             let Some(active) = self.requests.get(&id) else { continue };
@@ -263,6 +289,7 @@ impl Running {
                 cached: sequence.computed() / self.limits.block_size,
                 arrived: 0,
                 first: None,
+                positions: None,
                 pool: self.pool.clone(),
                 inbox: self.inbox.clone(),
             };
@@ -489,6 +516,8 @@ impl Running {
         status.kv_blocks_requests = usage.requests as u64;
         status.kv_blocks_handoff = usage.handoff as u64;
         status.kv_blocks_cached = usage.cached as u64;
+        status.held = self.scheduler.held() as u32;
+        status.released = stats.released;
         status.preemptions = stats.preemptions;
         status.prompt_tokens = self.prompt_tokens;
         status.generation_tokens = self.generation_tokens;

@@ -158,6 +158,11 @@ impl Pooler {
         self.shared.state.lock().draining = true;
     }
 
+    /// Takes new calls again.
+    pub fn undrain(&self) {
+        self.shared.state.lock().draining = false;
+    }
+
     /// Ends all calls and the thread.
     pub fn stop(&self) {
         self.shared.state.lock().stopping = true;

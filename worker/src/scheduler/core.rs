@@ -94,6 +94,19 @@ pub struct Stats {
     pub draft_tokens: u64,
     /// Those that were right.
     pub accepted_tokens: u64,
+    /// Sequences stopped for a peer to go on with.
+    pub released: u64,
+}
+
+/// What came of a pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pulled {
+    /// The peer computed every token, and drew the next one.
+    All,
+    /// The KV of so many leading positions: the peer had no more.
+    Positions(usize),
+    /// So many blocks in order after those that were cached: it was cut short.
+    Blocks(usize),
 }
 
 /// Sequences, their blocks, and the order in which they are computed.
@@ -106,6 +119,7 @@ pub struct Scheduler {
     /// In order of rank.
     pub(super) running: Vec<SequenceId>,
     pulling: usize,
+    held: usize,
     /// Who computes, or pulls, a block that is not yet known by its address.
     in_flight: HashMap<BlockHash, SequenceId>,
     pub(super) stats: Stats,
@@ -123,6 +137,7 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             pulling: 0,
+            held: 0,
             in_flight: HashMap::new(),
             stats: Stats::default(),
             found: Vec::new(),
@@ -145,6 +160,11 @@ impl Scheduler {
     /// How many wait and how many run.
     pub fn load(&self) -> Load {
         Load { waiting: self.waiting.len(), running: self.running.len() + self.pulling }
+    }
+
+    /// How many are held for a peer.
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     /// Whether nothing is left, held blocks included.
@@ -212,6 +232,7 @@ impl Scheduler {
                     self.blocks.hand_over(block, Owner::Request, Owner::Handoff);
                 }
                 sequence.state = State::Held;
+                self.held += 1;
                 self.running.retain(|other| *other != id);
                 self.forget_in_flight(id);
             }
@@ -231,15 +252,38 @@ impl Scheduler {
             }
             State::Waiting => self.waiting.retain(|other| *other != id),
             State::Running => self.running.retain(|other| *other != id),
-            State::Held => {}
+            State::Held => self.held -= 1,
         }
         self.forget(id);
     }
 
-    /// Notes that nobody writes a pulled sequence's blocks any more. `arrived` blocks came in
-    /// order after those that were cached; `complete` says that the peer computed every token.
-    /// Returns whether the sequence goes on.
-    pub fn pull_ended(&mut self, id: SequenceId, arrived: usize, complete: bool) -> bool {
+    /// Stops computing a sequence and holds what it has for a peer. Gives the leading positions
+    /// whose KV that is; `None` when it cannot be stopped now: it is being pulled, its prompt's own
+    /// logits are wanted, or it is held already.
+    pub fn release(&mut self, id: SequenceId) -> Option<usize> {
+        let sequence = self.sequences.get_mut(&id)?;
+        match sequence.state {
+            State::Waiting => self.waiting.retain(|other| *other != id),
+            State::Running if !sequence.scoring() => {
+                for &block in &sequence.blocks {
+                    self.blocks.hand_over(block, Owner::Request, Owner::Handoff);
+                }
+                self.running.retain(|other| *other != id);
+            }
+            _ => return None,
+        }
+        let sequence = self.sequences.get_mut(&id)?;
+        sequence.state = State::Held;
+        let computed = sequence.computed;
+        self.held += 1;
+        self.stats.released += 1;
+        self.forget_in_flight(id);
+        Some(computed)
+    }
+
+    /// Notes that nobody writes a pulled sequence's blocks any more. Returns whether the sequence
+    /// goes on.
+    pub fn pull_ended(&mut self, id: SequenceId, pulled: Pulled) -> bool {
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return false;
         };
@@ -256,20 +300,24 @@ impl Scheduler {
         }
         sequence.state = State::Running;
         let len = sequence.tokens.len();
-        if complete {
+        // Unless the peer drew the next token, the last one must be computed here, for the logits,
+        // and a part of the leading positions is none.
+        let part = |came: usize| {
+            let came = came.min(sequence.probe.unwrap_or(usize::MAX)).min(len - 1);
+            if came < self.limits.leading { 0 } else { came }
+        };
+        sequence.computed = match pulled {
+            Pulled::All => len,
+            // What was found here stays, whatever the peer had.
+            Pulled::Positions(came) => part(came.max(sequence.committed * self.limits.block_size)),
+            Pulled::Blocks(arrived) => {
+                part((sequence.committed + arrived) * self.limits.block_size)
+            }
+        };
+        if pulled == Pulled::All {
             // The peer told.
             sequence.probe = None;
         }
-        sequence.computed = match complete {
-            true => len,
-            // Its last token must be computed here, for the logits, and a part of the leading
-            // positions is none.
-            false => {
-                let came = (sequence.committed + arrived) * self.limits.block_size;
-                let came = came.min(sequence.probe.unwrap_or(usize::MAX)).min(len - 1);
-                if came < self.limits.leading { 0 } else { came }
-            }
-        };
         self.join(id);
         self.commit(id);
         true

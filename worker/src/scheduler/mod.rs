@@ -19,7 +19,7 @@
 //! * What is left of a step's budget is used to guess ahead, where that is on.
 //!
 //! The states: waiting → (pulling, while a peer computes the prompt →) running → (held, while a
-//! peer fetches the blocks →) gone.
+//! peer fetches the blocks →) gone. A sequence that is released goes to held from where it is.
 
 mod core;
 pub mod drafter;
@@ -29,7 +29,7 @@ mod speculation;
 #[cfg(test)]
 mod tests;
 
-pub use self::core::{Plan, Scheduler, Slice, Stats};
+pub use self::core::{Plan, Pulled, Scheduler, Slice, Stats};
 pub use limits::{Limits, Load, Refusal};
 pub use sequence::{NewSequence, Sequence, SequenceId, State};
 pub use speculation::Speculation;

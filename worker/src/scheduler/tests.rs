@@ -129,6 +129,21 @@ impl Simulation {
         self.memory[slot] = Some(fingerprint(&text[..=position]));
     }
 
+    fn unwrite(&mut self, id: SequenceId, position: usize) {
+        let block = self.scheduler.get(id).unwrap().blocks()[position / self.limits.block_size];
+        let slot = block as usize * self.limits.block_size + position % self.limits.block_size;
+        self.memory[slot] = None;
+    }
+
+    /// A sequence is to go on elsewhere.
+    fn release(&mut self, id: SequenceId) {
+        if let Some(positions) = self.scheduler.release(id) {
+            assert!(positions < self.scheduler.get(id).unwrap().tokens().len());
+            self.check_read(id, positions);
+            self.finished.insert(id);
+        }
+    }
+
     /// All KV before `end` is that of this very sequence.
     fn check_read(&self, id: SequenceId, end: usize) {
         let seq = self.scheduler.get(id).unwrap();
@@ -257,10 +272,21 @@ impl Simulation {
             return;
         }
         let arrived = request.written;
-        let complete = arrived == total - have;
-        if self.scheduler.pull_ended(id, arrived, complete) {
+        let came = (have + arrived) * self.limits.block_size;
+        let pulled = match id % 3 {
+            // A peer that had a part, and not all of the last block of it.
+            0 if arrived > 0 => {
+                let part = came.min(len) - 1 - (id as usize / 3) % self.limits.block_size;
+                let kept = have * self.limits.block_size;
+                (part.max(kept)..came).for_each(|position| self.unwrite(id, position));
+                Pulled::Positions(part)
+            }
+            _ if arrived == total - have => Pulled::All,
+            _ => Pulled::Blocks(arrived),
+        };
+        if self.scheduler.pull_ended(id, pulled) {
             assert!(!self.requests[&id].aborted);
-            if complete {
+            if pulled == Pulled::All {
                 self.requests.get_mut(&id).unwrap().probe = None;
                 self.sample(id);
             }
@@ -316,6 +342,7 @@ enum Op {
     Abort(usize),
     Pull(usize, usize, bool),
     Release(usize),
+    Fetched(usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -341,6 +368,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (any::<usize>(), 0usize..4, any::<bool>())
             .prop_map(|(at, blocks, ends)| Op::Pull(at, blocks, ends)),
         1 => any::<usize>().prop_map(Op::Release),
+        1 => any::<usize>().prop_map(Op::Fetched),
     ]
 }
 
@@ -385,6 +413,11 @@ proptest! {
                     }
                 }
                 Op::Release(at) => {
+                    if let Some(id) = simulation.nth(at, |_| true) {
+                        simulation.release(id);
+                    }
+                }
+                Op::Fetched(at) => {
                     if let Some(id) = simulation.nth(at, |state| state == State::Held) {
                         simulation.scheduler.remove(id);
                     }

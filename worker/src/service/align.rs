@@ -5,6 +5,7 @@ use std::time::Instant;
 use baton_proto::v1::{AlignRequest, AlignResponse, Role, SamplingParams};
 use tonic::Status;
 
+use super::drain::given_up;
 use super::{Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose};
 
@@ -40,6 +41,7 @@ pub(super) async fn align(shared: &Shared, request: AlignRequest) -> Result<Alig
             adapter: None,
             purpose: Purpose::Align,
             deadline: Instant::now() + timeout(request.timeout_ms),
+            returning: false,
         })
         .map_err(refused)?;
     let mut response = None;
@@ -55,7 +57,7 @@ pub(super) async fn align(shared: &Shared, request: AlignRequest) -> Result<Alig
                 return Err(Status::deadline_exceeded("out of time"));
             }
             Event::Finished(Finish::Stopping) => {
-                return Err(Status::unavailable("the worker is shutting down"));
+                return Err(given_up());
             }
             Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
             Event::Finished(_) => break,

@@ -5,16 +5,19 @@ use std::time::Instant;
 
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, PrefillRequest, PromptLogprobs,
-    PromptTokenLogprob, Role, Started, Token, Tokens,
+    FetchBlocksRequest, FinishReason, Finished, GenerateEvent, GenerateRequest, KvLayout,
+    PrefillPeer, PrefillRequest, PromptLogprobs, PromptTokenLogprob, Released, Role, Started,
+    Token, Tokens,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
+use super::drain::{Held, given_up};
 use super::{Owned, Shared, micros, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
+use crate::transfer::pull::Ask;
 
 /// A piece of a prompt's logprobs. With one token more it is still far below what a message may
 /// have: the whole vocabulary takes some 3 MiB.
@@ -41,7 +44,14 @@ pub(super) async fn start(
         request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
     let deadline = Instant::now() + timeout(request.timeout_ms);
     let constraint = shared.compile(&sampling).await?;
-    let pull_from = request.prefill.is_some().then_some(request.handoff_min_tokens.max(1) as usize);
+    // It was released here, and nobody else took it.
+    let returning = request.prefill.as_ref().is_some_and(|peer| {
+        peer.instance_id == shared.instance_id && shared.drain.held(&peer.held_id).is_some()
+    });
+    let pull_from = match &request.prefill {
+        Some(peer) if !returning => Some(least_to_pull(&shared, &request, peer)),
+        _ => None,
+    };
     let handle = shared
         .engine
         .submit(NewRequest {
@@ -55,6 +65,7 @@ pub(super) async fn start(
             adapter,
             purpose: Purpose::Generate { pull_from },
             deadline,
+            returning,
         })
         .map_err(refused)?;
     let span = info_span!("generate", request_id = request.request_id);
@@ -69,9 +80,27 @@ pub(super) async fn start(
             announced: false,
             admitted: Instant::now(),
         };
-        driver.run(handle).await;
+        let drain = driver.shared.drain.clone();
+        tokio::select! {
+            () = driver.run(handle, returning) => return,
+            () = drain.over() => {}
+        }
+        driver.fail(given_up()).await;
     };
     Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+/// With how many tokens uncached the peer is asked.
+fn least_to_pull(shared: &Shared, request: &GenerateRequest, peer: &PrefillPeer) -> usize {
+    if peer.held_id.is_empty() {
+        return request.handoff_min_tokens.max(1) as usize;
+    }
+    // What the peer has need not be computed anywhere: a block of it is worth the way. What it
+    // does not have is computed here in any case.
+    let limits = shared.engine.limits();
+    let tokens = request.prompt_token_ids.len() + request.output_token_ids.len();
+    let missing = (limits.leading + tokens).saturating_sub(peer.held_positions as usize);
+    missing + limits.block_size
 }
 
 struct Driver {
@@ -86,9 +115,26 @@ struct Driver {
 }
 
 impl Driver {
-    async fn run(&mut self, mut handle: RequestHandle) {
-        while let Some(event) = handle.next().await {
+    async fn run(&mut self, mut handle: RequestHandle, returning: bool) {
+        let drain = self.shared.drain.clone();
+        let turn = drain.turn(returning);
+        tokio::pin!(turn);
+        let mut permit = None;
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = handle.next() => event,
+                turn = &mut turn, if self.request.movable && permit.is_none() => {
+                    permit = Some(turn);
+                    handle.release();
+                    continue;
+                }
+            };
+            let Some(event) = event else { return };
             let sent = match event {
+                Event::Released { positions, blocks } => {
+                    return self.released(Held { positions, blocks, _handle: handle }).await;
+                }
                 Event::Admitted { cached, waited } => {
                     self.admitted = Instant::now();
                     self.started.cached_tokens = cached as u32;
@@ -131,6 +177,21 @@ impl Driver {
         }
     }
 
+    /// Hands the sequence over: its blocks stay until the caller has let go, or the lease ends.
+    async fn released(&self, held: Held) {
+        let held_positions = held.positions as u32;
+        let key = self.shared.drain.hold(held);
+        if !self.send(Out::Released(Released { held_id: key.id.clone(), held_positions })).await {
+            return;
+        }
+        tokio::select! {
+            () = self.sender.closed() => {}
+            () = tokio::time::sleep(self.shared.hold_lease) => {
+                self.fail(Status::aborted("nobody went on with the sequence in time")).await;
+            }
+        }
+    }
+
     async fn token(&mut self, token: Token) -> bool {
         if !self.announced {
             self.announced = true;
@@ -168,7 +229,7 @@ impl Driver {
             Finish::Length => (FinishReason::Length, None),
             Finish::Deadline => return self.fail(Status::deadline_exceeded("out of time")).await,
             Finish::Stopping => {
-                return self.fail(Status::unavailable("the worker is shutting down")).await;
+                return self.fail(given_up()).await;
             }
             Finish::Stuck(reason) => {
                 return self.fail(Status::invalid_argument(reason)).await;
@@ -186,16 +247,48 @@ impl Driver {
         self.sender.send(Ok(GenerateEvent { event: Some(event) })).await.is_ok()
     }
 
-    /// Has the peer compute the prompt. Whatever comes of it, the engine goes on afterwards.
+    /// Has the peer compute the prompt, or give what it has. Whatever comes of it, the engine goes
+    /// on afterwards.
     async fn pull(&self, order: PullOrder) -> Started {
         let mut started = self.started.clone();
-        let Some(peer) = &self.request.prefill else { return started };
+        let Some(peer) = self.request.prefill.clone() else { return started };
         let shared = &self.shared;
         let layout = *shared.engine.pool().layout();
         let have = order.cached_blocks() * layout.block_size as usize;
+        let (ask, positions) = match peer.held_id.is_empty() {
+            true => self.ask_to_compute(layout, have),
+            false => self.ask_for_held(&peer, layout, have),
+        };
+        // A failure is logged and counted where it happened; the engine computes the rest.
+        if let Ok((transport, no_speech)) =
+            shared.puller.pull(&peer.address, ask, order, self.deadline).await
+        {
+            started.no_speech_probability = no_speech;
+            started.handed_off_tokens = positions.saturating_sub(have) as u32;
+            started.prefill_instance_id = peer.instance_id;
+            started.set_transport(transport);
+        }
+        started
+    }
+
+    /// What another worker released; and how many positions that is.
+    fn ask_for_held(&self, peer: &PrefillPeer, layout: KvLayout, have: usize) -> (Ask, usize) {
+        let request = FetchBlocksRequest {
+            request_id: self.request.request_id.clone(),
+            held_id: peer.held_id.clone(),
+            have_tokens: have as u32,
+            kv_layout: Some(layout),
+            weights_digest: self.shared.model.weights_digest.clone(),
+            transports: Vec::new(),
+        };
+        (Ask::Held(request), peer.held_positions as usize)
+    }
+
+    /// The prompt and what was generated, for a prefill worker; and how many positions that is.
+    fn ask_to_compute(&self, layout: KvLayout, have: usize) -> (Ask, usize) {
         let mut token_ids = self.request.prompt_token_ids.clone();
         token_ids.extend(&self.request.output_token_ids);
-        let tokens = shared.engine.limits().leading + token_ids.len();
+        let positions = self.shared.engine.limits().leading + token_ids.len();
         let request = PrefillRequest {
             request_id: self.request.request_id.clone(),
             token_ids,
@@ -204,22 +297,13 @@ impl Driver {
             have_tokens: have as u32,
             output_tokens: self.request.output_token_ids.len() as u32,
             kv_layout: Some(layout),
-            weights_digest: shared.model.weights_digest.clone(),
+            weights_digest: self.shared.model.weights_digest.clone(),
             transports: Vec::new(),
             timeout_ms: 0,
             priority: self.request.priority,
             adapter: self.request.adapter.clone(),
             audio: self.request.audio.clone(),
         };
-        // A failure is logged and counted where it happened; the engine computes the rest.
-        if let Ok((transport, no_speech)) =
-            shared.puller.pull(&peer.address, request, order, self.deadline).await
-        {
-            started.no_speech_probability = no_speech;
-            started.handed_off_tokens = (tokens - have) as u32;
-            started.prefill_instance_id = peer.instance_id.clone();
-            started.set_transport(transport);
-        }
-        started
+        (Ask::Compute(Box::new(request)), positions)
     }
 }

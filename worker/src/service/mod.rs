@@ -9,6 +9,8 @@
 mod adapters;
 mod align;
 mod blocks;
+mod drain;
+mod fetch;
 mod generate;
 mod pool;
 mod prefill;
@@ -36,6 +38,7 @@ use crate::pooling::Pooler;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
 
+pub use drain::Drain;
 pub use pool::PoolingParts;
 
 /// Events on their way to a client that reads slowly.
@@ -51,6 +54,8 @@ pub trait Computes: Send + Sync {
     fn status(&self) -> WorkerStatus;
     /// Refuses new requests from here on; those that are in go on.
     fn drain(&self);
+    /// Takes new requests again.
+    fn undrain(&self);
     /// Ends all requests and the threads.
     fn stop(&self);
 }
@@ -62,6 +67,10 @@ impl Computes for Engine {
 
     fn drain(&self) {
         self.drain();
+    }
+
+    fn undrain(&self) {
+        self.undrain();
     }
 
     fn stop(&self) {
@@ -76,6 +85,10 @@ impl Computes for Pooler {
 
     fn drain(&self) {
         self.drain();
+    }
+
+    fn undrain(&self) {
+        self.undrain();
     }
 
     fn stop(&self) {
@@ -99,6 +112,8 @@ pub struct Parts {
     pub transports: Vec<v1::Transport>,
     /// How long finished blocks are kept for a peer.
     pub hold_lease: Duration,
+    /// How long a drain may take that names no time.
+    pub drain_timeout: Duration,
     /// The engine.
     pub engine: Arc<Engine>,
 }
@@ -132,6 +147,7 @@ struct Shared {
     model: ModelCard,
     transports: Vec<v1::Transport>,
     hold_lease: Duration,
+    drain: Arc<Drain>,
     adapters: Arc<Adapters>,
     engine: Arc<Engine>,
     puller: Puller,
@@ -152,6 +168,7 @@ impl WorkerService {
             puller: Puller::new(parts.transports.clone()),
             transports: parts.transports,
             hold_lease: parts.hold_lease,
+            drain: Arc::new(Drain::new(parts.engine.clone(), parts.drain_timeout)),
             adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
@@ -161,9 +178,18 @@ impl WorkerService {
     /// A service that pools. Fills in the card's `tokenizer_digest`.
     pub fn pooling(parts: PoolingParts) -> Result<Self, serde_json::Error> {
         let (tokenizer, model) = with_tokenizer(&parts.tokenizer, parts.model)?;
-        let PoolingParts { instance_id, pooler, .. } = parts;
-        let shared = pool::Shared { instance_id, model, pooler };
+        let PoolingParts { instance_id, pooler, drain_timeout, .. } = parts;
+        let drain = Arc::new(Drain::new(pooler.clone(), drain_timeout));
+        let shared = pool::Shared { instance_id, model, pooler, drain };
         Ok(Self { serves: Serves::Pooler(Arc::new(shared)), tokenizer })
+    }
+
+    /// How the worker is drained.
+    pub fn drain(&self) -> Arc<Drain> {
+        match &self.serves {
+            Serves::Engine(shared) => shared.drain.clone(),
+            Serves::Pooler(shared) => shared.drain.clone(),
+        }
     }
 
     fn engine(&self) -> Result<&Arc<Shared>, Status> {
@@ -265,7 +291,7 @@ fn refused(error: SubmitError) -> Status {
         SubmitError::Refused(Refusal::QueueFull { .. }) => {
             Status::resource_exhausted(error.to_string())
         }
-        SubmitError::Refused(Refusal::Stopping) => Status::unavailable(error.to_string()),
+        SubmitError::Refused(Refusal::Stopping) => baton_proto::drain::draining(error.to_string()),
         _ => Status::invalid_argument(error.to_string()),
     }
 }
@@ -284,6 +310,7 @@ impl Worker for WorkerService {
     type GenerateStream = Owned<v1::GenerateEvent>;
     type PrefillStream = Owned<v1::PrefillEvent>;
     type WatchBlocksStream = Owned<v1::BlockChanges>;
+    type FetchBlocksStream = Owned<v1::PrefillEvent>;
     type WatchStatusStream = Owned<WorkerStatus>;
 
     async fn describe(
@@ -335,6 +362,13 @@ impl Worker for WorkerService {
         prefill::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
     }
 
+    async fn fetch_blocks(
+        &self,
+        request: Request<v1::FetchBlocksRequest>,
+    ) -> Result<Response<Self::FetchBlocksStream>, Status> {
+        fetch::start(self.engine()?.clone(), request.into_inner()).map(Response::new)
+    }
+
     async fn load_adapter(
         &self,
         request: Request<v1::LoadAdapterRequest>,
@@ -376,7 +410,28 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
-        align::align(self.engine()?, request.into_inner()).await.map(Response::new)
+        let shared = self.engine()?;
+        tokio::select! {
+            aligned = align::align(shared, request.into_inner()) => aligned.map(Response::new),
+            () = shared.drain.over() => Err(drain::given_up()),
+        }
+    }
+
+    async fn drain(
+        &self,
+        request: Request<v1::DrainRequest>,
+    ) -> Result<Response<v1::DrainResponse>, Status> {
+        let millis = request.into_inner().timeout_ms;
+        Self::drain(self).begin((millis > 0).then(|| timeout(millis)));
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+
+    async fn undrain(
+        &self,
+        _request: Request<v1::UndrainRequest>,
+    ) -> Result<Response<v1::UndrainResponse>, Status> {
+        Self::drain(self).end();
+        Ok(Response::new(v1::UndrainResponse {}))
     }
 
     async fn watch_blocks(

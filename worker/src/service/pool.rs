@@ -1,14 +1,16 @@
 //! `Pool`: texts in, vectors, classes or scores out.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use baton_proto::drain::draining;
 use baton_proto::v1::{
     ModelCard, PoolOutput, PoolRequest, PoolResponse, Task, WorkerDescription, WorkerStatus,
 };
 use tonic::Status;
 use tracing::debug;
 
+use super::drain::{Drain, given_up};
 use super::{micros, timeout};
 use crate::pooling::{Answer, Failure, Input, NewCall, Pooler, Refusal, Wanted};
 
@@ -20,6 +22,8 @@ pub struct PoolingParts {
     pub model: ModelCard,
     /// The tokenizer, for gateways.
     pub tokenizer: baton_proto::TokenizerBundle,
+    /// How long a drain may take that names no time.
+    pub drain_timeout: Duration,
     /// What computes.
     pub pooler: Arc<Pooler>,
 }
@@ -29,6 +33,7 @@ pub(super) struct Shared {
     pub(super) instance_id: String,
     pub(super) model: ModelCard,
     pub(super) pooler: Arc<Pooler>,
+    pub(super) drain: Arc<Drain>,
 }
 
 impl Shared {
@@ -61,10 +66,14 @@ impl Shared {
         let call = NewCall { inputs: inputs.collect(), wanted, priority: request.priority };
         debug!(request_id = request.request_id, texts = call.inputs.len(), "pool");
         let handle = self.pooler.submit(call).map_err(refused)?;
-        let answer = tokio::time::timeout_at(deadline.into(), handle.answer()).await;
+        let answer = tokio::time::timeout_at(deadline.into(), handle.answer());
+        let answer = tokio::select! {
+            answer = answer => answer,
+            () = self.drain.over() => return Err(given_up()),
+        };
         match answer {
             Ok(Ok(answer)) => Ok(response(answer)),
-            Ok(Err(Failure::Stopping)) => Err(Status::unavailable(Failure::Stopping.to_string())),
+            Ok(Err(Failure::Stopping)) => Err(given_up()),
             Ok(Err(failure @ Failure::Failed(_))) => Err(Status::internal(failure.to_string())),
             Err(_) => Err(Status::deadline_exceeded("out of time")),
         }
@@ -75,7 +84,7 @@ fn refused(refusal: Refusal) -> Status {
     let message = refusal.to_string();
     match refusal {
         Refusal::Full { .. } => Status::resource_exhausted(message),
-        Refusal::Stopping => Status::unavailable(message),
+        Refusal::Stopping => draining(message),
         Refusal::Invalid(_) => Status::invalid_argument(message),
     }
 }

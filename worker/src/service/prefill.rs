@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_proto::v1::prefill_event::Event as Out;
-use baton_proto::v1::{PrefillEvent, PrefillFinished, PrefillRequest, Role};
+use baton_proto::v1::{self, KvLayout, PrefillEvent, PrefillFinished, PrefillRequest, Role};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
+use super::drain::given_up;
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
 use crate::transfer::{Transport, transports};
@@ -21,14 +22,7 @@ pub(super) async fn start(
     if shared.role == Role::Decode {
         return Err(Status::failed_precondition("a decode worker does not compute for others"));
     }
-    if request.kv_layout.as_ref() != Some(shared.engine.pool().layout())
-        || request.weights_digest != shared.model.weights_digest
-    {
-        return Err(Status::failed_precondition(
-            "the workers' models or KV layouts differ; start both with the same --model and \
-             --block-size",
-        ));
-    }
+    check_peer(&shared, request.kv_layout.as_ref(), &request.weights_digest)?;
     let block_size = shared.engine.limits().block_size;
     let (have, len) = (request.have_tokens as usize, request.token_ids.len());
     // Sound comes before the tokens.
@@ -36,12 +30,7 @@ pub(super) async fn start(
     if !have.is_multiple_of(block_size) || have >= positions.max(1) {
         return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the prompt"));
     }
-    let wanted: Vec<_> =
-        request.transports().filter(|kind| shared.transports.contains(kind)).collect();
-    let transport = transports(&wanted)
-        .into_iter()
-        .next()
-        .ok_or_else(|| Status::failed_precondition("no transport in common"))?;
+    let transport = transport(&shared, request.transports())?;
     let prompt = len
         .checked_sub(request.output_tokens as usize)
         .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
@@ -64,17 +53,48 @@ pub(super) async fn start(
             adapter,
             purpose: Purpose::Prefill,
             deadline,
+            returning: false,
         })
         .map_err(refused)?;
     let first_wanted = have / block_size;
     let span = info_span!("prefill", request_id = request.request_id);
     let task = move |sender: Sender| async move {
         debug!(tokens = len, have, "accepted");
-        if let Err(status) = publish(&shared, &*transport, handle, first_wanted, &sender).await {
+        let published = tokio::select! {
+            published = publish(&shared, &*transport, handle, first_wanted, &sender) => published,
+            () = shared.drain.over() => Err(given_up()),
+        };
+        if let Err(status) = published {
             let _ = sender.send(Err(status)).await;
         }
     };
     Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+/// Refuses a peer whose blocks would mean something else here.
+pub(super) fn check_peer(
+    shared: &Shared,
+    layout: Option<&KvLayout>,
+    weights_digest: &str,
+) -> Result<(), Status> {
+    let same = layout == Some(shared.engine.pool().layout())
+        && weights_digest == shared.model.weights_digest;
+    same.then_some(()).ok_or_else(|| {
+        Status::failed_precondition(
+            "the workers' models or KV layouts differ; start both with the same --model and \
+             --block-size",
+        )
+    })
+}
+
+/// The first of the caller's transports that this worker has too.
+pub(super) fn transport(
+    shared: &Shared,
+    offered: impl Iterator<Item = v1::Transport>,
+) -> Result<Box<dyn Transport>, Status> {
+    let wanted: Vec<_> = offered.filter(|kind| shared.transports.contains(kind)).collect();
+    let mut known = transports(&wanted).into_iter();
+    known.next().ok_or_else(|| Status::failed_precondition("no transport in common"))
 }
 
 type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
@@ -122,10 +142,12 @@ async fn publish(
             }
             Event::Finished(Finish::Stuck(reason)) => return Err(Status::invalid_argument(reason)),
             Event::Finished(Finish::Failed(reason)) => return Err(Status::internal(reason)),
-            Event::Finished(_) => return Err(Status::unavailable("the worker is shutting down")),
+            Event::Finished(_) => return Err(given_up()),
             Event::NoSpeech(probability) => finished.no_speech_probability = Some(probability),
             Event::Prompt(_) | Event::Aligned(_) => {}
-            Event::Pull(_) => return Err(Status::internal("a prefill was told to pull")),
+            Event::Pull(_) | Event::Released { .. } => {
+                return Err(Status::internal("a prefill was told to pull, or released"));
+            }
         }
     }
     Err(Status::internal("the engine dropped the request"))

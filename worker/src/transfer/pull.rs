@@ -22,7 +22,48 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Peers whose connection is kept.
 const MAX_PEERS: usize = 256;
 
-/// Connections to prefill workers, and what came over them.
+/// What a peer is asked for.
+#[derive(Clone, Debug)]
+pub enum Ask {
+    /// To compute a prompt.
+    Compute(Box<v1::PrefillRequest>),
+    /// What it has of a sequence that it released.
+    Held(v1::FetchBlocksRequest),
+}
+
+impl Ask {
+    fn offer(&mut self, kinds: &[v1::Transport], deadline: Instant) {
+        let kinds = kinds.iter().map(|&kind| kind.into()).collect();
+        match self {
+            Self::Compute(request) => {
+                request.transports = kinds;
+                request.timeout_ms = millis_until(deadline);
+            }
+            Self::Held(request) => request.transports = kinds,
+        }
+    }
+
+    fn layout(&self) -> v1::KvLayout {
+        let layout = match self {
+            Self::Compute(request) => &request.kv_layout,
+            Self::Held(request) => &request.kv_layout,
+        };
+        layout.unwrap_or_default()
+    }
+
+    async fn send(
+        &self,
+        client: &mut WorkerClient<Channel>,
+    ) -> Result<tonic::Streaming<v1::PrefillEvent>, Status> {
+        let reply = match self {
+            Self::Compute(request) => client.prefill(Request::new((**request).clone())).await,
+            Self::Held(request) => client.fetch_blocks(Request::new(request.clone())).await,
+        };
+        reply.map(tonic::Response::into_inner)
+    }
+}
+
+/// Connections to peers, and what came over them.
 pub struct Puller {
     transports: Vec<v1::Transport>,
     peers: Mutex<HashMap<String, Peer>>,
@@ -65,12 +106,12 @@ impl Puller {
     pub async fn pull(
         &self,
         address: &str,
-        request: v1::PrefillRequest,
+        ask: Ask,
         order: PullOrder,
         deadline: Instant,
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         self.counters.requests.fetch_add(1, Relaxed);
-        let pulled = self.try_pull(address, request, order, deadline).await;
+        let pulled = self.try_pull(address, ask, order, deadline).await;
         if pulled.is_err() {
             self.counters.failures.fetch_add(1, Relaxed);
         }
@@ -80,21 +121,24 @@ impl Puller {
     async fn try_pull(
         &self,
         address: &str,
-        mut request: v1::PrefillRequest,
+        mut ask: Ask,
         mut order: PullOrder,
         deadline: Instant,
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         loop {
             let peer = self.peer(address)?;
-            request.transports = peer.kinds.iter().map(|&kind| kind.into()).collect();
-            request.timeout_ms = millis_until(deadline);
-            let attempt = self.attempt(&peer, &request, &mut order, deadline).await;
+            ask.offer(&peer.kinds, deadline);
+            let attempt = self.attempt(&peer, &ask, &mut order, deadline).await;
             match attempt {
                 Ok((transport, finished)) => {
-                    let first = finished
-                        .first_token
-                        .ok_or_else(|| TransferError::Protocol("no first token".into()))?;
-                    order.complete(first).map_err(TransferError::Protocol)?;
+                    let completed = match (finished.first_token, &ask) {
+                        (Some(first), _) => order.complete(first),
+                        (None, Ask::Held(_)) => {
+                            order.complete_part(finished.held_positions as usize)
+                        }
+                        (None, Ask::Compute(_)) => Err("no first token".into()),
+                    };
+                    completed.map_err(TransferError::Protocol)?;
                     return Ok((transport, finished.no_speech_probability));
                 }
                 // The best transport does not reach this peer: go on without it.
@@ -105,7 +149,7 @@ impl Puller {
                     order.discard();
                 }
                 Err(error) => {
-                    warn!(%error, address, "hand-off failed; computing the prompt here");
+                    warn!(%error, address, "hand-off failed; computing here");
                     self.peers.lock().remove(address);
                     return Err(error);
                 }
@@ -116,7 +160,7 @@ impl Puller {
     async fn attempt(
         &self,
         peer: &Peer,
-        request: &v1::PrefillRequest,
+        ask: &Ask,
         order: &mut PullOrder,
         deadline: Instant,
     ) -> Result<(v1::Transport, v1::PrefillFinished), TransferError> {
@@ -124,8 +168,7 @@ impl Puller {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let accept_by = deadline.min(Instant::now() + ACCEPT_TIMEOUT);
-        let call = client.prefill(Request::new(request.clone()));
-        let mut events = by(accept_by, call).await?.into_inner();
+        let mut events = by(accept_by, ask.send(&mut client)).await?;
         let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
             return Err(TransferError::Protocol("expected the acceptance".into()));
         };
@@ -133,8 +176,7 @@ impl Puller {
             .into_iter()
             .find(|transport| transport.kind() == accepted.transport())
             .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
-        let layout = request.kv_layout.unwrap_or_default();
-        let mut source = transport.open(&accepted, &layout)?;
+        let mut source = transport.open(&accepted, &ask.layout())?;
         let arrived = match transport.kind() {
             v1::Transport::SharedMemory => &self.counters.bytes_shared_memory,
             _ => &self.counters.bytes_grpc,

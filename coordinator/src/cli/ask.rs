@@ -1,0 +1,87 @@
+//! Calls of the coordinator.
+
+use std::time::Duration;
+
+use baton_membership::daemon::{Exit, Failure};
+use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::v1::{ClusterView, GetClusterRequest};
+use clap::Args;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status};
+
+use super::state;
+
+/// How long the coordinator may take to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// Which coordinator to ask.
+#[derive(Clone, Debug, Args)]
+pub struct CoordinatorArgs {
+    /// The coordinator to ask; by default that of the cluster which `baton up` runs here.
+    #[arg(long, env = "BATON_COORDINATOR", value_name = "URL")]
+    coordinator: Option<String>,
+}
+
+/// A coordinator that answers.
+#[derive(Clone, Debug)]
+pub struct Coordinator {
+    url: String,
+    client: CoordinatorClient<Channel>,
+}
+
+impl CoordinatorArgs {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When no cluster runs here and none was named, and when the coordinator does not answer.
+    pub async fn connect(&self) -> Result<Coordinator, Failure> {
+        let url = match &self.coordinator {
+            Some(url) => url.clone(),
+            None => state::running()?.coordinator,
+        };
+        let endpoint = Endpoint::from_shared(url.clone())
+            .map_err(|error| Failure::new(Exit::Config, format!("--coordinator: {error}")))?;
+        let silent = |error: &dyn std::fmt::Display| silent(&url, error);
+        match tokio::time::timeout(ANSWER_WITHIN, endpoint.connect()).await {
+            Ok(Ok(channel)) => Ok(Coordinator { client: CoordinatorClient::new(channel), url }),
+            Ok(Err(error)) => Err(silent(&error)),
+            Err(_) => Err(silent(&format_args!("nothing within {ANSWER_WITHIN:?}"))),
+        }
+    }
+}
+
+impl Coordinator {
+    /// Asks, and waits a bounded time.
+    ///
+    /// # Errors
+    /// When it does not answer, or refuses.
+    pub async fn ask<T>(
+        &self,
+        call: impl AsyncFnOnce(CoordinatorClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Failure> {
+        match tokio::time::timeout(ANSWER_WITHIN, call(self.client.clone())).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(match status.code() {
+                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
+                    silent(&self.url, &status.message())
+                }
+                Code::InvalidArgument => Failure::new(Exit::Config, status.message()),
+                _ => Failure::new(Exit::Failure, status.message()),
+            }),
+            Err(_) => Err(silent(&self.url, &format_args!("nothing within {ANSWER_WITHIN:?}"))),
+        }
+    }
+
+    /// The cluster as it sees it.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn cluster(&self) -> Result<ClusterView, Failure> {
+        self.ask(async |mut client| client.get_cluster(GetClusterRequest {}).await).await
+    }
+}
+
+fn silent(url: &str, error: &dyn std::fmt::Display) -> Failure {
+    let message = format!("the coordinator at {url} does not answer: {error}");
+    Failure::new(Exit::Unavailable, message)
+}

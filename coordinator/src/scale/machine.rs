@@ -1,0 +1,406 @@
+//! What a scale operation does next: a pure decision over its record and the cluster as observed.
+//!
+//! [`step`] either moves the record or acts, never both. Whoever runs it writes a moved record
+//! before the next step, so nothing is done that is not recorded first, and every effect may be
+//! lost, done twice, or done by the next leader.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::record::{Failure, Outcome, Phase, Record};
+
+/// What the cluster looks like to an operation.
+#[derive(Clone, Debug, Default)]
+pub struct Observed {
+    /// Unix time in milliseconds.
+    pub now_ms: u64,
+    /// The workers of the pool and the model that a launcher has, by name.
+    pub workers: BTreeMap<String, Seen>,
+    /// Workers of the pool and the model that serve, but that no launcher has.
+    pub others: u32,
+    /// Names that a new worker cannot have.
+    pub taken: BTreeSet<String>,
+    /// Why no worker of the pool and the model can be launched, if so.
+    pub cannot_launch: Option<String>,
+    /// Why the last effect failed, if it did.
+    pub trouble: Option<String>,
+    /// Why the launcher could not tell what it has; then `workers` says nothing.
+    pub blind: Option<String>,
+}
+
+/// A worker that a launcher has.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its process.
+    pub process: Process,
+    /// What it says of itself; `None` while it does not answer.
+    pub load: Option<Load>,
+    /// When it was launched, in Unix milliseconds.
+    pub started_ms: u64,
+    /// The last lines of its log.
+    pub said: String,
+}
+
+/// The process of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Process {
+    /// It runs and has not been ready yet.
+    Starting,
+    /// It runs and has been ready.
+    Ready,
+    /// It has ended by itself and will be started again.
+    Crashed {
+        /// How often in a row.
+        times: u32,
+        /// Whether it will end like this for ever: a wrong setting, a missing model.
+        hopeless: bool,
+    },
+    /// It has been told to end.
+    Stopping,
+}
+
+/// How busy a worker is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Sequences or texts, running and waiting.
+    pub requests: u32,
+    /// Whether it refuses new ones.
+    pub draining: bool,
+    /// Whether it is registered, so that gateways find it.
+    pub registered: bool,
+}
+
+/// What is to be done. Doing it twice is as good as once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Start a worker under this name.
+    Launch(String),
+    /// Have the worker refuse new requests.
+    Drain(String),
+    /// Have the worker take new requests again.
+    Undrain(String),
+    /// End the worker's process.
+    Retire(String),
+}
+
+/// How long the phases may take, in milliseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// From a worker's launch until it serves.
+    pub launch_ms: u64,
+    /// Until all who are to serve answer.
+    pub answer_ms: u64,
+    /// From the order to end until the process has ended.
+    pub end_ms: u64,
+    /// Crashes of a new worker after which it is given up.
+    pub crashes: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { launch_ms: 300_000, answer_ms: 10_000, end_ms: 60_000, crashes: 3 }
+    }
+}
+
+/// The record as it is to be, or, when it stays as it is, what is to be done.
+pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<Effect>) {
+    let next = Next { record, seen, limits };
+    if let Some(blind) = &seen.blind
+        && !record.phase.ended()
+    {
+        // What was done so far stays: better than to undo what cannot be seen.
+        let late = next.over(limits.launch_ms.max(record.drain_timeout_ms));
+        let failure = Failure { reason: blind.clone(), drain_timed_out: false };
+        return if late { next.to(Phase::Failed(failure)) } else { next.act(Vec::new()) };
+    }
+    if record.cancel {
+        match record.phase {
+            Phase::Plan => return next.to(Phase::Cancelled),
+            Phase::Launch | Phase::Join | Phase::Rebalance | Phase::Drain => {
+                return next.to(Phase::Undo(Outcome::Cancelled));
+            }
+            _ => {}
+        }
+    }
+    match &record.phase {
+        Phase::Plan => next.plan(),
+        Phase::Launch => next.launch(),
+        Phase::Join => next.join(),
+        Phase::Rebalance => next.rebalance(),
+        Phase::Drain => next.drain(),
+        Phase::Retire => next.retire(),
+        Phase::Undo(outcome) => next.undo(outcome),
+        Phase::Done | Phase::Failed(_) | Phase::Cancelled => (record.clone(), Vec::new()),
+    }
+}
+
+struct Next<'a> {
+    record: &'a Record,
+    seen: &'a Observed,
+    limits: &'a Limits,
+}
+
+type Step = (Record, Vec<Effect>);
+
+impl Next<'_> {
+    fn to(&self, phase: Phase) -> Step {
+        (self.moved(phase), Vec::new())
+    }
+
+    fn moved(&self, phase: Phase) -> Record {
+        let now = self.seen.now_ms;
+        let ended_ms = if phase.ended() { now } else { 0 };
+        Record { phase, phase_ms: now, ended_ms, ..self.record.clone() }
+    }
+
+    fn act(&self, effects: Vec<Effect>) -> Step {
+        (self.record.clone(), effects)
+    }
+
+    /// Fails once everything is undone.
+    fn fail(&self, reason: impl Into<String>) -> Step {
+        let failure = Failure { reason: reason.into(), drain_timed_out: false };
+        self.to(Phase::Undo(Outcome::Failed(failure)))
+    }
+
+    /// Whether the phase has taken longer.
+    fn over(&self, limit_ms: u64) -> bool {
+        self.seen.now_ms >= self.record.phase_ms.saturating_add(limit_ms)
+    }
+
+    /// Workers that a launcher has and is to keep.
+    fn kept(&self) -> impl Iterator<Item = (&String, &Seen)> {
+        self.seen.workers.iter().filter(|(_, worker)| worker.process != Process::Stopping)
+    }
+
+    fn plan(&self) -> Step {
+        let size = self.record.size;
+        let ours = self.kept().count() as u32;
+        let from = ours + self.seen.others;
+        let mut record = Record { from, ..self.moved(Phase::Done) };
+        let failed = |reason: String| {
+            let failure = Failure { reason, drain_timed_out: false };
+            (Record { from, ..self.moved(Phase::Failed(failure)) }, Vec::new())
+        };
+        if size > from {
+            if let Some(why) = &self.seen.cannot_launch {
+                return failed(why.clone());
+            }
+            record = Record { from, ..self.moved(Phase::Launch) };
+            record.launched = self.new_names(size - from);
+        } else if size < from {
+            let surplus = from - size;
+            if surplus > ours {
+                return failed(format!(
+                    "{surplus} of {from} workers would have to go, but only {ours} were started \
+                     by a coordinator: stop others where they were started"
+                ));
+            }
+            record = Record { from, ..self.moved(Phase::Rebalance) };
+            record.retired = self.choose(surplus as usize);
+            let draining = |name: &&String| self.seen.workers[*name].draining();
+            record.held = record.retired.iter().filter(draining).cloned().collect();
+        }
+        (record, Vec::new())
+    }
+
+    fn new_names(&self, count: u32) -> Vec<String> {
+        let names = (1..).map(|n| format!("{}-{n}", self.record.pool));
+        names.filter(|name| !self.seen.taken.contains(name)).take(count as usize).collect()
+    }
+
+    /// Those who are missed least: drained or not serving, then with the least to do, then new.
+    fn choose(&self, count: usize) -> Vec<String> {
+        let mut all: Vec<_> = self.kept().collect();
+        all.sort_by_key(|(name, worker)| {
+            let requests = worker.load.map_or(0, |load| load.requests);
+            let age = std::cmp::Reverse(worker.started_ms);
+            (worker.serves(), requests, age, (*name).clone())
+        });
+        all.into_iter().take(count).map(|(name, _)| name.clone()).collect()
+    }
+
+    fn launch(&self) -> Step {
+        let missing: Vec<&String> = self
+            .record
+            .launched
+            .iter()
+            .filter(|name| !self.seen.workers.contains_key(*name))
+            .collect();
+        if missing.is_empty() {
+            return self.to(Phase::Join);
+        }
+        if let Some(trouble) = &self.seen.trouble {
+            return self.fail(trouble.clone());
+        }
+        if self.over(self.limits.launch_ms) {
+            return self.fail(format!("{} could not be launched in time", missing[0]));
+        }
+        self.act(missing.into_iter().cloned().map(Effect::Launch).collect())
+    }
+
+    fn join(&self) -> Step {
+        let mut late = None;
+        for name in &self.record.launched {
+            let Some(worker) = self.seen.workers.get(name) else {
+                return self.fail(format!("{name} was taken away while it started"));
+            };
+            match worker.process {
+                Process::Crashed { times, hopeless }
+                    if hopeless || times >= self.limits.crashes =>
+                {
+                    return self.fail(format!("{name} does not start: {}", worker.said));
+                }
+                _ if worker.serves() => {}
+                _ => late = Some((name, worker)),
+            }
+        }
+        match late {
+            None => self.to(Phase::Rebalance),
+            Some((name, worker)) if self.over(self.limits.launch_ms) => self.fail(format!(
+                "{name} does not serve after {} s: {}",
+                self.limits.launch_ms / 1000,
+                worker.said
+            )),
+            Some(_) => self.act(Vec::new()),
+        }
+    }
+
+    /// Nobody is drained before those who stay have shown that they serve.
+    fn rebalance(&self) -> Step {
+        if self.record.retired.is_empty() {
+            return self.to(Phase::Done);
+        }
+        let stays = |name: &String| !self.record.retired.contains(name);
+        let staying = || self.kept().filter(|(name, _)| stays(name));
+        let serving = staying().filter(|(_, worker)| worker.serves()).count() as u32;
+        if serving + self.seen.others >= self.record.size {
+            return self.to(Phase::Drain);
+        }
+        if self.over(self.limits.answer_ms) {
+            let silent = staying().find(|(_, worker)| !worker.serves());
+            let silent = silent.map_or("a worker", |(name, _)| name);
+            return self.fail(format!("{silent} is to stay, but does not serve"));
+        }
+        self.act(Vec::new())
+    }
+
+    fn drain(&self) -> Step {
+        let busy =
+            |name: &&String| self.seen.workers.get(*name).is_some_and(|worker| !worker.drained());
+        let busy: Vec<&String> = self.record.retired.iter().filter(busy).collect();
+        if busy.is_empty() {
+            return self.to(Phase::Retire);
+        }
+        if self.over(self.record.drain_timeout_ms) {
+            let requests: u32 = busy
+                .iter()
+                .filter_map(|name| self.seen.workers.get(*name)?.load)
+                .map(|load| load.requests)
+                .sum();
+            let silent = |name: &&&String| self.seen.workers[**name].load.is_none();
+            let names: Vec<&str> = busy.iter().map(|name| name.as_str()).collect();
+            let reason = match busy.iter().find(silent) {
+                Some(silent) => format!("{silent} does not answer"),
+                None => format!("{} still had {requests} requests", names.join(", ")),
+            };
+            let failure = Failure { reason, drain_timed_out: true };
+            return self.to(Phase::Undo(Outcome::Failed(failure)));
+        }
+        self.act(self.drains(busy))
+    }
+
+    /// What drains those of `names` that can be told.
+    fn drains<'n>(&self, names: impl IntoIterator<Item = &'n String>) -> Vec<Effect> {
+        let told = |name: &&String| {
+            let load = self.seen.workers.get(*name).and_then(|worker| worker.load);
+            load.is_some_and(|load| !load.draining)
+        };
+        names.into_iter().filter(told).cloned().map(Effect::Drain).collect()
+    }
+
+    /// What ends `names`: each is drained first, unless there was time enough for that.
+    fn ends(&self, names: &[String]) -> Vec<Effect> {
+        let late = self.over(self.record.drain_timeout_ms);
+        let mut effects = Vec::new();
+        for name in names {
+            match self.seen.workers.get(name) {
+                None | Some(Seen { process: Process::Stopping, .. }) => {}
+                Some(worker) if late || worker.drained() => {
+                    effects.push(Effect::Retire(name.clone()));
+                }
+                Some(_) => effects.extend(self.drains([name])),
+            }
+        }
+        effects
+    }
+
+    fn retire(&self) -> Step {
+        let left = |name: &&String| self.seen.workers.contains_key(*name);
+        let Some(left) = self.record.retired.iter().find(left) else {
+            return self.to(Phase::Done);
+        };
+        // A worker that crashed since it was drained is another process now: hence not at once.
+        if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
+            let trouble = self.seen.trouble.as_deref().unwrap_or("its process goes on");
+            let reason = format!("{left} was drained but does not end: {trouble}");
+            return self.to(Phase::Failed(Failure { reason, drain_timed_out: false }));
+        }
+        self.act(self.ends(&self.record.retired))
+    }
+
+    fn undo(&self, outcome: &Outcome) -> Step {
+        let there = |name: &&String| self.seen.workers.contains_key(*name);
+        let launched = self.record.launched.iter().find(there);
+        let draining: Vec<&String> = self
+            .record
+            .retired
+            .iter()
+            .filter(|name| !self.record.held.contains(name))
+            .filter(|name| self.seen.workers.get(*name).is_some_and(Seen::draining))
+            .collect();
+        if launched.is_none() && draining.is_empty() {
+            return self.to(match outcome.clone() {
+                Outcome::Failed(failure) => Phase::Failed(failure),
+                Outcome::Cancelled => Phase::Cancelled,
+            });
+        }
+        if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
+            let left = launched.or(draining.first().copied()).map_or("", String::as_str);
+            let trouble = self.seen.trouble.as_deref().unwrap_or("no answer");
+            let mut failure = match outcome.clone() {
+                Outcome::Failed(failure) => failure,
+                Outcome::Cancelled => {
+                    Failure { reason: "cancelled".into(), drain_timed_out: false }
+                }
+            };
+            failure.reason += &format!("; {left} could not be put back: {trouble}");
+            return self.to(Phase::Failed(failure));
+        }
+        let mut effects: Vec<Effect> = draining.into_iter().cloned().map(Effect::Undrain).collect();
+        effects.extend(self.ends(&self.record.launched));
+        self.act(effects)
+    }
+}
+
+impl Seen {
+    /// Whether it takes requests.
+    pub fn serves(&self) -> bool {
+        let ready = |load: Load| load.registered && !load.draining;
+        self.process == Process::Ready && self.load.is_some_and(ready)
+    }
+
+    fn draining(&self) -> bool {
+        self.load.is_some_and(|load| load.draining)
+    }
+
+    /// Whether it has no requests and gets none. A process that has been ready and is silent may
+    /// still serve: a lease that ran out proves nothing.
+    pub fn drained(&self) -> bool {
+        match (self.process, self.load) {
+            (Process::Crashed { .. } | Process::Stopping, _) => true,
+            (_, Some(load)) => load.draining && load.requests == 0,
+            (Process::Starting, None) => true,
+            (Process::Ready, None) => false,
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The leader's loop: observe, step, write or act.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_membership::{ClusterWatch, Membership, MembershipError};
+use futures::future::join_all;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::machine::{Effect, Limits, Load, Observed, Process, Seen, step};
+use super::record::{Phase, Record, unix_ms};
+use super::store::{Advanced, ScaleStore, Stored};
+use crate::election::Leadership;
+use crate::launch::{Launched, Launcher, WorkerSpec};
+use crate::workers;
+
+/// Between two looks at the cluster while an operation runs.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Between two looks at the records and at the launcher when nothing tells of changes.
+const IDLE: Duration = Duration::from_secs(2);
+/// Wait after a failure of etcd.
+const RETRY: Duration = Duration::from_secs(1);
+/// A drained worker gives up by itself what it has left so long after the operation should have
+/// ended the drain: only when no coordinator does.
+const BEYOND: Duration = Duration::from_secs(60);
+
+/// What carries out operations while it leads.
+pub struct Runner {
+    /// The records.
+    pub store: ScaleStore,
+    /// Who is there.
+    pub watch: ClusterWatch,
+    /// Who starts and ends workers, if this coordinator can.
+    pub launcher: Option<Arc<dyn Launcher>>,
+    /// How long phases may take.
+    pub limits: Limits,
+}
+
+/// What is known of operations beside their records; lost with the leader, at no loss.
+#[derive(Default)]
+struct Memory {
+    /// Why the last effect failed, by operation.
+    trouble: HashMap<String, String>,
+    /// When it was last looked for supervisors that were killed.
+    mended: Option<Instant>,
+}
+
+impl Runner {
+    /// Runs for ever; does something while `own` says that we lead.
+    pub async fn run(self, mut own: watch::Receiver<Option<Leadership>>) {
+        loop {
+            let leader = own.borrow_and_update().clone();
+            let changed = match leader {
+                None => own.changed().await,
+                Some(leader) => tokio::select! {
+                    changed = own.changed() => changed,
+                    () = self.lead(&leader) => return,
+                },
+            };
+            if changed.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Leads until it is dropped.
+    async fn lead(&self, leader: &Leadership) {
+        let mut memory = Memory::default();
+        loop {
+            match self.follow(leader, &mut memory).await {
+                // Deposed: the election will say so in a moment.
+                Ok(()) => {}
+                Err(error) => warn!(%error, "scale operations wait for etcd"),
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Works on the operations until this leader is deposed or etcd fails.
+    async fn follow(
+        &self,
+        leader: &Leadership,
+        memory: &mut Memory,
+    ) -> Result<(), MembershipError> {
+        let mut changes = self.store.watch().await?;
+        loop {
+            let operations = self.store.list().await?;
+            self.store.forget(leader, &operations.ended).await?;
+            if memory.mended.is_none_or(|last| last.elapsed() >= IDLE) {
+                self.mend(leader).await;
+                memory.mended = Some(Instant::now());
+            }
+            if operations.running.is_empty() {
+                memory.trouble.clear();
+                tokio::select! {
+                    change = changes.message() => {
+                        change?;
+                    }
+                    () = tokio::time::sleep(IDLE) => {}
+                }
+                continue;
+            }
+            let mut moved = false;
+            for stored in operations.running {
+                match self.advance(leader, stored, memory).await? {
+                    Progress::Moved => moved = true,
+                    Progress::Acted => {}
+                    Progress::Deposed => {
+                        warn!("another coordinator leads: a step of ours was refused");
+                        return Ok(());
+                    }
+                }
+            }
+            if !moved {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+    }
+
+    /// One step of one operation.
+    async fn advance(
+        &self,
+        leader: &Leadership,
+        stored: Stored,
+        memory: &mut Memory,
+    ) -> Result<Progress, MembershipError> {
+        let record = &stored.record;
+        let observation = self.observe(record, memory).await;
+        let (next, effects) = step(record, &observation.seen, &self.limits);
+        if next != *record {
+            return Ok(match self.store.advance(leader, &stored, &next).await? {
+                Advanced::Written(_) => {
+                    memory.trouble.remove(&record.id);
+                    log(&next);
+                    Progress::Moved
+                }
+                // Taken back meanwhile: look again.
+                Advanced::Changed => Progress::Moved,
+                Advanced::Deposed => Progress::Deposed,
+            });
+        }
+        if effects.is_empty() {
+            return Ok(Progress::Acted);
+        }
+        // Workers know of no leaders: those that are told something are told by who leads now.
+        if !self.store.leads(leader).await? {
+            return Ok(Progress::Deposed);
+        }
+        let acts = effects.iter().map(|effect| self.act(leader, record, effect, &observation));
+        let failed = join_all(acts).await.into_iter().find_map(Result::err);
+        match failed {
+            Some(trouble) => {
+                warn!(id = record.id, trouble, "a scale operation meets trouble");
+                memory.trouble.insert(record.id.clone(), trouble);
+            }
+            None => {
+                memory.trouble.remove(&record.id);
+            }
+        }
+        Ok(Progress::Acted)
+    }
+
+    async fn act(
+        &self,
+        leader: &Leadership,
+        record: &Record,
+        effect: &Effect,
+        observation: &Observation,
+    ) -> Result<(), String> {
+        let launcher = self.launcher.as_ref().ok_or_else(no_launcher)?;
+        let address = |name: &String| {
+            let address = observation.addresses.get(name).filter(|it| !it.is_empty());
+            address.cloned().ok_or_else(|| format!("{name} has no address yet"))
+        };
+        match effect {
+            Effect::Launch(name) => {
+                let (pool, model) = (record.pool, record.model.clone());
+                let spec = WorkerSpec { name: name.clone(), pool, model };
+                let launched = launcher.launch(leader.revision, &spec).await;
+                launched.map_err(|error| error.to_string())
+            }
+            Effect::Retire(name) => {
+                let retired = launcher.retire(leader.revision, name).await;
+                retired.map_err(|error| error.to_string())
+            }
+            Effect::Drain(name) => {
+                let limit = Duration::from_millis(record.drain_timeout_ms) + BEYOND;
+                let drained = workers::drain(&address(name)?, limit).await;
+                drained.map_err(|status| format!("{name}: {}", status.message()))
+            }
+            Effect::Undrain(name) => {
+                let undrained = workers::undrain(&address(name)?).await;
+                undrained.map_err(|status| format!("{name}: {}", status.message()))
+            }
+        }
+    }
+
+    async fn observe(&self, record: &Record, memory: &Memory) -> Observation {
+        let membership = Arc::clone(&self.watch.subscribe().borrow());
+        let (all, blind) = match &self.launcher {
+            None => (Vec::new(), None),
+            Some(launcher) => match launcher.list().await {
+                Ok(all) => (all, None),
+                Err(error) => (Vec::new(), Some(error.to_string())),
+            },
+        };
+        let ours = |it: &&Launched| (it.spec.pool, &it.spec.model) == (record.pool, &record.model);
+        let workers = all.iter().filter(ours).map(|launched| async {
+            let load = load(launched, &membership).await;
+            let Launched { process, started_ms, said, .. } = launched.clone();
+            (launched.spec.name.clone(), Seen { process, load, started_ms, said })
+        });
+        let workers: BTreeMap<String, Seen> = join_all(workers).await.into_iter().collect();
+        let launched = |address: &String| all.iter().any(|it| it.address == *address);
+        let others = membership.instances.values().filter(|it| {
+            (it.role, &it.model) == (record.pool, &record.model) && !launched(&it.address)
+        });
+        // Those that the launcher has and that register at this moment are no others.
+        let joining = workers.values().filter(|it| it.process == Process::Starting).count();
+        let cannot_launch = match &self.launcher {
+            None => Some(no_launcher()),
+            Some(launcher) if !launcher.models(record.pool).contains(&record.model) => {
+                let (pool, model) = (record.pool, record.model.clone());
+                Some(crate::launch::LaunchError::NoTemplate { pool, model }.to_string())
+            }
+            Some(_) => None,
+        };
+        Observation {
+            seen: Observed {
+                now_ms: unix_ms(),
+                others: others.count().saturating_sub(joining) as u32,
+                workers,
+                taken: all.iter().map(|it| it.spec.name.clone()).collect(),
+                cannot_launch,
+                trouble: memory.trouble.get(&record.id).cloned(),
+                blind,
+            },
+            addresses: all.into_iter().map(|it| (it.spec.name, it.address)).collect(),
+        }
+    }
+
+    /// Starts again what supervised workers and was killed.
+    async fn mend(&self, leader: &Leadership) {
+        let Some(launcher) = &self.launcher else { return };
+        let Ok(all) = launcher.list().await else { return };
+        for one in all.iter().filter(|it| matches!(it.process, Process::Crashed { .. })) {
+            if let Err(error) = launcher.launch(leader.revision, &one.spec).await {
+                warn!(name = one.spec.name, %error, "a worker cannot be kept running");
+            }
+        }
+    }
+}
+
+enum Progress {
+    Moved,
+    Acted,
+    Deposed,
+}
+
+struct Observation {
+    seen: Observed,
+    /// Where launched workers serve, by name.
+    addresses: HashMap<String, String>,
+}
+
+/// What a launched worker says of itself.
+async fn load(launched: &Launched, membership: &Membership) -> Option<Load> {
+    let address = &launched.address;
+    if address.is_empty() || launched.process != Process::Ready {
+        return None;
+    }
+    let status = workers::status(address).await.ok()?;
+    Some(Load {
+        requests: status.running + status.waiting,
+        draining: status.draining,
+        registered: membership.instances.values().any(|it| it.address == *address),
+    })
+}
+
+fn no_launcher() -> String {
+    "this coordinator cannot launch workers: start it with --workers FILE".into()
+}
+
+fn log(record: &Record) {
+    let Record { id, pool, model, size, from, .. } = record;
+    let (phase, launched, retired) = (record.phase.as_str(), &record.launched, &record.retired);
+    match &record.phase {
+        Phase::Failed(failure) => {
+            warn!(id, %pool, model, from, size, reason = failure.reason, "a scale operation failed");
+        }
+        _ => info!(id, %pool, model, from, size, phase, ?launched, ?retired, "scaling"),
+    }
+}

@@ -1,0 +1,226 @@
+//! The records of scale operations in etcd.
+//!
+//! A pool has at most one running operation, under `/baton/<cluster>/scale/running/<pool>`; those
+//! that ended lie under `…/scale/ended/<id>`. Anybody may ask for an operation or take it back;
+//! only the leader moves it, in a transaction that holds while the leader's key in the election is
+//! still the one that it was elected with. A leader that has been replaced, and does not know it
+//! yet, is refused by etcd itself.
+
+use baton_membership::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
+use baton_proto::InstanceRole;
+use etcd_client::{
+    Client, Compare, CompareOp, GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse, WatchOptions,
+    WatchStream,
+};
+use tracing::warn;
+
+use super::record::Record;
+use crate::election::Leadership;
+
+/// Operations that are remembered after their end.
+const REMEMBERED: usize = 20;
+
+/// The records.
+#[derive(Clone)]
+pub struct ScaleStore {
+    client: Client,
+    prefix: String,
+}
+
+/// A record, and which version of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// The record.
+    pub record: Record,
+    /// etcd's revision of it.
+    pub revision: i64,
+}
+
+/// All records, of one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Operations {
+    /// Those that run.
+    pub running: Vec<Stored>,
+    /// Those that ended, oldest first.
+    pub ended: Vec<Record>,
+}
+
+/// What became of a request.
+#[derive(Clone, Debug)]
+pub enum Begun {
+    /// It is a new operation, or the same as one that runs.
+    Runs(Record),
+    /// Another operation runs for the pool.
+    Conflict(Record),
+}
+
+/// What became of a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Advanced {
+    /// It is written, as this revision.
+    Written(i64),
+    /// Somebody else has changed the record.
+    Changed,
+    /// Another coordinator leads.
+    Deposed,
+}
+
+impl ScaleStore {
+    /// Connects.
+    ///
+    /// # Errors
+    /// [`MembershipError::Unreachable`] when etcd does not answer within `start_timeout`.
+    pub async fn connect(settings: &EtcdSettings) -> Result<Self, MembershipError> {
+        let prefix = format!("/baton/{}/scale/", settings.cluster);
+        Ok(Self { client: connect(settings).await?, prefix })
+    }
+
+    fn running_key(&self, pool: InstanceRole) -> String {
+        format!("{}running/{pool}", self.prefix)
+    }
+
+    fn ended_key(&self, id: &str) -> String {
+        format!("{}ended/{id}", self.prefix)
+    }
+
+    async fn txn(&self, txn: Txn) -> Result<etcd_client::TxnResponse, MembershipError> {
+        within(CALL_TIMEOUT, self.client.clone().txn(txn)).await
+    }
+
+    /// All records.
+    pub async fn list(&self) -> Result<Operations, MembershipError> {
+        let options = GetOptions::new().with_prefix();
+        let mut client = self.client.clone();
+        let answer = within(CALL_TIMEOUT, client.get(self.prefix.as_str(), Some(options))).await?;
+        let mut operations = Operations::default();
+        for stored in answer.kvs().iter().filter_map(parse) {
+            match stored.record.phase.ended() {
+                false => operations.running.push(stored),
+                true => operations.ended.push(stored.record),
+            }
+        }
+        Ok(operations)
+    }
+
+    /// Tells of changes of any record.
+    pub async fn watch(&self) -> Result<WatchStream, MembershipError> {
+        let options = WatchOptions::new().with_prefix();
+        let mut client = self.client.clone();
+        within(CALL_TIMEOUT, client.watch(self.prefix.as_str(), Some(options))).await
+    }
+
+    /// Records a request, unless an operation runs for its pool.
+    pub async fn begin(&self, request: Record) -> Result<Begun, MembershipError> {
+        let key = self.running_key(request.pool);
+        let free = Compare::version(key.as_str(), CompareOp::Equal, 0);
+        let put = TxnOp::put(key.as_str(), json(&request), None);
+        // A record may end, or not be readable, between two looks.
+        for _ in 0..3 {
+            let txn = Txn::new().when([free.clone()]).and_then([put.clone()]);
+            let answer = self.txn(txn.or_else([TxnOp::get(key.as_str(), None)])).await?;
+            if answer.succeeded() {
+                return Ok(Begun::Runs(request));
+            }
+            if let Some(stored) = first(answer.op_responses()) {
+                return Ok(match stored.record.is_asked_by(&request) {
+                    true => Begun::Runs(stored.record),
+                    false => Begun::Conflict(stored.record),
+                });
+            }
+        }
+        let message = format!("{key} holds a record that cannot be read; delete it");
+        Err(MembershipError::WatchEnded(message))
+    }
+
+    /// Marks a running operation as taken back, if it is still the one that was seen.
+    pub async fn cancel(&self, stored: &Stored) -> Result<Advanced, MembershipError> {
+        let record = Record { cancel: true, ..stored.record.clone() };
+        let key = self.running_key(record.pool);
+        let same = Compare::mod_revision(key.as_str(), CompareOp::Equal, stored.revision);
+        let put = TxnOp::put(key, json(&record), None);
+        let answer = self.txn(Txn::new().when([same]).and_then([put])).await?;
+        Ok(match answer.succeeded() {
+            true => Advanced::Written(revision(&answer)),
+            false => Advanced::Changed,
+        })
+    }
+
+    /// Writes the next state of an operation, for the leader alone.
+    pub async fn advance(
+        &self,
+        leader: &Leadership,
+        stored: &Stored,
+        next: &Record,
+    ) -> Result<Advanced, MembershipError> {
+        let key = self.running_key(next.pool);
+        let same = Compare::mod_revision(key.as_str(), CompareOp::Equal, stored.revision);
+        let writes = match next.phase.ended() {
+            false => vec![TxnOp::put(key.as_str(), json(next), None)],
+            true => vec![
+                TxnOp::delete(key.as_str(), None),
+                TxnOp::put(self.ended_key(&next.id), json(next), None),
+            ],
+        };
+        let txn = Txn::new().when([leads(leader), same]).and_then(writes);
+        let answer = self.txn(txn).await?;
+        if answer.succeeded() {
+            return Ok(Advanced::Written(revision(&answer)));
+        }
+        Ok(match self.leads(leader).await? {
+            true => Advanced::Changed,
+            false => Advanced::Deposed,
+        })
+    }
+
+    /// Whether a leader still leads.
+    pub async fn leads(&self, leader: &Leadership) -> Result<bool, MembershipError> {
+        Ok(self.txn(Txn::new().when([leads(leader)])).await?.succeeded())
+    }
+
+    /// Forgets operations that ended long ago.
+    pub async fn forget(
+        &self,
+        leader: &Leadership,
+        ended: &[Record],
+    ) -> Result<(), MembershipError> {
+        let old = &ended[..ended.len().saturating_sub(REMEMBERED)];
+        if old.is_empty() {
+            return Ok(());
+        }
+        let deletes = old.iter().take(100).map(|old| TxnOp::delete(self.ended_key(&old.id), None));
+        let deletes: Vec<_> = deletes.collect();
+        self.txn(Txn::new().when([leads(leader)]).and_then(deletes)).await?;
+        Ok(())
+    }
+}
+
+/// Holds while the leader is the one that was elected with this key.
+fn leads(leader: &Leadership) -> Compare {
+    Compare::create_revision(leader.key.as_slice(), CompareOp::Equal, leader.revision)
+}
+
+fn revision(answer: &etcd_client::TxnResponse) -> i64 {
+    answer.header().map_or(0, etcd_client::ResponseHeader::revision)
+}
+
+fn first(responses: Vec<TxnOpResponse>) -> Option<Stored> {
+    responses.into_iter().find_map(|response| match response {
+        TxnOpResponse::Get(got) => got.kvs().first().and_then(parse),
+        _ => None,
+    })
+}
+
+fn json(record: &Record) -> String {
+    serde_json::to_string(record).unwrap_or_default()
+}
+
+/// A record, or `None` with a line in the log: one bad record must not hide the others.
+fn parse(kv: &KeyValue) -> Option<Stored> {
+    match serde_json::from_slice(kv.value()) {
+        Ok(record) => Some(Stored { record, revision: kv.mod_revision() }),
+        Err(error) => {
+            warn!(key = %String::from_utf8_lossy(kv.key()), %error, "skipping a record that does not parse");
+            None
+        }
+    }
+}

@@ -1,0 +1,382 @@
+//! The machine of scale operations against a simulated cluster that does its worst.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use baton_proto::InstanceRole;
+use proptest::prelude::*;
+
+use baton_coordinator::scale::machine::{Effect, Limits, Load, Observed, Process, Seen, step};
+use baton_coordinator::scale::record::{Phase, Record};
+
+const LIMITS: Limits = Limits { launch_ms: 5_000, answer_ms: 2_000, end_ms: 3_000, crashes: 3 };
+const DRAIN_MS: u64 = 4_000;
+/// Steps of 100 ms in which every operation must have ended: the sum of all limits, and some.
+const MOST_TICKS: usize = 400;
+
+/// What happens between two steps, drawn at random.
+#[derive(Clone, Debug)]
+struct Tick {
+    /// Effects that are lost, and that are done twice, by position.
+    lost: u8,
+    twice: u8,
+    /// Which worker something happens to, and what.
+    who: u8,
+    what: What,
+    cancel: bool,
+    /// The leader dies after it has decided, before anything is written or done.
+    dies: bool,
+    /// The leader dies between the write and whatever it would do next: nothing is kept but the
+    /// record.
+    blind: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Nothing,
+    /// A starting worker is ready; a busy one ends a request; one that is stopping is gone.
+    Progress,
+    /// Requests come, unless it drains.
+    Requests,
+    Crash,
+    CrashForGood,
+    /// Its supervisor starts it again.
+    Restart,
+    Silent,
+    Speaks,
+    LosesLease,
+    Registers,
+}
+
+fn tick() -> impl Strategy<Value = Tick> {
+    let what = prop_oneof![
+        2 => Just(What::Nothing),
+        12 => Just(What::Progress),
+        2 => Just(What::Requests),
+        1 => Just(What::Crash),
+        1 => Just(What::CrashForGood),
+        2 => Just(What::Restart),
+        1 => Just(What::Silent),
+        2 => Just(What::Speaks),
+        1 => Just(What::LosesLease),
+        2 => Just(What::Registers),
+    ];
+    let flag = |p| prop::bool::weighted(p);
+    (any::<u8>(), any::<u8>(), any::<u8>(), what, flag(0.01), flag(0.1), flag(0.02)).prop_map(
+        |(lost, twice, who, what, cancel, dies, blind)| Tick {
+            lost: if lost < 64 { lost } else { u8::MAX },
+            twice: if twice < 64 { twice } else { u8::MAX },
+            who,
+            what,
+            cancel,
+            dies,
+            blind,
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+struct Worker {
+    process: Process,
+    crashes: u32,
+    requests: u32,
+    draining: bool,
+    registered: bool,
+    silent: bool,
+    started_ms: u64,
+    /// Of the launch that the operation made.
+    new: bool,
+}
+
+#[derive(Clone, Debug, Default)]
+struct World {
+    now_ms: u64,
+    workers: BTreeMap<String, Worker>,
+    others: u32,
+    launches: bool,
+}
+
+impl World {
+    fn new(count: u32, others: u32, requests: &[u32], launches: bool) -> Self {
+        let worker = |n: u32| {
+            let worker = Worker {
+                process: Process::Ready,
+                crashes: 0,
+                requests: requests[n as usize % requests.len()],
+                draining: false,
+                registered: true,
+                silent: false,
+                started_ms: u64::from(n),
+                new: false,
+            };
+            (format!("decode-{}", n + 1), worker)
+        };
+        let workers = (0..count).map(worker).collect();
+        Self { now_ms: 1_000, workers, others, launches }
+    }
+
+    fn observe(&self, blind: bool) -> Observed {
+        let seen = |worker: &Worker| {
+            let answers = worker.process == Process::Ready && !worker.silent;
+            let load = Load {
+                requests: worker.requests,
+                draining: worker.draining,
+                registered: worker.registered,
+            };
+            Seen {
+                process: worker.process,
+                load: answers.then_some(load),
+                started_ms: worker.started_ms,
+                said: "said".into(),
+            }
+        };
+        let all = self.workers.iter().map(|(name, worker)| (name.clone(), seen(worker)));
+        Observed {
+            now_ms: self.now_ms,
+            workers: if blind { BTreeMap::new() } else { all.collect() },
+            others: self.others,
+            taken: self.workers.keys().cloned().collect(),
+            cannot_launch: (!self.launches).then(|| "no template".to_owned()),
+            trouble: None,
+            blind: blind.then(|| "the folder cannot be read".to_owned()),
+        }
+    }
+
+    /// Does an effect, and holds it against what is allowed.
+    fn apply(&mut self, effect: &Effect, record: &Record, seen: &Observed) {
+        match effect {
+            Effect::Launch(name) => {
+                assert!(record.launched.contains(name), "recorded before it is done");
+                self.workers.entry(name.clone()).or_insert(Worker {
+                    process: Process::Starting,
+                    crashes: 0,
+                    requests: 0,
+                    draining: false,
+                    registered: false,
+                    silent: false,
+                    started_ms: seen.now_ms,
+                    new: true,
+                });
+            }
+            Effect::Drain(name) => {
+                if let Some(worker) = self.workers.get_mut(name)
+                    && worker.process == Process::Ready
+                    && !worker.silent
+                {
+                    worker.draining = true;
+                }
+            }
+            Effect::Undrain(name) => {
+                let worker = self.workers.get_mut(name).expect("it was seen");
+                if worker.process == Process::Ready && !worker.silent {
+                    worker.draining = false;
+                }
+            }
+            Effect::Retire(name) => {
+                let old = record.retired.contains(name);
+                assert!(old || record.launched.contains(name), "{name} is none of its affair");
+                assert!(!old || record.phase == Phase::Retire, "{name}: before its time");
+                let late = seen.now_ms >= record.phase_ms + record.drain_timeout_ms;
+                let Some(worker) = self.workers.get_mut(name) else { return };
+                let told = seen.workers[name].drained();
+                assert!(told || late, "{name} is ended undrained: {worker:?}");
+                if told && worker.draining && !late {
+                    assert_eq!(worker.requests, 0, "{name} is ended with requests");
+                }
+                worker.process = Process::Stopping;
+            }
+        }
+    }
+
+    fn happen(&mut self, tick: &Tick) {
+        self.now_ms += 100;
+        // Those that stop are gone sooner or later, whatever else happens.
+        let gone =
+            |worker: &Worker| worker.process == Process::Stopping && tick.who.is_multiple_of(3);
+        self.workers.retain(|_, worker| !gone(worker));
+        let count = self.workers.len().max(1);
+        let Some(worker) = self.workers.values_mut().nth(usize::from(tick.who) % count) else {
+            return;
+        };
+        match (tick.what, worker.process) {
+            (What::Progress, Process::Starting) => {
+                (worker.process, worker.registered) = (Process::Ready, true);
+                (worker.draining, worker.silent, worker.requests) = (false, false, 0);
+            }
+            (What::Progress, Process::Ready) => worker.requests = worker.requests.saturating_sub(1),
+            (What::Requests, Process::Ready) if !worker.draining => worker.requests += 2,
+            (What::Crash | What::CrashForGood, Process::Starting | Process::Ready) => {
+                worker.crashes += 1;
+                let hopeless = matches!(tick.what, What::CrashForGood) && worker.new;
+                worker.process = Process::Crashed { times: worker.crashes, hopeless };
+                (worker.requests, worker.registered) = (0, false);
+            }
+            (What::Restart, Process::Crashed { hopeless: false, .. }) => {
+                (worker.process, worker.draining) = (Process::Starting, false);
+            }
+            (What::Silent, _) => worker.silent = true,
+            (What::Speaks, _) => worker.silent = false,
+            (What::LosesLease, _) => worker.registered = false,
+            (What::Registers, Process::Ready) => worker.registered = true,
+            _ => {}
+        }
+    }
+}
+
+/// Runs an operation through the ticks, and then through calm ones, to its end.
+fn run(mut world: World, size: u32, ticks: &[Tick]) -> (World, Record) {
+    let mut record = Record::new(InstanceRole::Decode, "m".into(), size, DRAIN_MS);
+    record.phase_ms = world.now_ms;
+    let calm = Tick {
+        lost: u8::MAX,
+        twice: u8::MAX,
+        who: 0,
+        what: What::Nothing,
+        cancel: false,
+        dies: false,
+        blind: false,
+    };
+    for i in 0..MOST_TICKS {
+        let tick = ticks.get(i).cloned().unwrap_or(Tick { who: i as u8, ..calm.clone() });
+        world.happen(&tick);
+        if tick.cancel && record.phase.cancellable() {
+            record.cancel = true;
+        }
+        let seen = world.observe(tick.blind);
+        let (next, effects) = step(&record, &seen, &LIMITS);
+        assert!(next == record || effects.is_empty(), "a step moves or acts, never both");
+        if tick.dies {
+            continue;
+        }
+        for (at, effect) in effects.iter().enumerate() {
+            if usize::from(tick.lost) == at {
+                continue;
+            }
+            world.apply(effect, &record, &seen);
+            if usize::from(tick.twice) == at {
+                world.apply(effect, &record, &seen);
+            }
+        }
+        record = next;
+        if record.phase.ended() {
+            return (world, record);
+        }
+    }
+    panic!("it does not end: {record:?}\n{world:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn whatever_happens_it_ends_with_the_size_or_as_it_was(
+        (count, others, size) in (0u32..6, 0u32..3, 0u32..8),
+        requests in prop::collection::vec(0u32..6, 1..6),
+        launches in prop::bool::weighted(0.9),
+        ticks in prop::collection::vec(tick(), 0..150),
+    ) {
+        let before = World::new(count, others, &requests, launches);
+        let names: BTreeSet<String> = before.workers.keys().cloned().collect();
+        let (world, record) = run(before, size, &ticks);
+        // Nobody but those that were named is touched.
+        for name in names.iter().filter(|name| !record.retired.contains(name)) {
+            prop_assert!(world.workers.contains_key(name), "{} is gone", name);
+            prop_assert!(!world.workers[name].draining, "{} drains", name);
+        }
+        let there = world.workers.len() as u32 + others;
+        match &record.phase {
+            Phase::Done => prop_assert_eq!(there, size),
+            Phase::Cancelled => {
+                prop_assert_eq!(there, count + others);
+                prop_assert!(world.workers.values().all(|worker| !worker.new));
+            }
+            Phase::Failed(failure) => {
+                prop_assert!(!failure.reason.is_empty());
+                // Where undoing fails too, the reason says so; and nobody undoes a retirement.
+                let told = failure.reason.contains("could not be put back")
+                    || failure.reason.contains("does not end")
+                    || failure.reason.contains("cannot be read");
+                if !told {
+                    prop_assert!(world.workers.values().all(|worker| !worker.new), "{:?}", failure);
+                    prop_assert_eq!(there, count + others);
+                }
+            }
+            phase => prop_assert!(false, "{:?}", phase),
+        }
+        prop_assert!(record.ended_ms > 0);
+    }
+
+    /// In a cluster where everything works, every size is reached that can be.
+    #[test]
+    fn in_peace_the_size_is_reached(
+        (count, others, size) in (0u32..6, 0u32..3, 0u32..8),
+        requests in prop::collection::vec(0u32..3, 1..6),
+    ) {
+        let world = World::new(count, others, &requests, true);
+        let progress = |i: usize| Tick {
+            lost: u8::MAX, twice: u8::MAX, who: i as u8, what: What::Progress,
+            cancel: false, dies: false, blind: false,
+        };
+        let ticks: Vec<Tick> = (0..200).map(progress).collect();
+        let (world, record) = run(world, size, &ticks);
+        if size < others {
+            prop_assert!(matches!(record.phase, Phase::Failed(_)), "{:?}", record);
+        } else {
+            prop_assert_eq!(record.phase, Phase::Done);
+            prop_assert_eq!(world.workers.len() as u32 + others, size);
+            prop_assert_eq!(record.from, count + others);
+        }
+    }
+}
+
+fn observed(world: &World) -> Observed {
+    world.observe(false)
+}
+
+#[test]
+fn the_idle_and_the_new_go_first() {
+    let mut world = World::new(4, 0, &[3, 0, 0, 5], true);
+    world.workers.get_mut("decode-4").expect("it is there").draining = true;
+    let record = Record::new(InstanceRole::Decode, "m".into(), 1, DRAIN_MS);
+    let (next, _) = step(&record, &observed(&world), &LIMITS);
+    assert_eq!(next.retired, ["decode-4", "decode-3", "decode-2"]);
+    assert_eq!(next.held, ["decode-4"], "it was drained before, and is left so on failure");
+    assert_eq!(next.phase, Phase::Rebalance);
+}
+
+#[test]
+fn new_names_are_the_free_ones() {
+    let mut world = World::new(3, 0, &[0], true);
+    world.workers.remove("decode-2");
+    let record = Record::new(InstanceRole::Decode, "m".into(), 4, DRAIN_MS);
+    let (next, effects) = step(&record, &observed(&world), &LIMITS);
+    assert_eq!(next.launched, ["decode-2", "decode-4"]);
+    assert!(effects.is_empty());
+    let (same, effects) = step(&next, &observed(&world), &LIMITS);
+    assert_eq!(same, next);
+    assert_eq!(effects, ["decode-2", "decode-4"].map(|name| Effect::Launch(name.into())));
+}
+
+#[test]
+fn a_drain_that_takes_too_long_puts_the_workers_back() {
+    let world = World::new(2, 0, &[7], true);
+    let (world, record) = run(world, 1, &[]);
+    let Phase::Failed(failure) = &record.phase else { panic!("{record:?}") };
+    assert!(failure.drain_timed_out, "{failure:?}");
+    assert!(failure.reason.contains("decode-2 still had 7 requests"), "{failure:?}");
+    assert!(world.workers.values().all(|worker| !worker.draining));
+    assert_eq!(world.workers.len(), 2);
+}
+
+#[test]
+fn nobody_is_drained_while_those_who_stay_are_silent() {
+    let mut world = World::new(2, 0, &[0], true);
+    let record = Record::new(InstanceRole::Decode, "m".into(), 1, DRAIN_MS);
+    let (record, _) = step(&record, &observed(&world), &LIMITS);
+    assert_eq!(record.retired, ["decode-2"]);
+    world.workers.get_mut("decode-1").expect("it is there").silent = true;
+    let (same, effects) = step(&record, &observed(&world), &LIMITS);
+    assert_eq!((same.phase, effects), (Phase::Rebalance, Vec::new()));
+    world.now_ms = record.phase_ms + LIMITS.answer_ms;
+    let (next, _) = step(&record, &observed(&world), &LIMITS);
+    assert_eq!(next.phase.as_str(), "undo");
+}

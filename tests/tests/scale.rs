@@ -1,0 +1,457 @@
+//! Pools that grow and shrink: under load, while coordinators die, and when it goes wrong.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use baton_coordinator::election::Leadership;
+use baton_coordinator::launch::local::{LocalProcesses, Settings};
+use baton_coordinator::launch::template::Templates;
+use baton_coordinator::launch::{LaunchError, Launcher as _};
+use baton_coordinator::scale::record::{Phase, Record};
+use baton_coordinator::scale::store::{Advanced, Begun, ScaleStore};
+use baton_membership::EtcdSettings;
+use baton_proto::InstanceRole;
+use baton_proto::v1::CancelScaleRequest;
+use baton_tests::binaries::MODEL_NAME;
+use baton_tests::elastic::{Elastic, command, worker};
+use baton_tests::http::{RawClient, ids, streamed_ids};
+use baton_tests::{Api, eventually, grpc};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+/// Requests whose answers depend on every token before, long enough to be handed off.
+fn requests() -> Vec<Value> {
+    let request = |i: usize| {
+        json!({
+            "model": MODEL_NAME,
+            "prompt": format!("Story {i}. {} And then", "The sea is wide and blue. ".repeat(12)),
+            "max_tokens": 24,
+            "temperature": if i.is_multiple_of(2) { 0.0 } else { 1.0 },
+            "seed": i,
+            "ignore_eos": true,
+            "return_token_ids": true,
+        })
+    };
+    (0..6).map(request).collect()
+}
+
+/// Steady traffic, every answer of which must be the right one.
+struct Load {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<usize>>,
+}
+
+impl Load {
+    /// Two clients that stream and two that do not, one request after the other.
+    async fn start(api: &Api) -> Self {
+        let mut expected = Vec::new();
+        for request in requests() {
+            let reply = api.ok("/v1/completions", &request).await;
+            let answer = ids(&reply["choices"][0]["token_ids"]);
+            assert_eq!(answer.len(), 24, "{reply}");
+            expected.push((request, answer));
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let expected = Arc::new(expected);
+        let client = |number: usize| {
+            let (api, stop, expected) = (api.clone(), stop.clone(), expected.clone());
+            tokio::spawn(async move {
+                let mut done = 0;
+                while !stop.load(Relaxed) {
+                    let (request, answer) = &expected[(number + done) % expected.len()];
+                    let got = match number % 2 {
+                        0 => {
+                            let reply = api.ok("/v1/completions", request).await;
+                            ids(&reply["choices"][0]["token_ids"])
+                        }
+                        _ => {
+                            let mut request = request.clone();
+                            request["stream"] = true.into();
+                            let stream = api.stream("/v1/completions", &request).await;
+                            streamed_ids(&stream.collect().await, 0)
+                        }
+                    };
+                    assert_eq!(&got, answer, "client {number}, request {done}");
+                    done += 1;
+                }
+                done
+            })
+        };
+        let clients = (0..4).map(client).collect();
+        Self { stop, clients }
+    }
+
+    /// Ends the traffic; says how many requests there were.
+    async fn stop(self) -> usize {
+        self.stop.store(true, Relaxed);
+        let mut all = 0;
+        for client in self.clients {
+            all += client.await.expect("every answer is right");
+        }
+        all
+    }
+}
+
+fn both(etcd: &baton_tests::etcd::Etcd) -> Vec<Value> {
+    vec![worker("prefill", etcd), worker("decode", etcd)]
+}
+
+#[tokio::test]
+async fn pools_grow_and_shrink_under_load_and_every_token_is_right() {
+    let cluster = Elastic::start(1, &[], both).await;
+    cluster.scaled("decode", 1).await;
+    cluster.scaled("prefill", 1).await;
+    let load = Load::start(&cluster.api).await;
+    let first = cluster.pid("decode-1");
+    for (pool, size) in [("decode", 3), ("prefill", 2), ("decode", 1), ("prefill", 1)] {
+        let since = Instant::now();
+        cluster.scaled(pool, size).await;
+        println!("{pool} to {size}: {:?}", since.elapsed());
+    }
+    let answered = load.stop().await;
+    println!("{answered} requests meanwhile");
+    assert!(answered > 8, "there was traffic: {answered}");
+    assert_eq!(cluster.launched().len(), 2, "{:?}", cluster.launched());
+    if cluster.launched().contains(&"decode-1".to_owned()) {
+        assert_eq!(cluster.pid("decode-1"), first, "who stays is not touched");
+    }
+    // Without a pool, the one that generates is meant; its size is what it is.
+    let since = Instant::now();
+    let reply = cluster.api.ok("/scale_elastic_ep", &json!({"new_data_parallel_size": 1})).await;
+    assert_eq!(reply["message"], "Scaled to 1 data parallel engines");
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    let history = cluster.operations().await;
+    let last = history.last().expect("a history");
+    assert_eq!((last.pool.as_str(), last.from, last.size), ("decode", 1, 1));
+    assert!(history.iter().all(|operation| operation.phase == "done"), "{history:#?}");
+    cluster.finish().await;
+}
+
+/// The leader is killed while workers start, and the next one while they drain.
+#[tokio::test]
+async fn another_coordinator_finishes_what_a_killed_leader_began() {
+    let mut cluster = Elastic::start(2, &[], both).await;
+    cluster.scaled("decode", 1).await;
+    let survivor = cluster.pid("decode-1");
+    let api = cluster.api.clone();
+    let up = tokio::spawn(async move {
+        let body = json!({"new_data_parallel_size": 3, "pool": "decode"});
+        api.post("/scale_elastic_ep", &body).await
+    });
+    cluster.phase("join").await;
+    let leader = cluster.leader().await;
+    cluster.coordinators.remove(leader).0.kill();
+    up.await.expect("a reply").ok();
+    assert_eq!(cluster.launched(), ["decode-1", "decode-2", "decode-3"]);
+    assert_eq!(cluster.registered("decode").len(), 3);
+    assert_eq!(cluster.pid("decode-1"), survivor, "workers outlive the coordinator");
+
+    // One that is to go falls silent, so that its drain takes until it speaks again.
+    cluster.add_coordinator().await;
+    let silent = Pid::from_raw(cluster.pid("decode-2"));
+    kill(silent, Signal::SIGSTOP).expect("stop a worker");
+    let api = cluster.api.clone();
+    let down = tokio::spawn(async move {
+        let body = json!({"new_data_parallel_size": 2, "pool": "decode"});
+        api.post("/scale_elastic_ep", &body).await
+    });
+    let operation = cluster.phase("drain").await;
+    assert_eq!(operation.retired, ["decode-2"]);
+    let leader = cluster.leader().await;
+    cluster.coordinators.remove(leader).0.kill();
+    kill(silent, Signal::SIGCONT).expect("let it go on");
+    down.await.expect("a reply").ok();
+    assert_eq!(cluster.launched(), ["decode-1", "decode-3"]);
+    cluster.finish().await;
+}
+
+/// A leader that sleeps through its lease and wakes up finds that it does not lead any more.
+#[tokio::test]
+async fn a_leader_that_slept_changes_nothing() {
+    let idle = |_: &_| vec![command("pooling", "none", Path::new("sleep"), &["1000"])];
+    let mut cluster = Elastic::start(2, &["--launch-timeout", "60"], idle).await;
+    let leader = cluster.leader().await;
+    let sleeper = cluster.coordinators.remove(leader);
+    let api = cluster.api.clone();
+    let request = tokio::spawn(async move {
+        let body = json!({"new_data_parallel_size": 2, "pool": "pooling"});
+        api.post("/scale_elastic_ep", &body).await
+    });
+    let running = cluster.phase("join").await;
+    sleeper.0.signal(Signal::SIGSTOP);
+    let other = &cluster.coordinators[0].1;
+    eventually("the other leads", Duration::from_secs(20), async || {
+        let view = grpc::cluster_view(other).await;
+        let leads = view.instances.iter().any(|it| it.id == view.leader && it.address == *other);
+        if leads { Ok(()) } else { Err(format!("{view:?}")) }
+    })
+    .await;
+    let cancel = CancelScaleRequest { id: running.id, pool: String::new() };
+    grpc::coordinator(other).await.cancel_scale(cancel).await.expect("it may be cancelled");
+    request.await.expect("a reply").error(409).expect("it was cancelled");
+    assert!(cluster.launched().is_empty(), "{:?}", cluster.launched());
+    sleeper.0.signal(Signal::SIGCONT);
+    // Long enough for whatever it had in mind.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(cluster.launched().is_empty(), "{:?}", cluster.launched());
+    let last = cluster.operations().await.pop().expect("a history");
+    assert_eq!(last.phase, "cancelled", "{last:?}");
+    cluster.coordinators.push(sleeper);
+    cluster.finish().await;
+}
+
+/// The same in the two places that refuse it: etcd, and the launcher.
+#[tokio::test]
+async fn the_writes_and_the_orders_of_a_stale_leader_are_refused() {
+    let idle = |_: &_| vec![command("pooling", "none", Path::new("sleep"), &["1000"])];
+    // Nobody but us works on the records.
+    let cluster = Elastic::start(0, &[], idle).await;
+    let settings = EtcdSettings {
+        endpoints: vec![cluster.etcd.url().to_owned()],
+        cluster: "default".into(),
+        lease_ttl: Duration::from_secs(2),
+        start_timeout: Duration::from_secs(10),
+    };
+    let mut client = baton_membership::connect(&settings).await.expect("etcd");
+    let mut elect = async |id: &str| {
+        let lease = client.lease_grant(60, None).await.expect("a lease").id();
+        let name = baton_proto::instance::election_name("default");
+        let mut won = client.campaign(name, id, lease).await.expect("elected");
+        let key = won.take_leader().expect("a key");
+        (lease, Leadership { key: key.key().into(), revision: key.rev() })
+    };
+    let (lease, old) = elect("old").await;
+    let store = ScaleStore::connect(&settings).await.expect("etcd");
+    let request = Record::new(InstanceRole::Pooling, "none".into(), 1, 1000);
+    let begun = store.begin(request.clone()).await.expect("etcd");
+    assert!(matches!(begun, Begun::Runs(_)), "{begun:?}");
+    let again = Record { size: 2, ..request.clone() };
+    assert!(matches!(store.begin(again).await, Ok(Begun::Conflict(_))));
+    let running = async || store.list().await.expect("etcd").running.remove(0);
+    let next = Record { phase: Phase::Launch, launched: vec!["a".into()], ..request };
+    let before = running().await;
+    let written = store.advance(&old, &before, &next).await.expect("etcd");
+    assert!(matches!(written, Advanced::Written(_)), "{written:?}");
+    assert_eq!(store.advance(&old, &before, &next).await.expect("etcd"), Advanced::Changed);
+
+    let mut revoke = baton_membership::connect(&settings).await.expect("etcd");
+    revoke.lease_revoke(lease).await.expect("the old leader's lease runs out");
+    let (_, new) = elect("new").await;
+    assert!(new.revision > old.revision);
+    let now = running().await;
+    let step = Record { phase: Phase::Join, ..next };
+    assert_eq!(store.advance(&old, &now, &step).await.expect("etcd"), Advanced::Deposed);
+    assert_eq!(running().await, now, "nothing is written");
+    let written = store.advance(&new, &now, &step).await.expect("etcd");
+    assert!(matches!(written, Advanced::Written(_)), "{written:?}");
+    let done = Record { phase: Phase::Done, ..step };
+    let now = running().await;
+    assert!(matches!(store.advance(&new, &now, &done).await, Ok(Advanced::Written(_))));
+    let all = store.list().await.expect("etcd");
+    assert!(all.running.is_empty() && all.ended == [done], "{all:?}");
+
+    let dir = cluster.dir().join("launcher");
+    let settings = Settings {
+        logs: dir.join("logs"),
+        dir,
+        supervisor: baton_tests::binaries::program("baton-coordinator"),
+        owner: Some(cluster.dir().join("owner")),
+        grace: Duration::from_secs(1),
+    };
+    let templates: Templates =
+        serde_json::from_value(json!({"pools": idle(&cluster.etcd)})).expect("commands");
+    let launcher = LocalProcesses::new(settings, templates).expect("a launcher");
+    let spec = |name: &str| baton_coordinator::launch::WorkerSpec {
+        name: name.into(),
+        pool: InstanceRole::Pooling,
+        model: "none".into(),
+    };
+    launcher.launch(new.revision, &spec("a")).await.expect("launched");
+    for refused in
+        [launcher.launch(old.revision, &spec("b")).await, launcher.retire(old.revision, "a").await]
+    {
+        assert!(matches!(refused, Err(LaunchError::Stale { .. })), "{refused:?}");
+    }
+    assert_eq!(launcher.list().await.expect("a list").len(), 1);
+    launcher.launch(new.revision, &spec("a")).await.expect("again is as good as once");
+    assert_eq!(launcher.list().await.expect("a list").len(), 1);
+    launcher.retire(new.revision, "a").await.expect("told");
+    eventually("it ends", Duration::from_secs(5), async || {
+        let left = launcher.list().await.map_err(|error| error.to_string())?;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    cluster.finish().await;
+}
+
+/// Whatever keeps new workers from serving, they are taken away again, and the reason is theirs.
+#[tokio::test]
+async fn a_launch_that_fails_is_rolled_back_with_the_workers_own_reason() {
+    let pools = |etcd: &baton_tests::etcd::Etcd| {
+        let mut missing = worker("prefill", etcd);
+        missing["args"][9] = "/no/such/model.gguf".into();
+        vec![
+            worker("decode", etcd),
+            missing,
+            command("unified", "crash", Path::new("sh"), &["-c", "echo oh dear >&2; exit 3"]),
+            command("pooling", "late", Path::new("sleep"), &["1000"]),
+            command("audio", "gone", Path::new("/no/such/program"), &[]),
+        ]
+    };
+    let cluster = Elastic::start(1, &["--launch-timeout", "8"], pools).await;
+    cluster.scaled("decode", 1).await;
+    for (pool, reason) in [
+        ("prefill", "/no/such/model.gguf"),
+        ("unified", "oh dear"),
+        ("pooling", "does not serve after 8 s"),
+        ("audio", "/no/such/program"),
+    ] {
+        let reply = cluster.scale(pool, 2).await;
+        let error = reply.error(500).unwrap_or_else(|e| panic!("{pool}: {e}"));
+        assert_eq!(error["type"], "Internal Server Error");
+        let message = error["message"].as_str().expect("a text");
+        assert!(message.starts_with("Scale failed") && message.contains(reason), "{message}");
+        assert_eq!(cluster.launched(), ["decode-1"], "after {pool}");
+    }
+    let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});
+    cluster.api.ok("/v1/completions", &body).await;
+    cluster.finish().await;
+}
+
+/// An operation that takes its time, and what may be asked meanwhile.
+#[tokio::test]
+async fn the_same_request_joins_another_is_refused_and_a_running_one_can_be_cancelled() {
+    let pools = |_: &_| {
+        vec![
+            command("pooling", "late", Path::new("sleep"), &["1000"]),
+            command("audio", "late", Path::new("sleep"), &["1000"]),
+        ]
+    };
+    let cluster = Elastic::start(1, &[], pools).await;
+    let is_scaling = async || {
+        let reply = cluster.api.send(Method::POST, "/is_scaling_elastic_ep", None, "").await;
+        reply.expect("a reply").ok()
+    };
+    assert_eq!(is_scaling().await, json!({"is_scaling_elastic_ep": false}));
+    let body = json!({"new_data_parallel_size": 2, "pool": "pooling"});
+    let request = || {
+        let (api, body) = (cluster.api.clone(), body.clone());
+        tokio::spawn(async move { api.post("/scale_elastic_ep", &body).await })
+    };
+    let first = request();
+    let running = cluster.phase("join").await;
+    let second = request();
+    // One that leaves at once stops nothing.
+    let _ = RawClient::post(&cluster.api, "/scale_elastic_ep", &body).await.leave();
+    assert_eq!(is_scaling().await, json!({"is_scaling_elastic_ep": true}));
+    let conflict = cluster.scale("pooling", 3).await.error(409).expect("another size");
+    let message = conflict["message"].as_str().expect("a text");
+    assert!(message.contains(&running.id) && message.contains("join"), "{message}");
+    assert_eq!(conflict["type"], "Conflict");
+    // Another pool is another matter, and everything else goes on being served.
+    let elsewhere = cluster.scale("decode", 1).await;
+    elsewhere.error(400).expect("no such pool here");
+    assert_eq!(cluster.api.get("/metrics").await.status, 200);
+    assert_eq!(cluster.operations().await.len(), 1, "all joined the first");
+
+    let (_, coordinator) = &cluster.coordinators[0];
+    let mut client = grpc::coordinator(coordinator).await;
+    let cancel = CancelScaleRequest { id: String::new(), pool: "pooling".into() };
+    client.cancel_scale(cancel.clone()).await.expect("it may be cancelled");
+    for waiting in [first, second] {
+        let error = waiting.await.expect("a reply").error(409).expect("cancelled");
+        assert!(error["message"].as_str().is_some_and(|it| it.contains("was cancelled")));
+    }
+    assert!(cluster.launched().is_empty(), "{:?}", cluster.launched());
+    assert_eq!(is_scaling().await, json!({"is_scaling_elastic_ep": false}));
+    let late = client.cancel_scale(cancel).await.expect_err("there is none");
+    assert_eq!(late.code(), tonic::Code::NotFound, "{late:?}");
+    let over = CancelScaleRequest { id: running.id, pool: String::new() };
+    let over = client.cancel_scale(over).await.expect_err("it is over");
+    assert_eq!(over.code(), tonic::Code::FailedPrecondition, "{over:?}");
+    cluster.finish().await;
+}
+
+/// A worker that does not get rid of its requests in time goes on serving.
+#[tokio::test]
+async fn a_drain_that_takes_too_long_fails_and_the_workers_stay() {
+    let cluster = Elastic::start(1, &[], both).await;
+    cluster.scaled("decode", 2).await;
+    let silent = Pid::from_raw(cluster.pid("decode-2"));
+    kill(silent, Signal::SIGSTOP).expect("stop a worker");
+    // It must be seen to be silent, or the other is as good a choice.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let body = json!({"new_data_parallel_size": 1, "pool": "decode", "drain_timeout": 3});
+    let reply = cluster.api.post("/scale_elastic_ep", &body).await;
+    let error = reply.error(408).expect("out of time");
+    assert_eq!(error["type"], "Request Timeout");
+    let message = error["message"].as_str().expect("a text");
+    let contract = "Scale failed due to request drain timeout after 3 seconds";
+    assert!(message.starts_with(contract) && message.contains("decode-2"), "{message}");
+    kill(silent, Signal::SIGCONT).expect("let it go on");
+    assert_eq!(cluster.launched(), ["decode-1", "decode-2"]);
+    let address = cluster.status("decode-2")["address"].as_str().expect("an address").to_owned();
+    eventually("it serves again", Duration::from_secs(10), async || {
+        let status = grpc::status(&address).await;
+        if status.draining { Err(format!("{status:?}")) } else { Ok(()) }
+    })
+    .await;
+    // What could not be done then can be done now.
+    cluster.scaled("decode", 1).await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn bad_bodies_are_answered_in_the_contracts_words() {
+    let idle = |_: &_| vec![command("pooling", "none", Path::new("sleep"), &["1000"])];
+    let cluster = Elastic::start(1, &[], idle).await;
+    let post = async |body: &str, media: &str| {
+        let path = "/scale_elastic_ep";
+        let reply = cluster.api.send(Method::POST, path, Some(media), body.to_owned()).await;
+        reply.expect("a reply").error(400).unwrap_or_else(|e| panic!("{body}: {e}"))
+    };
+    let size = "new_data_parallel_size must be a positive integer";
+    let seconds = "drain_timeout must be a positive integer";
+    for (body, message) in [
+        ("", "Invalid JSON format"),
+        ("{", "Invalid JSON format"),
+        ("[1]", "Invalid JSON format"),
+        ("{}", "new_data_parallel_size is required"),
+        (r#"{"new_data_parallel_size": null}"#, "new_data_parallel_size is required"),
+        (r#"{"new_data_parallel_size": 0}"#, size),
+        (r#"{"new_data_parallel_size": -1}"#, size),
+        (r#"{"new_data_parallel_size": 1.5}"#, size),
+        (r#"{"new_data_parallel_size": "2"}"#, size),
+        (r#"{"new_data_parallel_size": 1, "drain_timeout": 0}"#, seconds),
+        (r#"{"new_data_parallel_size": 1, "drain_timeout": "soon"}"#, seconds),
+    ] {
+        let error = post(body, "application/json").await;
+        assert_eq!((&error["message"], &error["type"]), (&message.into(), &"Bad Request".into()));
+        assert_eq!(error["param"], Value::Null);
+    }
+    let error = post(r#"{"new_data_parallel_size": 1}"#, "text/plain").await;
+    assert!(error["message"].as_str().is_some_and(|it| it.contains("application/json")));
+    for (body, param) in [
+        (json!({"new_data_parallel_size": 1, "pool": "gateway"}), "pool"),
+        (json!({"new_data_parallel_size": 1, "pool": 7}), "pool"),
+        (json!({"new_data_parallel_size": 1, "pool": "decode"}), "pool"),
+        (json!({"new_data_parallel_size": 1, "pool": "pooling", "model": "other"}), "model"),
+        (json!({"new_data_parallel_size": 100_000, "pool": "pooling"}), "new_data_parallel_size"),
+    ] {
+        let error = post(&body.to_string(), "application/json").await;
+        assert_eq!(error["param"], param, "{error}");
+    }
+    assert!(cluster.operations().await.is_empty(), "nothing was begun");
+    let mut cluster = cluster;
+    cluster.coordinators.remove(0).0.stop().await;
+    let body = json!({"new_data_parallel_size": 1, "pool": "pooling"});
+    let reply = cluster.api.post("/scale_elastic_ep", &body).await;
+    reply.error(503).expect("no coordinator");
+    cluster.finish().await;
+}

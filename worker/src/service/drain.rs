@@ -1,0 +1,207 @@
+//! How a worker gets rid of what it computes.
+//!
+//! A worker that drains refuses new requests. Each sequence waits for its turn, a few at a time,
+//! and is released: its stream ends with `Released`, its blocks stay until the caller has had it
+//! sent on, and the worker that goes on pulls them from here. A caller that finds no other worker
+//! sends it back, and it is released again after a while. What is left when the time is up is given
+//! up, and computed again elsewhere.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tonic::Status;
+use tracing::info;
+
+use super::Computes;
+use crate::engine::RequestHandle;
+use crate::kv::BlockId;
+
+/// Sequences that are on their way at a time: more would make each other's pause longer.
+const AT_ONCE: usize = 4;
+/// How long a sequence that came back stays before it is released again.
+const STAY: Duration = Duration::from_secs(2);
+
+/// Whether a worker drains, until when, and what it has released.
+pub struct Drain {
+    computes: Arc<dyn Computes>,
+    /// The time for a drain that names none.
+    timeout: Duration,
+    /// When what is left is given up; `None` while the worker serves.
+    until: watch::Sender<Option<Instant>>,
+    turns: Semaphore,
+    held: Mutex<HashMap<String, Arc<Held>>>,
+}
+
+/// A sequence that was released: its blocks stay for as long as this does.
+pub(super) struct Held {
+    pub(super) positions: usize,
+    pub(super) blocks: Vec<(BlockId, u64)>,
+    /// Keeps the blocks.
+    pub(super) _handle: RequestHandle,
+}
+
+impl Drain {
+    pub(super) fn new(computes: Arc<dyn Computes>, timeout: Duration) -> Self {
+        Self {
+            computes,
+            timeout,
+            until: watch::Sender::new(None),
+            turns: Semaphore::new(AT_ONCE),
+            held: Mutex::default(),
+        }
+    }
+
+    /// Begins to drain. When it drains already the end may come nearer, and is never put off.
+    pub fn begin(&self, timeout: Option<Duration>) {
+        let end = Instant::now() + timeout.unwrap_or(self.timeout);
+        self.computes.drain();
+        self.until.send_if_modified(|until| {
+            let earlier = until.is_none_or(|until| end < until);
+            if until.is_none() {
+                info!("draining");
+            }
+            if earlier {
+                *until = Some(end);
+            }
+            earlier
+        });
+    }
+
+    /// Serves again. What was released stays where it went.
+    pub(super) fn end(&self) {
+        self.until.send_replace(None);
+        self.computes.undrain();
+    }
+
+    /// Whether nothing is left to do.
+    pub fn done(&self) -> bool {
+        let status = self.computes.status();
+        status.draining && status.running + status.waiting == 0
+    }
+
+    /// Waits until the time is up.
+    pub(super) async fn over(&self) {
+        let mut changes = self.until.subscribe();
+        loop {
+            let until = *changes.borrow_and_update();
+            let up = async {
+                match until {
+                    Some(until) => tokio::time::sleep_until(until.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = up => return,
+                // The sender is `self`'s.
+                _ = changes.changed() => {}
+            }
+        }
+    }
+
+    /// Waits until the worker drains and a sequence may go. One that `came_back` stays a while.
+    pub(super) async fn turn(&self, came_back: bool) -> SemaphorePermit<'_> {
+        let mut changes = self.until.subscribe();
+        if came_back {
+            tokio::time::sleep(STAY).await;
+        }
+        loop {
+            let _ = changes.wait_for(Option::is_some).await;
+            let Ok(turn) = self.turns.acquire().await else {
+                return std::future::pending().await;
+            };
+            if self.until.borrow().is_some() {
+                return turn;
+            }
+        }
+    }
+
+    /// Keeps a released sequence for whoever names it, until the key is dropped.
+    pub(super) fn hold(self: &Arc<Self>, held: Held) -> Key {
+        let id = format!("{:032x}", rand::random::<u128>());
+        self.held.lock().insert(id.clone(), Arc::new(held));
+        Key { id, drain: self.clone() }
+    }
+
+    /// A sequence that is held.
+    pub(super) fn held(&self, id: &str) -> Option<Arc<Held>> {
+        self.held.lock().get(id).cloned()
+    }
+}
+
+/// The name of a released sequence; dropping it forgets the sequence.
+pub(super) struct Key {
+    pub(super) id: String,
+    drain: Arc<Drain>,
+}
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        // Outside of the lock: this may free the blocks.
+        let held = self.drain.held.lock().remove(&self.id);
+        drop(held);
+    }
+}
+
+/// What a request is told that the worker gives up.
+pub(super) fn given_up() -> Status {
+    baton_proto::drain::draining("the worker is shutting down")
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::v1::WorkerStatus;
+
+    use super::*;
+
+    struct Nothing;
+
+    impl Computes for Nothing {
+        fn status(&self) -> WorkerStatus {
+            WorkerStatus { draining: true, ..WorkerStatus::default() }
+        }
+        fn drain(&self) {}
+        fn undrain(&self) {}
+        fn stop(&self) {}
+    }
+
+    fn drain(seconds: u64) -> Drain {
+        Drain::new(Arc::new(Nothing), Duration::from_secs(seconds))
+    }
+
+    async fn soon<T>(future: impl Future<Output = T>) -> Option<T> {
+        tokio::time::timeout(Duration::from_millis(20), future).await.ok()
+    }
+
+    #[tokio::test]
+    async fn a_sequence_goes_only_while_the_worker_drains_and_a_few_at_a_time() {
+        let drain = drain(60);
+        assert!(soon(drain.turn(false)).await.is_none(), "the worker serves");
+        drain.begin(None);
+        let mut turns = Vec::new();
+        for _ in 0..AT_ONCE {
+            turns.push(soon(drain.turn(false)).await.expect("a turn"));
+        }
+        assert!(soon(drain.turn(false)).await.is_none(), "too many at once");
+        turns.pop();
+        assert!(soon(drain.turn(false)).await.is_some());
+        assert!(soon(drain.turn(true)).await.is_none(), "it just came back");
+        drain.end();
+        assert!(soon(drain.turn(false)).await.is_none(), "the worker serves again");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_drain_comes_nearer_and_is_never_put_off() {
+        let drain = drain(3600);
+        assert!(soon(drain.over()).await.is_none(), "the worker serves");
+        drain.begin(None);
+        assert!(soon(drain.over()).await.is_none());
+        drain.begin(Some(Duration::from_millis(1)));
+        drain.begin(Some(Duration::from_secs(3600)));
+        assert!(soon(drain.over()).await.is_some());
+        drain.end();
+        assert!(soon(drain.over()).await.is_none(), "a drain that was taken back has no end");
+    }
+}

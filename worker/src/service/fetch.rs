@@ -1,0 +1,64 @@
+//! `FetchBlocks`: the KV of a sequence that was released, for the worker that goes on with it.
+
+use std::sync::Arc;
+
+use baton_proto::v1::prefill_event::Event as Out;
+use baton_proto::v1::{FetchBlocksRequest, PrefillEvent, PrefillFinished};
+use tokio::sync::mpsc;
+use tonic::Status;
+use tracing::{Instrument as _, debug, info_span};
+
+use super::drain::Held;
+use super::{Owned, Shared, prefill};
+use crate::transfer::Transport;
+
+/// Blocks in one piece: what is copied for messages that wait.
+const PIECE: usize = 16;
+
+/// Checks a request and publishes the blocks.
+pub(super) fn start(
+    shared: Arc<Shared>,
+    request: FetchBlocksRequest,
+) -> Result<Owned<PrefillEvent>, Status> {
+    prefill::check_peer(&shared, request.kv_layout.as_ref(), &request.weights_digest)?;
+    let transport = prefill::transport(&shared, request.transports())?;
+    let held = shared.drain.held(&request.held_id).ok_or_else(|| {
+        Status::not_found("`held_id` names no sequence whose blocks are still kept")
+    })?;
+    let have = request.have_tokens as usize;
+    let block_size = shared.engine.limits().block_size;
+    if !have.is_multiple_of(block_size) || have / block_size > held.blocks.len() {
+        return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the sequence"));
+    }
+    let span = info_span!("fetch", request_id = request.request_id);
+    let task = move |sender: Sender| async move {
+        debug!(positions = held.positions, have, "blocks are fetched");
+        // An error: nobody listens.
+        let _ = publish(&shared, &*transport, &held, have / block_size, &sender).await;
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
+
+/// Sends the blocks from `first` on, and keeps them until the caller has let go.
+async fn publish(
+    shared: &Shared,
+    transport: &dyn Transport,
+    held: &Held,
+    first: usize,
+    sender: &Sender,
+) -> Result<(), mpsc::error::SendError<Result<PrefillEvent, Status>>> {
+    let send = |event: Out| sender.send(Ok(PrefillEvent { event: Some(event) }));
+    let pool = shared.engine.pool();
+    send(Out::Accepted(transport.accept(pool))).await?;
+    for (i, piece) in held.blocks[first..].chunks(PIECE).enumerate() {
+        for event in transport.publish(pool, first + i * PIECE, piece) {
+            send(event).await?;
+        }
+    }
+    let held_positions = held.positions as u32;
+    send(Out::Finished(PrefillFinished { held_positions, ..PrefillFinished::default() })).await?;
+    let _ = tokio::time::timeout(shared.hold_lease, sender.closed()).await;
+    Ok(())
+}
