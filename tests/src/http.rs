@@ -298,6 +298,10 @@ impl Sse {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
                 let frame: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 assert!(!self.done, "a frame after [DONE]: {:?}", String::from_utf8_lossy(&frame));
+                // A sign of life while a long prompt is computed.
+                if frame.starts_with(b": ") {
+                    continue;
+                }
                 let frame = String::from_utf8(frame).expect("a frame in UTF-8");
                 let data = frame.strip_prefix("data: ").unwrap_or_else(|| panic!("{frame:?}"));
                 let data = data.trim_end_matches('\n');
