@@ -34,6 +34,8 @@ use tokens::TokenHistograms;
 const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
 /// Where a prompt's KV may come from, as vLLM has it.
 const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_transfer"];
+/// Where the KV of a sequence came from that went on with another worker.
+const MIGRATED_KV: [&str; 3] = ["pulled", "cached", "computed"];
 
 /// What the store of responses is asked to do.
 const STORE_OPERATIONS: [&str; 11] = [
@@ -453,10 +455,11 @@ impl Metrics {
     pub fn migrated(&self, model: &ModelCard, started: &Started) {
         let name = model.name.as_str();
         let pulled = started.handed_off_tokens;
+        let [by_pull, by_cache, by_computing] = MIGRATED_KV;
         let kv = match (pulled, started.cached_tokens) {
-            (1.., _) => "pulled",
-            (0, 1..) => "cached",
-            (0, 0) => "computed",
+            (1.., _) => by_pull,
+            (0, 1..) => by_cache,
+            (0, 0) => by_computing,
         };
         self.migrations.with_label_values(&[name, ENGINE, kv]).inc();
         self.migrated_tokens.with_label_values(&[name, ENGINE]).inc_by(pulled.into());
@@ -621,6 +624,7 @@ impl Metrics {
             &self.prefix_hits,
             &self.external_queries,
             &self.external_hits,
+            &self.migrated_tokens,
         ];
         counters.iter().for_each(|counter| drop(counter.with_label_values(&labels)));
         let histograms = [
@@ -636,10 +640,10 @@ impl Metrics {
         ];
         histograms.iter().for_each(|histogram| drop(histogram.with_label_values(&labels)));
         self.tokens(model);
-        if model.speech.is_some() {
-            self.heard.with_label_values(&labels);
-        }
         self.heard.with_label_values(&labels);
+        for kv in MIGRATED_KV {
+            self.migrations.with_label_values(&[name, engine, kv]);
+        }
         for reason in REASONS {
             self.finished.with_label_values(&[name, engine, reason]);
         }
