@@ -23,6 +23,9 @@ pub type Slot = u16;
 /// Leading blocks of a prompt by worker, for those that hold any.
 pub type Depths = SmallVec<[(Slot, usize); 8]>;
 
+/// Blocks of a path that are passed at once.
+const STRIDE: usize = 16;
+
 /// Addresses are changed so many at a time; requests are routed in between.
 const CHANGED_AT_ONCE: usize = 1024;
 
@@ -71,27 +74,39 @@ impl KvIndex {
     }
 
     /// How many leading blocks each worker holds.
+    ///
+    /// Caches forget the end of a prefix before its beginning, so who holds a block further on is
+    /// taken to hold those between.
     pub fn depths(&self, path: &[BlockHash]) -> Depths {
         let mut depths = Depths::new();
         let mut along: SmallVec<[Slot; 16]> = SmallVec::new();
-        for (depth, hash) in path.iter().enumerate() {
-            let holders = self.holders.get(hash).map_or(&[][..], |holders| &holders[..]);
-            if depth == 0 {
-                along.extend_from_slice(holders);
+        along.extend(path.first().into_iter().flat_map(|first| self.holders(first)).copied());
+        let mut depth = 1;
+        while depth < path.len() && !along.is_empty() {
+            let end = path.len().min(depth + STRIDE);
+            let last = self.holders(&path[end - 1]);
+            if along.iter().all(|slot| last.contains(slot)) {
+                depth = end;
+                continue;
             }
-            along.retain(|slot| {
-                let holds = holders.contains(slot);
-                if !holds {
-                    depths.push((*slot, depth));
-                }
-                holds
-            });
-            if along.is_empty() {
-                return depths;
+            while depth < end {
+                let holders = self.holders(&path[depth]);
+                along.retain(|slot| {
+                    let holds = holders.contains(slot);
+                    if !holds {
+                        depths.push((*slot, depth));
+                    }
+                    holds
+                });
+                depth += 1;
             }
         }
         depths.extend(along.into_iter().map(|slot| (slot, path.len())));
         depths
+    }
+
+    fn holders(&self, hash: &BlockHash) -> &[Slot] {
+        self.holders.get(hash).map_or(&[], |holders| holders)
     }
 
     fn take_slot(&mut self) -> Option<Slot> {
@@ -195,9 +210,10 @@ mod tests {
         /// Against a set for each worker that is searched.
         #[test]
         fn depths_are_those_of_the_workers_own_sets(
-            // A worker, a prompt of that seed and length; whether it is stored or removed.
-            changes in prop::collection::vec((0usize..6, 0u32..4, 1usize..20, any::<bool>()), 0..80),
-            (seed, blocks) in (0u32..4, 0usize..25), gone in prop::option::of(0usize..6),
+            // A worker, a prompt of that seed and length; whether it is stored, or everything from
+            // that length on is forgotten.
+            changes in prop::collection::vec((0usize..6, 0u32..4, 1usize..60, any::<bool>()), 0..80),
+            (seed, blocks) in (0u32..4, 0usize..70), gone in prop::option::of(0usize..6),
         ) {
             let path = |seed: u32, blocks: usize| {
                 let tokens: Vec<u32> = (0..blocks as u32).map(|i| if i < 3 { i } else { seed * 100 + i }).collect();
@@ -213,8 +229,10 @@ mod tests {
                     sets[worker].extend(hashes.clone());
                     share.store(hashes);
                 } else {
-                    hashes[blocks / 2..].iter().for_each(|hash| { sets[worker].remove(hash); });
-                    share.remove(hashes[blocks / 2..].iter().copied());
+                    let ends = (0..4).flat_map(|seed| path(seed, 60).split_off(blocks));
+                    let ends: Vec<BlockHash> = ends.collect();
+                    ends.iter().for_each(|hash| { sets[worker].remove(hash); });
+                    share.remove(ends);
                 }
             }
             if let Some(gone) = gone {
