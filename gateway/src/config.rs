@@ -58,7 +58,7 @@ pub struct Settings {
 
     /// By what the worker for a request is chosen: what it has cached of the prompt, beside its
     /// queue and free KV blocks (kv-aware), its queue alone (least-loaded), or its turn.
-    #[arg(long, env = "BATON_ROUTING_POLICY", default_value = "kv-aware")]
+    #[arg(long, env = "BATON_ROUTING_POLICY", value_enum, default_value_t)]
     pub routing_policy: Policy,
 
     /// The most alternatives that `logprobs` may ask for; -1 is any number.

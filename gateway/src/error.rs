@@ -186,10 +186,12 @@ impl ApiError {
         self.param.as_deref()
     }
 
-    /// The same under the name that the field at fault has for the client.
+    /// The same under the name that a field, at fault or only mentioned, has for the client.
     pub fn rename(mut self, from: &str, to: &str) -> Self {
         self.message = self.message.replace(&format!("`{from}`"), &format!("`{to}`"));
-        self.param = Some(to.to_owned());
+        if self.param.as_deref() == Some(from) {
+            self.param = Some(to.to_owned());
+        }
         self
     }
 

@@ -1,5 +1,6 @@
 //! Follows what a worker's prefix cache holds.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -21,10 +22,9 @@ const UNKNOWN: Duration = Duration::from_secs(600);
 pub(super) async fn follow(worker: &Arc<Worker>, mut share: Share) {
     let mut wait = RETRY.0;
     loop {
-        let ended = listen(worker, &mut share, &mut wait).await;
+        let Err(error) = listen(worker, &mut share, &mut wait).await;
         worker.tells_blocks.store(false, Relaxed);
         share.clear();
-        let Err(error) = ended else { continue };
         debug!(id = worker.record.id, %error, "no word of its KV blocks");
         // One of an earlier version, or one without a KV cache.
         let never = matches!(error.code(), Code::Unimplemented | Code::FailedPrecondition);
@@ -33,7 +33,12 @@ pub(super) async fn follow(worker: &Arc<Worker>, mut share: Share) {
     }
 }
 
-async fn listen(worker: &Worker, share: &mut Share, wait: &mut Duration) -> Result<(), Status> {
+/// Listens until the stream ends, and says why it did.
+async fn listen(
+    worker: &Worker,
+    share: &mut Share,
+    wait: &mut Duration,
+) -> Result<Infallible, Status> {
     let mut stream = worker.control().watch_blocks(WatchBlocksRequest {}).await?.into_inner();
     while let Some(changes) = stream.message().await? {
         if changes.reset {

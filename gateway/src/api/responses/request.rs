@@ -388,7 +388,7 @@ pub fn reworded(error: ApiError) -> ApiError {
     let Some(param) = error.field().map(str::to_owned) else { return error };
     // The one message that also names another field.
     if param == "min_tokens" {
-        return error.rename("max_completion_tokens", "max_output_tokens").rename(&param, &param);
+        return error.rename("max_completion_tokens", "max_output_tokens");
     }
     let fixed: HashMap<&str, &str> = HashMap::from([
         ("max_completion_tokens", "max_output_tokens"),
