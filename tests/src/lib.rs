@@ -5,6 +5,7 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`chaos`]: faults in a running cluster, injected and counted.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
@@ -26,6 +27,7 @@
 
 pub mod bench;
 pub mod binaries;
+pub mod chaos;
 pub mod cluster;
 pub mod elastic;
 pub mod etcd;
