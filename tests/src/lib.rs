@@ -5,6 +5,7 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
@@ -27,6 +28,7 @@
 pub mod bench;
 pub mod binaries;
 pub mod cluster;
+pub mod collector;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;
