@@ -72,6 +72,11 @@ impl Trace {
         Self(Some(Arc::new(Request { parent, state: Mutex::new(state) })))
     }
 
+    /// Whether the request is part of a trace.
+    pub fn exists(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// What spans of the request's work hang on.
     pub fn parent(&self) -> Parent {
         self.0.as_ref().map(|request| request.parent.clone()).unwrap_or_default()

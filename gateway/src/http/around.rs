@@ -49,7 +49,9 @@ pub(super) async fn record(
     let trace_id = trace.trace_id().or(client_trace);
     let span = info_span!("request", request_id = id.as_str(), trace_id, own_id = Empty);
     request.extensions_mut().insert(id);
-    request.extensions_mut().insert(trace.clone());
+    if trace.exists() {
+        request.extensions_mut().insert(trace.clone());
+    }
     let handler = handler.unwrap_or_else(|| "none".to_owned());
     let sent = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let sent: u64 = sent.and_then(|length| length.parse().ok()).unwrap_or(0);
