@@ -17,6 +17,7 @@ use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use tokio::net::TcpListener;
@@ -54,6 +55,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let etcd = settings.cluster.etcd_settings();
     let store = ScaleStore::connect(&etcd).await?;
     let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
+    let cluster = &settings.cluster;
+    let traces = Traces::start(&cluster.traces, &cluster.cluster, &record)?;
     let service = CoordinatorService {
         cluster: settings.cluster.cluster.clone(),
         watch: ClusterWatch::start(&etcd).await?,
@@ -83,6 +86,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     registration.withdraw().await;
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    traces.stop().await;
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
 //! * [`chaos`]: faults in a running cluster, injected and counted.
+//! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
@@ -29,6 +30,7 @@ pub mod bench;
 pub mod binaries;
 pub mod chaos;
 pub mod cluster;
+pub mod collector;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;

@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
+use crate::traces::TraceArgs;
 use crate::{EtcdSettings, MembershipError};
 
 /// Flags that every daemon has.
@@ -39,6 +40,10 @@ pub struct ClusterArgs {
     /// Form of the log lines on stderr; RUST_LOG sets what is logged.
     #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+
+    /// Traces.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// How log lines look.

@@ -154,22 +154,7 @@ impl Bed {
         }
         let (proxy, url) = proxy(&host, &gateways, dir.path());
 
-        let mut far = Vec::new();
-        if let Some(link) = &link {
-            for pool in POOLS {
-                let inside = ["netns", "exec", link.namespace()];
-                let mut spec = Spec::new(format!("far-{pool}"), "ip".into(), inside);
-                let listen = format!("{}:0", link.far());
-                spec.args.push(program("baton-worker").into());
-                let args = [&common[..], &["--listen", &listen], &worker(pool)].concat();
-                spec.args.extend(args.iter().map(Into::into));
-                // Another machine's memory is not shared.
-                spec.args.extend(["--transports".into(), "grpc".into()]);
-                spec.env = env.clone();
-                far.push(Daemon::start(spec, dir.path()).await);
-            }
-        }
-        let sizes = BTreeMap::new();
+        let (far, sizes) = (Vec::new(), BTreeMap::new());
         let mut bed = Self {
             etcd,
             coordinators,
@@ -185,9 +170,24 @@ impl Bed {
             owner,
             dir,
         };
-        let launched = if bed.far.is_empty() { 2 } else { 1 };
+        // The sizes of pools count all workers, so those far away come after.
+        let launched = if needs.link { 1 } else { 2 };
         for pool in POOLS {
             bed.scale(pool, launched).await;
+        }
+        if let Some(link) = &bed.link {
+            for pool in POOLS {
+                let inside = ["netns", "exec", link.namespace()];
+                let mut spec = Spec::new(format!("far-{pool}"), "ip".into(), inside);
+                let listen = format!("{}:0", link.far());
+                spec.args.push(program("baton-worker").into());
+                let common = ["--etcd", bed.etcd.url(), "--lease-ttl", LEASE_TTL];
+                let args = [&common[..], &["--listen", &listen], &worker(pool)].concat();
+                spec.args.extend(args.iter().map(Into::into));
+                // Another machine's memory is not shared.
+                spec.args.extend(["--transports".into(), "grpc".into()]);
+                bed.far.push(Daemon::start(spec, bed.dir.path()).await);
+            }
         }
         bed.whole().await;
         bed
