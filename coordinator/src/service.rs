@@ -107,7 +107,8 @@ impl CoordinatorService {
         match models.len() {
             0 => Err(Status::invalid_argument(format!(
                 "pool `{pool}` has no workers, and none can be launched: start coordinators with \
-                 --workers FILE, with a command for this pool"
+                 --workers FILE, with a command for this pool, or with --launcher kubernetes \
+                 beside a StatefulSet of this pool"
             ))),
             _ if models.contains(&name) => Ok(name),
             1 if name.is_empty() => Ok(models.remove(0)),

@@ -138,6 +138,7 @@ impl World {
             cannot_launch: (!self.launches).then(|| "no template".to_owned()),
             trouble: None,
             blind: blind.then(|| "the folder cannot be read".to_owned()),
+            row: None,
         }
     }
 
