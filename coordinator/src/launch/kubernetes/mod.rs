@@ -95,6 +95,8 @@ impl Kubernetes {
             selector: settings.selector,
             changed: |_, _| {},
         });
+        // So that requests find the pools from the start. Why it cannot see them is in the log.
+        let _ = sets.all().await;
         let (fence, turn) = (AtomicI64::new(0), Mutex::new(()));
         Ok(Self { namespace, api, sets, pods, membership, fence, turn })
     }
