@@ -388,7 +388,8 @@ fn nobody_is_drained_while_those_who_stay_are_silent() {
 fn row(requests: &[u32]) -> Observed {
     let mut world = World::new(requests.len() as u32, 0, requests, true);
     let rename = |(name, worker): (String, Worker)| {
-        let number: u32 = name.strip_prefix("decode-").and_then(|n| n.parse().ok()).unwrap();
+        let number: u32 =
+            name.strip_prefix("decode-").and_then(|n| n.parse().ok()).expect("a number");
         (format!("decode-{}", number - 1), worker)
     };
     world.workers = world.workers.into_iter().map(rename).collect();
@@ -413,8 +414,8 @@ fn of_a_row_the_last_go_whatever_they_have_to_do() {
 #[test]
 fn a_row_goes_on_with_the_next_number_although_a_worker_of_that_name_is_ending() {
     let mut seen = row(&[0, 0, 0]);
-    seen.row.as_mut().unwrap().end = 2;
-    seen.workers.get_mut("decode-2").unwrap().process = Process::Stopping;
+    seen.row.as_mut().expect("a row").end = 2;
+    seen.workers.get_mut("decode-2").expect("it is there").process = Process::Stopping;
     let record = planned(3, &seen);
     assert_eq!((record.from, record.launched.as_slice()), (2, ["decode-2".to_owned()].as_slice()));
     let (same, effects) = step(&record, &seen, &LIMITS);
@@ -439,7 +440,8 @@ fn what_somebody_else_makes_of_a_row_stands_and_is_told() {
         record.phase = phase;
         let mut seen = row(&[0, 0, 0, 0, 0]);
         for name in &record.retired {
-            seen.workers.get_mut(name).unwrap().load.as_mut().unwrap().draining = true;
+            let worker = seen.workers.get_mut(name).expect("it is there");
+            worker.load.as_mut().expect("it answers").draining = true;
         }
         let (undo, _) = step(&record, &seen, &LIMITS);
         let (_, effects) = step(&undo, &seen, &LIMITS);
