@@ -18,6 +18,7 @@ use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use tokio::net::TcpListener;
@@ -53,6 +54,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         LauncherKind::Local => local.map(|local| Arc::new(local) as Arc<dyn Launcher>),
         LauncherKind::Kubernetes => Some(Arc::new(kubernetes(&settings.launch, &watch).await?)),
     };
+    let cluster = &settings.cluster;
+    let traces = Traces::start(&cluster.traces, &cluster.cluster, &record)?;
     let service = CoordinatorService {
         cluster: settings.cluster.cluster.clone(),
         watch,
@@ -82,6 +85,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     registration.withdraw().await;
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    traces.stop().await;
     Ok(())
 }
 

@@ -5,6 +5,8 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`chaos`]: faults in a running cluster, injected and counted.
+//! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
@@ -27,7 +29,9 @@
 
 pub mod bench;
 pub mod binaries;
+pub mod chaos;
 pub mod cluster;
+pub mod collector;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;

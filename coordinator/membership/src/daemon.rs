@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
+use crate::traces::TraceArgs;
 use crate::{EtcdSettings, MembershipError};
 
 /// Flags that every daemon has.
@@ -39,6 +40,10 @@ pub struct ClusterArgs {
     /// Form of the log lines on stderr; RUST_LOG sets what is logged.
     #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+
+    /// Traces.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// How log lines look.
@@ -64,7 +69,7 @@ impl ClusterArgs {
     /// Sends log lines to stderr.
     pub fn init_log(&self) {
         let filter = EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off"));
+            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off,kube_client=off"));
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
         match self.log_format {
             LogFormat::Text => log.with_ansi(false).init(),
