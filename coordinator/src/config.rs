@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use baton_membership::daemon::ClusterArgs;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLE: &str =
     "Example:\n  baton-coordinator --listen 10.0.0.5:7700 --etcd http://10.0.0.5:2379";
@@ -43,6 +43,25 @@ pub struct Settings {
 /// Flags about starting workers.
 #[derive(Clone, Debug, Args)]
 pub struct LaunchArgs {
+    /// Who starts and ends workers.
+    #[arg(long, env = "BATON_LAUNCHER", default_value = "local")]
+    pub launcher: LauncherKind,
+
+    /// Namespace of the pools' StatefulSets; by default that of the kubeconfig's context, or of
+    /// the pod that the coordinator runs in.
+    #[arg(long, env = "BATON_KUBERNETES_NAMESPACE", value_name = "NAME")]
+    pub kubernetes_namespace: Option<String>,
+
+    /// Labels that StatefulSets of this cluster's pools and their pods have: baton.dev/pool, and
+    /// others where several clusters share a namespace.
+    #[arg(
+        long,
+        env = "BATON_KUBERNETES_SELECTOR",
+        default_value = "baton.dev/pool",
+        value_name = "LABELS"
+    )]
+    pub kubernetes_selector: String,
+
     /// JSON file with the command of each pool's workers; without it no worker can be launched.
     /// docs/operate.md has an example.
     #[arg(long, env = "BATON_WORKERS", value_name = "FILE")]
@@ -69,6 +88,16 @@ pub struct LaunchArgs {
     /// Seconds that a worker gets to end before it is killed.
     #[arg(long, env = "BATON_STOP_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub stop_timeout: u64,
+}
+
+/// Who starts and ends workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LauncherKind {
+    /// Processes on this machine, by the file of --workers.
+    Local,
+    /// Pods of StatefulSets, of the cluster that KUBECONFIG, ~/.kube/config or the pod's service
+    /// account names.
+    Kubernetes,
 }
 
 #[derive(Clone, Debug, Subcommand)]

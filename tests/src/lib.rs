@@ -8,6 +8,7 @@
 //! * [`chaos`]: faults in a running cluster, injected and counted.
 //! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
+//! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
@@ -35,6 +36,7 @@ pub mod elastic;
 pub mod etcd;
 pub mod grpc;
 pub mod http;
+pub mod kubernetes;
 pub mod leftovers;
 pub mod load;
 pub mod lora;

@@ -70,7 +70,7 @@ impl ClusterArgs {
     /// Sends log lines to stderr.
     pub fn init_log(&self) {
         let filter = EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off"));
+            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off,kube_client=off"));
         let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines);
         match self.log_format {
             LogFormat::Text => log.with_ansi(false).init(),

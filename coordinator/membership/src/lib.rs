@@ -21,7 +21,7 @@ mod watch;
 
 pub use adapters::{AdapterStore, Adapters, Claim};
 pub use registration::{Registration, keep_alive};
-pub use settings::{CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
+pub use settings::{Backoff, CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
 pub use watch::{ClusterWatch, Membership};
 
 pub use baton_proto::{AdapterRecord, InstanceRecord, InstanceRole};
