@@ -12,6 +12,7 @@ use baton_coordinator::election::Election;
 use baton_coordinator::launch::local::{self, LocalProcesses};
 use baton_coordinator::launch::template::Templates;
 use baton_coordinator::launch::{Launcher, supervise};
+use baton_coordinator::planner::run::{Decisions, Mode, Planning};
 use baton_coordinator::scale::machine::Limits;
 use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
@@ -53,6 +54,24 @@ async fn run(settings: Settings) -> Result<(), Failure> {
 
     let etcd = settings.cluster.etcd_settings();
     let store = ScaleStore::connect(&etcd).await?;
+    let decisions = Decisions::default();
+    let planning = match (settings.planner.mode, &launcher) {
+        (Mode::Off, _) => None,
+        (_, None) => {
+            let message = "--planner needs workers that can be launched: give --workers FILE";
+            return Err(Failure::new(Exit::Config, message));
+        }
+        (mode, Some(launcher)) => Some(Planning {
+            mode,
+            settings: settings.planner.settings(|pool| launcher.models(pool))?,
+            every: Duration::from_secs(settings.planner.interval),
+            hold: Duration::from_secs(settings.planner.hold),
+            store: store.clone(),
+            watch: ClusterWatch::start(&etcd).await?,
+            launcher: launcher.clone(),
+            decisions: decisions.clone(),
+        }),
+    };
     let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
     let service = CoordinatorService {
         cluster: settings.cluster.cluster.clone(),
@@ -60,6 +79,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         election: Election::start(etcd.clone(), record.id.clone()),
         store: store.clone(),
         launcher: launcher.clone(),
+        plans: (settings.planner.mode, decisions.clone()),
     };
     let launch_ms = settings.launch.launch_timeout * 1000;
     let runner = Runner {
@@ -69,6 +89,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         limits: Limits { launch_ms, ..Limits::default() },
     };
     let running = tokio::spawn(runner.run(service.election.own()));
+    let planning = planning.map(|planning| tokio::spawn(planning.run(service.election.own())));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -80,6 +101,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     stop_signals.next().await;
     info!("stopping");
     running.abort();
+    planning.iter().for_each(tokio::task::JoinHandle::abort);
     registration.withdraw().await;
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
