@@ -123,8 +123,7 @@ fn main() -> Result<(), String> {
         startup: settings.startup,
         handoff: 0.02,
     };
-    let slo =
-        Slo { ttft: settings.ttft_ms / 1e3, itl: settings.itl_ms / 1e3, attainment: 0.95 };
+    let slo = Slo { ttft: settings.ttft_ms / 1e3, itl: settings.itl_ms / 1e3, attainment: 0.95 };
     let mut rng = StdRng::seed_from_u64(settings.seed);
     let mut workloads: Vec<(&str, Vec<Arrival>)> = Vec::new();
     let read = |path: &Path| read_timed(path);

@@ -71,7 +71,25 @@ impl Planner {
             let planner = self.pools.entry(seen.pool.clone()).or_default();
             planner.decide(now_ms, seen, limits, wish, size, &self.settings)
         });
-        Decision { at_ms: now_ms, pools: decided.collect() }
+        let mut pools: Vec<PoolDecision> = decided.collect();
+        if let Some(budget) = self.settings.budget {
+            hold_back(&mut pools, budget);
+        }
+        Decision { at_ms: now_ms, pools }
+    }
+}
+
+/// Lets pools grow only by what is left of the budget now: others may shrink later than they grow.
+fn hold_back(pools: &mut [PoolDecision], budget: u32) {
+    let used: u32 = pools.iter().map(|pool| pool.size).sum();
+    let mut left = budget.saturating_sub(used);
+    for pool in pools.iter_mut().filter(|pool| pool.target > pool.size) {
+        let more = (pool.target - pool.size).min(left);
+        if more < pool.target - pool.size {
+            pool.target = pool.size + more;
+            pool.reason += "; other pools have the rest of the budget";
+        }
+        left -= more;
     }
 }
 

@@ -22,8 +22,13 @@ const KEPT_ENOUGH: u64 = 20;
 /// How fast the correction rises while promises are broken, and falls while they are kept; and its
 /// bounds.
 const CORRECT_UP: f64 = 1.1;
-const CORRECT_DOWN: f64 = 0.99;
-const CORRECTION: (f64, f64) = (0.8, 3.0);
+const CORRECT_DOWN: f64 = 0.97;
+const CORRECTION: (f64, f64) = (1.0, 2.0);
+/// Broken promises are the load's only where workers are this busy, and steps this long, of what is
+/// promised: else prompts are too long, or something else is slow, and more workers do not help.
+const LOADED: f64 = 0.6;
+/// A pool shrinks to a size that would do for this much more load: else it would grow again soon.
+const COMFORT: f64 = 1.1;
 
 /// What is known of a pool.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +53,7 @@ pub(super) struct PoolPlanner {
 /// What a pool should have, before the budget and the pace.
 pub(super) struct Wish {
     pub(super) size: u32,
+    comfortable: u32,
     inputs: Inputs,
 }
 
@@ -146,12 +152,23 @@ impl PoolPlanner {
             InstanceRole::Decode => [None, itl_kept],
             _ => [ttft_kept, itl_kept],
         };
-        let correction = self.correct(watched, seen.held.is_some(), &settings.slo);
-        let expected = match self.every > 0.0 {
-            true => self.arrivals.highest(startup / self.every + 1.0),
-            false => self.arrivals.level(),
-        };
         let count = seen.workers.len() as u32;
+        let busy = match seconds > 0.0 {
+            true => interval.busy / seconds / f64::from(count.max(1)),
+            false => 0.0,
+        };
+        let steps: f64 = interval.samples.iter().map(|sample| sample.steps).sum();
+        let step = if steps > 0.0 { interval.busy / steps } else { 0.0 };
+        let loaded = match seen.pool.role {
+            InstanceRole::Decode => step > LOADED * settings.slo.itl,
+            _ => busy > LOADED,
+        };
+        let movable = seen.held.is_none() && loaded;
+        let correction = self.correct(watched, movable, &settings.slo);
+        // Workers that are started now serve after one start; the next are decided on then, and
+        // serve after another.
+        let ahead = if self.every > 0.0 { 2.0 * startup / self.every + 1.0 } else { 1.0 };
+        let expected = self.arrivals.bound(ahead, settings.slo.attainment);
         let step = self.capacity.step();
         let sequences = (self.blocks.value > 0.0 && interval.kv_blocks > 0)
             .then(|| interval.kv_blocks as f64 / self.blocks.value);
@@ -170,11 +187,7 @@ impl PoolPlanner {
             waiting: interval.waiting,
             kv_used: interval.kv_used as f64
                 / (interval.kv_blocks * u64::from(count)).max(1) as f64,
-            busy: if seconds > 0.0 {
-                interval.busy / seconds / f64::from(count.max(1))
-            } else {
-                0.0
-            },
+            busy,
             ttft_kept,
             itl_kept,
             step: step.fixed,
@@ -185,12 +198,12 @@ impl PoolPlanner {
             correction,
             startup,
         };
-        let wanted = match self.capacity.known() {
-            true => self.needed(&inputs, seen.pool.role, startup, limits, &settings.slo),
+        let needed = |more: f64| match self.capacity.known() {
+            true => self.needed(&inputs, seen.pool.role, (startup, more), limits, &settings.slo),
             // Nothing was ever asked of it.
-            false => seen.size,
+            false => seen.size.clamp(limits.min, limits.max),
         };
-        Wish { size: wanted.clamp(limits.min, limits.max), inputs }
+        Wish { size: needed(1.0), comfortable: needed(COMFORT), inputs }
     }
 
     fn learn(&mut self, interval: &Interval, seconds: f64) {
@@ -201,7 +214,9 @@ impl PoolPlanner {
         self.arrivals.push(interval.requests as f64, seconds);
         self.capacity.age(seconds);
         self.capacity.learn(&interval.samples);
-        self.prompt.push(interval.prompt_tokens as f64, interval.requests as f64);
+        // Of those whose prompts were computed: in an overload far more come.
+        let first: u64 = interval.ttft.iter().sum();
+        self.prompt.push(interval.prompt_tokens as f64, first as f64);
         self.output.push(interval.output_tokens as f64, interval.finished as f64);
         self.blocks.push(interval.kv_used as f64, interval.running as f64);
     }
@@ -211,13 +226,13 @@ impl PoolPlanner {
         &self,
         inputs: &Inputs,
         role: InstanceRole,
-        startup: f64,
+        (startup, more): (f64, f64),
         limits: Limits,
         slo: &Slo,
     ) -> u32 {
         let decodes = role != InstanceRole::Prefill;
         let mut demand = Demand {
-            requests: inputs.expected * inputs.correction,
+            requests: inputs.expected * inputs.correction * more,
             dispersion: inputs.dispersion,
             prompt: inputs.prompt,
             output: if decodes { inputs.output } else { 0.0 },
@@ -239,18 +254,15 @@ impl PoolPlanner {
 
     /// The factor by which load is planned higher, for what the model does not know. It moves only
     /// while the pool is as it was wanted: else it would count a lack twice.
-    fn correct(&mut self, kept: [Option<f64>; 2], held: bool, slo: &Slo) -> f64 {
+    fn correct(&mut self, kept: [Option<f64>; 2], movable: bool, slo: &Slo) -> f64 {
         let correction = self.correction.get_or_insert(1.0);
         let worst = kept.into_iter().flatten().reduce(f64::min);
-        if let Some(worst) = worst.filter(|_| !held) {
-            let broken = 1.0 - slo.attainment;
-            if 1.0 - worst > broken {
-                *correction *= CORRECT_UP;
-            } else if 1.0 - worst < 0.5 * broken {
-                *correction *= CORRECT_DOWN;
-            }
-            *correction = correction.clamp(CORRECTION.0, CORRECTION.1);
+        if worst.is_some_and(|worst| worst < slo.attainment) && movable {
+            *correction *= CORRECT_UP;
+        } else {
+            *correction *= CORRECT_DOWN;
         }
+        *correction = correction.clamp(CORRECTION.0, CORRECTION.1);
         *correction
     }
 
@@ -265,7 +277,8 @@ impl PoolPlanner {
         settings: &PlannerSettings,
     ) -> PoolDecision {
         let times = ((settings.down_window * 1e3) as u64, (settings.cooldown * 1e3) as u64);
-        let (next, why) = self.steady.next(now_ms, seen.size, granted, times);
+        let comfortable = wish.comfortable.min(granted.max(seen.size));
+        let (next, why) = self.steady.next(now_ms, seen.size, (granted, comfortable), times);
         let mut reason = why.to_owned();
         if granted < wish.size {
             reason += &format!("; the budget leaves {granted} of {}", wish.size);

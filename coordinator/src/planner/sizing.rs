@@ -46,8 +46,12 @@ pub struct Worker {
 
 /// The smallest number of workers, from `min` to `max`, that keeps `slo`; `max` when none does.
 pub fn size(demand: &Demand, worker: &Worker, slo: &Slo, (min, max): (u32, u32)) -> u32 {
-    let (mut low, mut high) = (min, max.max(min));
-    // A larger pool is never worse.
+    let (mut low, mut high) = (min, min);
+    // A larger pool is never worse: doubled until it is large enough, then halved.
+    while high < max && !keeps(high, demand, worker, slo) {
+        low = (high + 1).min(max);
+        high = (2 * high).clamp(low, max);
+    }
     while low < high {
         let middle = low + (high - low) / 2;
         match keeps(middle, demand, worker, slo) {
@@ -83,7 +87,9 @@ pub fn keeps(workers: u32, demand: &Demand, worker: &Worker, slo: &Slo) -> bool 
         let spread = normal(slo.attainment) * (sequences * demand.dispersion / count).sqrt();
         let most = sequences + spread;
         let itl = (fixed + row * most) / left;
-        if itl > slo.itl || worker.sequences.is_some_and(|fit| most > KV_FULL * fit) {
+        // No number of workers makes a step shorter than its fixed part.
+        let helps = fixed + row < slo.itl;
+        if (helps && itl > slo.itl) || worker.sequences.is_some_and(|fit| most > KV_FULL * fit) {
             return false;
         }
         // While a prompt is computed, those who decode have their part of each step.

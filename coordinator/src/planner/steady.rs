@@ -20,26 +20,27 @@ pub struct Steady {
 }
 
 impl Steady {
-    /// The size to go to now, and why it is not the wanted one.
+    /// The size to go to now, and why it is not the wanted one. It grows to `wanted` and shrinks to
+    /// `comfortable`, which is not less.
     pub fn next(
         &mut self,
         now_ms: u64,
         size: u32,
-        wanted: u32,
+        (wanted, comfortable): (u32, u32),
         (window_ms, cooldown_ms): (u64, u64),
     ) -> (u32, &'static str) {
         let since = *self.since.get_or_insert(now_ms);
         if self.changed.is_none_or(|(_, before)| before != size) {
             self.changed = Some((now_ms, size));
         }
-        while self.wanted.back().is_some_and(|(_, other)| *other <= wanted) {
+        while self.wanted.back().is_some_and(|(_, other)| *other <= comfortable) {
             self.wanted.pop_back();
         }
-        self.wanted.push_back((now_ms, wanted));
+        self.wanted.push_back((now_ms, comfortable));
         while self.wanted.front().is_some_and(|(at, _)| at + window_ms < now_ms) {
             self.wanted.pop_front();
         }
-        let highest = self.wanted.front().map_or(wanted, |(_, highest)| *highest);
+        let highest = self.wanted.front().map_or(comfortable, |(_, highest)| *highest);
         let of_size = |part: f64| (f64::from(size) * part) as u32;
         if wanted > size {
             if wanted - size <= of_size(UP_TOLERANCE) {
@@ -51,7 +52,7 @@ impl Steady {
                 false => (wanted, "up"),
             };
         }
-        if wanted == size {
+        if comfortable >= size {
             return (size, "as wanted");
         }
         if now_ms < since + window_ms || highest >= size {
@@ -77,13 +78,13 @@ mod tests {
     #[test]
     fn up_at_once_and_down_after_the_window_step_by_step() {
         let mut steady = Steady::default();
-        assert_eq!(steady.next(0, 2, 20, TIMES).0, 6);
-        assert_eq!(steady.next(10, 6, 20, TIMES).0, 12);
-        assert_eq!(steady.next(20, 12, 20, TIMES).0, 20);
+        assert_eq!(steady.next(0, 2, (20, 20), TIMES).0, 6);
+        assert_eq!(steady.next(10, 6, (20, 20), TIMES).0, 12);
+        assert_eq!(steady.next(20, 12, (20, 20), TIMES).0, 20);
         let mut size = 20;
         let mut sizes = vec![size];
         for now in 3..60 {
-            let next = steady.next(now * 10, size, 1, TIMES).0;
+            let next = steady.next(now * 10, size, (1, 1), TIMES).0;
             if next != size {
                 assert!(now * 10 > 120, "{now}");
                 sizes.push(next);
@@ -100,7 +101,7 @@ mod tests {
         let mut size = 5;
         for now in 0..100 {
             let wanted = if now % 9 == 0 { 5 } else { 2 };
-            size = steady.next(now * 10, size, wanted, TIMES).0;
+            size = steady.next(now * 10, size, (wanted, wanted), TIMES).0;
             assert_eq!(size, 5);
         }
     }

@@ -152,7 +152,7 @@ fn a_run_is_repeated_bit_for_bit_and_nothing_is_lost_when_pools_change() {
             Cluster::new(spec, pools, &all).run(&mut Swing)
         };
         let (one, two) = (run(), run());
-        assert!(one.changes > 10, "{}", one.changes);
+        assert!(one.changes > 8, "{}", one.changes);
         assert_eq!(one.worker_seconds.to_bits(), two.worker_seconds.to_bits());
         for (a, b) in one.requests.iter().zip(&two.requests) {
             assert_eq!(
