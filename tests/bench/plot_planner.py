@@ -38,7 +38,7 @@ for (left, right), workload in zip(axes, workloads):
     for color, policy, setting in [(1, "utilization", 0.7), (2, "planner", 0.95)]:
         run = next(run for run in runs if run["policy"] == policy and run["setting"] == setting)
         for pool, style in enumerate(["-", ":"]):
-            hours = [minute / 60 for minute in range(len(run["sizes"]))]
+            hours = [i * run["every_minutes"] / 60 for i in range(len(run["sizes"]))]
             name = f"{policy}, {['prefill', 'decode'][pool]}"
             right.plot(hours, [sizes[pool] for sizes in run["sizes"]], style, color=f"C{color}",
                        linewidth=0.9, label=name)
