@@ -123,7 +123,8 @@ impl Traffic {
         self.clients.push(tokio::spawn(async move {
             let (http, began) = (client(), tokio::time::Instant::now());
             let mut open = JoinSet::new();
-            for (n, at) in poisson(rate, span, &mut rand::rng()).into_iter().enumerate() {
+            let arrivals = poisson(rate, span, &mut rand::rng());
+            for (n, at) in arrivals.into_iter().enumerate() {
                 tokio::time::sleep_until(began + at).await;
                 let (http, url, cases, sent) =
                     (http.clone(), url.clone(), cases.clone(), sent.clone());
@@ -208,13 +209,11 @@ async fn ask(http: &reqwest::Client, url: &str, case: &Case, streamed: bool) -> 
     if rand::rng().random() {
         body["cache_salt"] = rand::rng().random::<u64>().to_string().into();
     }
-    send(http, &format!("{url}/v1/completions"), body, streamed, async |tokens, _| {
-        if tokens == case.answer {
-            return Ending::Right;
-        }
-        Ending::Wrong(format!("{tokens:?} for {:?}", case.answer))
-    })
-    .await
+    let (mut sent, answer) = send(http, &format!("{url}/v1/completions"), body, streamed).await;
+    if let Some((tokens, _)) = answer.filter(|(tokens, _)| *tokens != case.answer) {
+        sent.ending = Ending::Wrong(format!("{tokens:?} for {:?}", case.answer));
+    }
+    sent
 }
 
 /// Asks for a response that is kept, and for it again.
@@ -222,34 +221,34 @@ async fn store(http: &reqwest::Client, url: &str) -> Sent {
     let body = json!({
         "model": MODEL_NAME, "input": "The sea is", "max_output_tokens": 4, "temperature": 0,
     });
-    send(http, &format!("{url}/v1/responses"), body, false, async |_, response| {
-        if response["store"] == false {
-            return Ending::Refused("answered, and not kept".into());
+    let (mut sent, answer) = send(http, &format!("{url}/v1/responses"), body, false).await;
+    let Some((_, response)) = answer else { return sent };
+    if response["store"] == false {
+        sent.ending = Ending::Refused("answered, and not kept".into());
+        return sent;
+    }
+    let again = format!("{url}/v1/responses/{}", response["id"].as_str().unwrap_or_default());
+    sent.ending = match http.get(again).timeout(HUNG_AFTER).send().await {
+        Ok(reply) if reply.status().is_success() => match whole(reply).await.json() {
+            kept if kept["output"] == response["output"] => Ending::Right,
+            kept => Ending::Wrong(format!("{kept} for {response}")),
+        },
+        Ok(reply) if reply.status() == StatusCode::NOT_FOUND => {
+            Ending::Wrong(format!("said to be kept, but {}", whole(reply).await.text))
         }
-        let again = format!("{url}/v1/responses/{}", response["id"].as_str().unwrap_or_default());
-        match http.get(again).timeout(HUNG_AFTER).send().await {
-            Ok(reply) if reply.status().is_success() => match whole(reply).await.json() {
-                kept if kept["output"] == response["output"] => Ending::Right,
-                kept => Ending::Wrong(format!("{kept} for {response}")),
-            },
-            Ok(reply) if reply.status() == StatusCode::NOT_FOUND => {
-                Ending::Wrong(format!("said to be kept, but {}", whole(reply).await.text))
-            }
-            Ok(reply) => refused(whole(reply).await),
-            Err(error) => broken(&error),
-        }
-    })
-    .await
+        Ok(reply) => refused(whole(reply).await),
+        Err(error) => broken(&error),
+    };
+    sent
 }
 
-/// Sends a request and reads its answer, which `judge` judges.
+/// Sends a request and reads its answer: its tokens and, of a whole one, its body.
 async fn send(
     http: &reqwest::Client,
     url: &str,
     body: Value,
     streamed: bool,
-    judge: impl AsyncFn(Vec<u32>, Value) -> Ending,
-) -> Sent {
+) -> (Sent, Option<(Vec<u32>, Value)>) {
     let at = Instant::now();
     let mut gateway = None;
     let answer = async {
@@ -266,12 +265,12 @@ async fn send(
         let json: Value = serde_json::from_str(&text).map_err(|e| Ending::Wrong(format!("{e}")))?;
         Ok((ids(&json["choices"][0]["token_ids"]), json))
     };
-    let ending = match tokio::time::timeout(HUNG_AFTER, answer).await {
-        Err(_) => Ending::Hung,
-        Ok(Err(ending)) => ending,
-        Ok(Ok((tokens, json))) => judge(tokens, json).await,
+    let (ending, answer) = match tokio::time::timeout(HUNG_AFTER, answer).await {
+        Err(_) => (Ending::Hung, None),
+        Ok(Err(ending)) => (ending, None),
+        Ok(Ok(answer)) => (Ending::Right, Some(answer)),
     };
-    Sent { at, took: at.elapsed(), gateway, streamed, ending }
+    (Sent { at, took: at.elapsed(), gateway, streamed, ending }, answer)
 }
 
 /// The tokens of a stream, to its end.
