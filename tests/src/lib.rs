@@ -22,6 +22,7 @@
 //! * [`poll`]: waiting for a condition, never for a time.
 //! * [`bench`]: what the benchmarks of whole clusters share.
 //! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
+//! * [`sim`]: a simulated cluster that drives the planner.
 //!
 //! Harness functions panic when what they do fails: a test has nothing better to do either.
 
@@ -47,6 +48,7 @@ pub mod process;
 pub mod prometheus;
 pub mod python;
 pub mod reference;
+pub mod sim;
 pub mod speech;
 
 pub use binaries::MODEL_NAME;

@@ -208,17 +208,34 @@ impl Bed {
 
     /// The process of a launched worker of this pool, by a number.
     pub fn worker(&self, pool: &str, number: usize) -> Pid {
+        let pids = self.workers(pool);
+        pids[number % pids.len()]
+    }
+
+    /// The processes of the launched workers of this pool.
+    pub fn workers(&self, pool: &str) -> Vec<Pid> {
         let folders = fs::read_dir(self.dir.path().join("workers")).expect("the workers");
-        let mut pids: Vec<i64> = folders
+        let mut pids: Vec<i32> = folders
             .flatten()
             .filter(|it| it.file_name().to_string_lossy().starts_with(pool))
             .filter_map(|it| fs::read(it.path().join("status.json")).ok())
             .filter_map(|status| serde_json::from_slice::<Value>(&status).ok())
-            .filter_map(|status| status["pid"].as_i64().filter(|pid| *pid > 0))
+            .filter_map(|status| status["pid"].as_i64()?.try_into().ok())
+            .filter(|pid| *pid > 0)
             .collect();
         pids.sort_unstable();
-        let pid = pids[number % pids.len()];
-        Pid::from_raw(pid.try_into().expect("a process id"))
+        pids.into_iter().map(Pid::from_raw).collect()
+    }
+
+    /// KV blocks of all workers that requests own, and hand-offs.
+    pub async fn owned_blocks(&self) -> u64 {
+        let mut owned = 0;
+        for record in self.etcd.instances() {
+            if POOLS.contains(&record.role.as_str()) {
+                owned += grpc::owned_blocks(&grpc::status(&record.address).await);
+            }
+        }
+        owned
     }
 
     /// Which coordinator leads, by position.

@@ -8,12 +8,14 @@ use rand::RngExt as _;
 use rand::rngs::StdRng;
 
 use super::bed::{Bed, Daemon, Needs, signal};
-use super::traffic::Clients;
+use super::traffic::Traffic;
 
 /// How long a fault lasts that ends, in milliseconds: shorter and longer than a lease.
 const LASTS: std::ops::Range<u64> = 500..8000;
 /// Until a daemon that was killed is started again, in milliseconds.
 const RESTART_AFTER: std::ops::Range<u64> = 100..1500;
+/// Between two requests of a client, in milliseconds.
+const PAUSE: std::ops::Range<u64> = 20..250;
 /// Between the beginnings of two changes of a pool's size.
 const SCALE_EVERY: Duration = Duration::from_secs(10);
 
@@ -111,8 +113,9 @@ impl Fault {
     }
 
     /// Who asks meanwhile.
-    pub fn clients(self) -> Clients {
-        Clients { completions: 5, responses: self == Self::FullDisk }
+    pub fn traffic(self, learnt: Traffic) -> Traffic {
+        let traffic = learnt.clients(5, PAUSE);
+        if self == Self::FullDisk { traffic.responses(PAUSE) } else { traffic }
     }
 
     /// Whether a gateway's open requests may be lost.

@@ -91,7 +91,7 @@ impl Row {
 pub async fn run(fault: Fault, times: usize, seed: u64, mut told: impl FnMut(&str)) -> Row {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut bed = Bed::start(fault.needs()).await;
-    let traffic = Traffic::start(bed.url(), fault.clients()).await;
+    let traffic = fault.traffic(Traffic::learn(bed.url()).await);
     let mut whole_again = Vec::new();
     for n in 0..times {
         tokio::time::sleep(Duration::from_millis(rng.random_range(CALM))).await;

@@ -1,22 +1,23 @@
 //! Steady requests whose answers are known, and what came of each.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use rand::RngExt as _;
+use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::binaries::MODEL_NAME;
 use crate::http::{Api, Reply, ids};
+use crate::load::arrivals::poisson;
 
 /// A request that takes longer hangs.
 const HUNG_AFTER: Duration = Duration::from_secs(60);
-/// Between two requests of a client.
-const PAUSE: std::ops::Range<u64> = 20..250;
 /// Header in which HAProxy names the gateway that answered.
 pub const GATEWAY: &str = "x-gateway";
 
@@ -65,26 +66,19 @@ struct Case {
     answer: Vec<u32>,
 }
 
-/// Clients that ask all the time.
+/// Requests all the time.
 #[derive(Debug)]
 pub struct Traffic {
+    url: String,
+    cases: Arc<Vec<Case>>,
     stop: Arc<AtomicBool>,
     sent: Arc<Mutex<Vec<Sent>>>,
     clients: Vec<JoinHandle<()>>,
 }
 
-/// Who asks.
-#[derive(Clone, Copy, Debug)]
-pub struct Clients {
-    /// Clients of completions: every other one streams.
-    pub completions: usize,
-    /// Whether there is one of stored responses, too.
-    pub responses: bool,
-}
-
 impl Traffic {
-    /// Learns the answers from the undisturbed cluster, and begins.
-    pub async fn start(url: &str, clients: Clients) -> Self {
+    /// Learns the answers from the undisturbed cluster at `url`.
+    pub async fn learn(url: &str) -> Self {
         let api = Api::new(url, None);
         let mut cases = Vec::new();
         for n in 0..8 {
@@ -94,12 +88,15 @@ impl Traffic {
             assert_eq!(answer.len() as u64, body["max_tokens"].as_u64().unwrap_or(0), "{reply}");
             cases.push(Case { body, answer });
         }
-        let cases = Arc::new(cases);
         let (stop, sent) = (Arc::new(AtomicBool::new(false)), Arc::default());
-        let mut traffic = Self { stop, sent, clients: Vec::new() };
-        for number in 0..clients.completions {
-            let (url, cases) = (url.to_owned(), cases.clone());
-            traffic.client(move |http, round| {
+        Self { url: url.to_owned(), cases: Arc::new(cases), stop, sent, clients: Vec::new() }
+    }
+
+    /// So many clients of completions, each with one request at a time and pauses between.
+    pub fn clients(mut self, count: usize, pause: Range<u64>) -> Self {
+        for number in 0..count {
+            let (url, cases) = (self.url.clone(), self.cases.clone());
+            self.client(pause.clone(), move |http, round| {
                 let (url, cases) = (url.clone(), cases.clone());
                 async move {
                     let case = &cases[(number * 3 + round) % cases.len()];
@@ -107,32 +104,57 @@ impl Traffic {
                 }
             });
         }
-        if clients.responses {
-            let url = url.to_owned();
-            traffic.client(move |http, _| {
-                let url = url.clone();
-                async move { store(&http, &url).await }
-            });
-        }
-        traffic
+        self
+    }
+
+    /// A client of responses that are kept.
+    pub fn responses(mut self, pause: Range<u64>) -> Self {
+        let url = self.url.clone();
+        self.client(pause, move |http, _| {
+            let url = url.clone();
+            async move { store(&http, &url).await }
+        });
+        self
+    }
+
+    /// Completions that arrive as a Poisson process of this rate, requests a second, for so long.
+    pub fn arrivals(mut self, rate: f64, span: Duration) -> Self {
+        let (url, cases, sent) = (self.url.clone(), self.cases.clone(), self.sent.clone());
+        self.clients.push(tokio::spawn(async move {
+            let (http, began) = (client(), tokio::time::Instant::now());
+            let mut open = JoinSet::new();
+            let arrivals = poisson(rate, span, &mut rand::rng());
+            for (n, at) in arrivals.into_iter().enumerate() {
+                tokio::time::sleep_until(began + at).await;
+                let (http, url, cases, sent) =
+                    (http.clone(), url.clone(), cases.clone(), sent.clone());
+                open.spawn(async move {
+                    let case = &cases[n % cases.len()];
+                    let one = ask(&http, &url, case, n.is_multiple_of(2)).await;
+                    sent.lock().expect("the list").push(one);
+                });
+            }
+            open.join_all().await;
+        }));
+        self
     }
 
     /// A client that does `ask` over and over.
-    fn client<F, A>(&mut self, ask: F)
+    fn client<F, A>(&mut self, pause: Range<u64>, ask: F)
     where
         F: Fn(reqwest::Client, usize) -> A + Send + 'static,
         A: Future<Output = Sent> + Send,
     {
         let (stop, sent) = (self.stop.clone(), self.sent.clone());
         self.clients.push(tokio::spawn(async move {
-            let http = reqwest::Client::builder().no_proxy().build().expect("an HTTP client");
+            let http = client();
             for round in 0.. {
                 if stop.load(Relaxed) {
                     return;
                 }
                 let one = ask(http.clone(), round).await;
                 sent.lock().expect("the list").push(one);
-                let pause = rand::rng().random_range(PAUSE);
+                let pause = rand::rng().random_range(pause.clone());
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
         }));
@@ -140,14 +162,17 @@ impl Traffic {
 
     /// What came of the requests so far, in a few words.
     pub fn summary(&self) -> String {
-        let sent = self.sent.lock().expect("the list");
-        let failed: Vec<_> = sent.iter().filter(|it| it.ending != Ending::Right).collect();
+        let (sent, failed) = self.so_far();
         match failed.last() {
-            None => format!("{} requests, all right", sent.len()),
-            Some(last) => {
-                format!("{} requests, {} not right, at last {last:?}", sent.len(), failed.len())
-            }
+            None => format!("{sent} requests, all right"),
+            Some(last) => format!("{sent} requests, {} not right, at last {last:?}", failed.len()),
         }
+    }
+
+    /// How many requests have ended, and with which of them something was wrong.
+    pub fn so_far(&self) -> (usize, Vec<Sent>) {
+        let sent = self.sent.lock().expect("the list");
+        (sent.len(), sent.iter().filter(|it| it.ending != Ending::Right).cloned().collect())
     }
 
     /// Ends the traffic; everything that was sent.
@@ -158,6 +183,10 @@ impl Traffic {
         }
         std::mem::take(&mut *self.sent.lock().expect("the list"))
     }
+}
+
+fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().build().expect("an HTTP client")
 }
 
 /// A request whose every token depends on those before, some long enough to be handed over.
@@ -180,10 +209,11 @@ async fn ask(http: &reqwest::Client, url: &str, case: &Case, streamed: bool) -> 
     if rand::rng().random() {
         body["cache_salt"] = rand::rng().random::<u64>().to_string().into();
     }
-    send(http, &format!("{url}/v1/completions"), body, streamed, |tokens, _| {
-        (tokens != case.answer).then(|| format!("{tokens:?} for {:?}", case.answer))
-    })
-    .await
+    let (mut sent, answer) = send(http, &format!("{url}/v1/completions"), body, streamed).await;
+    if let Some((tokens, _)) = answer.filter(|(tokens, _)| *tokens != case.answer) {
+        sent.ending = Ending::Wrong(format!("{tokens:?} for {:?}", case.answer));
+    }
+    sent
 }
 
 /// Asks for a response that is kept, and for it again.
@@ -191,26 +221,34 @@ async fn store(http: &reqwest::Client, url: &str) -> Sent {
     let body = json!({
         "model": MODEL_NAME, "input": "The sea is", "max_output_tokens": 4, "temperature": 0,
     });
-    let mut sent = send(http, &format!("{url}/v1/responses"), body, false, |_, _| None).await;
-    if let (Ending::Right, Some(id)) = (&sent.ending, sent.gateway.take()) {
-        let again = http.get(format!("{url}/v1/responses/{id}")).timeout(HUNG_AFTER).send().await;
-        sent.ending = match again {
-            Ok(reply) if reply.status().is_success() => Ending::Right,
-            Ok(reply) => refused(whole(reply).await),
-            Err(error) => broken(&error),
-        };
+    let (mut sent, answer) = send(http, &format!("{url}/v1/responses"), body, false).await;
+    let Some((_, response)) = answer else { return sent };
+    if response["store"] == false {
+        sent.ending = Ending::Refused("answered, and not kept".into());
+        return sent;
     }
+    let again = format!("{url}/v1/responses/{}", response["id"].as_str().unwrap_or_default());
+    sent.ending = match http.get(again).timeout(HUNG_AFTER).send().await {
+        Ok(reply) if reply.status().is_success() => match whole(reply).await.json() {
+            kept if kept["output"] == response["output"] => Ending::Right,
+            kept => Ending::Wrong(format!("{kept} for {response}")),
+        },
+        Ok(reply) if reply.status() == StatusCode::NOT_FOUND => {
+            Ending::Wrong(format!("said to be kept, but {}", whole(reply).await.text))
+        }
+        Ok(reply) => refused(whole(reply).await),
+        Err(error) => broken(&error),
+    };
     sent
 }
 
-/// Sends a request and reads its answer; `wrong` says what is wrong with its tokens.
+/// Sends a request and reads its answer: its tokens and, of a whole one, its body.
 async fn send(
     http: &reqwest::Client,
     url: &str,
     body: Value,
     streamed: bool,
-    wrong: impl Fn(Vec<u32>, &Value) -> Option<String>,
-) -> Sent {
+) -> (Sent, Option<(Vec<u32>, Value)>) {
     let at = Instant::now();
     let mut gateway = None;
     let answer = async {
@@ -227,17 +265,12 @@ async fn send(
         let json: Value = serde_json::from_str(&text).map_err(|e| Ending::Wrong(format!("{e}")))?;
         Ok((ids(&json["choices"][0]["token_ids"]), json))
     };
-    let ending = match tokio::time::timeout(HUNG_AFTER, answer).await {
-        Err(_) => Ending::Hung,
-        Ok(Err(ending)) => ending,
-        Ok(Ok((tokens, json))) => {
-            if let Some(id) = json["id"].as_str().filter(|id| id.starts_with("resp_")) {
-                gateway = Some(id.to_owned());
-            }
-            wrong(tokens, &json).map_or(Ending::Right, Ending::Wrong)
-        }
+    let (ending, answer) = match tokio::time::timeout(HUNG_AFTER, answer).await {
+        Err(_) => (Ending::Hung, None),
+        Ok(Err(ending)) => (ending, None),
+        Ok(Ok(answer)) => (Ending::Right, Some(answer)),
     };
-    Sent { at, took: at.elapsed(), gateway, streamed, ending }
+    (Sent { at, took: at.elapsed(), gateway, streamed, ending }, answer)
 }
 
 /// The tokens of a stream, to its end.
