@@ -13,11 +13,13 @@ use baton_coordinator::launch::kubernetes::{self, Kubernetes};
 use baton_coordinator::launch::local::{self, LocalProcesses};
 use baton_coordinator::launch::template::Templates;
 use baton_coordinator::launch::{Launcher, supervise};
+use baton_coordinator::planner::run::{Decisions, Mode, Planning};
 use baton_coordinator::scale::machine::Limits;
 use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use tokio::net::TcpListener;
@@ -53,12 +55,34 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         LauncherKind::Local => local.map(|local| Arc::new(local) as Arc<dyn Launcher>),
         LauncherKind::Kubernetes => Some(Arc::new(kubernetes(&settings.launch, &watch).await?)),
     };
+    let decisions = Decisions::default();
+    let planning = match (settings.planner.mode, &launcher) {
+        (Mode::Off, _) => None,
+        (_, None) => {
+            let message = "--planner needs workers that can be launched: give --workers FILE, \
+                           or --launcher kubernetes";
+            return Err(Failure::new(Exit::Config, message));
+        }
+        (mode, Some(launcher)) => Some(Planning {
+            mode,
+            settings: settings.planner.settings(|pool| launcher.models(pool))?,
+            every: Duration::from_secs(settings.planner.interval),
+            hold: Duration::from_secs(settings.planner.hold),
+            store: store.clone(),
+            watch: ClusterWatch::start(&etcd).await?,
+            launcher: launcher.clone(),
+            decisions: decisions.clone(),
+        }),
+    };
+    let cluster = &settings.cluster;
+    let traces = Traces::start(&cluster.traces, &cluster.cluster, &record)?;
     let service = CoordinatorService {
         cluster: settings.cluster.cluster.clone(),
         watch,
         election: Election::start(etcd.clone(), record.id.clone()),
         store: store.clone(),
         launcher: launcher.clone(),
+        plans: (settings.planner.mode, decisions.clone()),
     };
     let launch_ms = settings.launch.launch_timeout * 1000;
     let runner = Runner {
@@ -68,6 +92,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         limits: Limits { launch_ms, ..Limits::default() },
     };
     let running = tokio::spawn(runner.run(service.election.own()));
+    let planning = planning.map(|planning| tokio::spawn(planning.run(service.election.own())));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -79,9 +104,11 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     stop_signals.next().await;
     info!("stopping");
     running.abort();
+    planning.iter().for_each(tokio::task::JoinHandle::abort);
     registration.withdraw().await;
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    traces.stop().await;
     Ok(())
 }
 

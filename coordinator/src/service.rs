@@ -1,13 +1,14 @@
 //! `baton.v1.Coordinator`: the cluster as seen from here, and what it is told to change.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership, MembershipError};
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::{
     CancelScaleRequest, ClusterView, DrainInstanceRequest, GetClusterRequest, GetScaleRequest,
-    Instance, ListScalesRequest, ScaleOperation, ScaleOperations, ScaleRequest,
+    Instance, ListPlansRequest, ListScalesRequest, Plans, ScaleOperation, ScaleOperations,
+    ScaleRequest,
 };
 use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
@@ -15,6 +16,7 @@ use tonic::{Request, Response, Status};
 
 use crate::election::Election;
 use crate::launch::{Launched, Launcher};
+use crate::planner::run::{Decisions, Mode};
 use crate::scale::record::Record;
 use crate::scale::store::{Advanced, Begun, Operations, ScaleStore};
 use crate::workers;
@@ -25,8 +27,10 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(120);
 const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// How long the launcher may take to tell its workers' names.
 const NAMES_WITHIN: Duration = Duration::from_secs(1);
+/// How long a request waits for an operation of the planner to be undone.
+const GIVE_WAY: Duration = Duration::from_secs(4);
 /// The largest pool: more is a typo.
-const MAX_SIZE: u32 = 1024;
+pub(crate) const MAX_SIZE: u32 = 1024;
 
 /// The service.
 pub struct CoordinatorService {
@@ -40,6 +44,8 @@ pub struct CoordinatorService {
     pub store: ScaleStore,
     /// Who starts and ends workers, if this coordinator can.
     pub launcher: Option<Arc<dyn Launcher>>,
+    /// What the planner's decisions are for, and the last ones.
+    pub plans: (Mode, Decisions),
 }
 
 impl CoordinatorService {
@@ -76,6 +82,21 @@ impl CoordinatorService {
 
     async fn operations(&self) -> Result<Operations, Status> {
         self.store.list().await.map_err(unavailable)
+    }
+
+    /// Takes back an operation, if it still runs. False when it is too late for that.
+    async fn take_back(&self, record: &Record) -> Result<bool, Status> {
+        let operations = self.operations().await?;
+        let stored = operations.running.iter().find(|it| it.record.id == record.id);
+        match stored {
+            Some(stored) if !stored.record.phase.cancellable() => Ok(false),
+            Some(stored) if !stored.record.cancel => {
+                // One that moves meanwhile is looked at again.
+                self.store.cancel(stored).await.map_err(unavailable)?;
+                Ok(true)
+            }
+            _ => Ok(true),
+        }
     }
 
     /// The pool that a request means.
@@ -162,12 +183,23 @@ impl Coordinator for CoordinatorService {
         let pool = self.pool(&pool)?;
         let model = self.model(pool, model)?;
         let request = Record::new(pool, model, size, drain_timeout_ms);
-        match self.store.begin(request).await.map_err(unavailable)? {
-            Begun::Runs(record) => Ok(Response::new((&record).into())),
-            Begun::Conflict(record) => Err(Status::already_exists(format!(
-                "operation {} is running; wait for its end, or cancel it",
+        let until = Instant::now() + GIVE_WAY;
+        loop {
+            let request = request.clone();
+            let record = match self.store.begin(request).await.map_err(unavailable)? {
+                Begun::Runs(record) => return Ok(Response::new((&record).into())),
+                Begun::Conflict(record) => record,
+            };
+            // The planner gives way to an operator.
+            if record.planned && Instant::now() < until && self.take_back(&record).await? {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+            let what = if record.cancel { "is being undone" } else { "is running" };
+            return Err(Status::already_exists(format!(
+                "operation {} {what}; wait for its end, or cancel it",
                 record.describe()
-            ))),
+            )));
         }
     }
 
@@ -227,6 +259,22 @@ impl Coordinator for CoordinatorService {
         let running = operations.running.iter().map(|stored| &stored.record);
         let all = operations.ended.iter().chain(running);
         Ok(Response::new(ScaleOperations { operations: all.map(Into::into).collect() }))
+    }
+
+    async fn list_plans(
+        &self,
+        _request: Request<ListPlansRequest>,
+    ) -> Result<Response<Plans>, Status> {
+        let (mode, decisions) = &self.plans;
+        if *mode == Mode::Off {
+            let message = "this coordinator does not plan: start it with --planner";
+            return Err(Status::failed_precondition(message));
+        }
+        if self.election.own().borrow().is_none() {
+            let message = format!("coordinator {} leads; ask it", self.election.leader());
+            return Err(Status::failed_precondition(message));
+        }
+        Ok(Response::new(Plans { mode: mode.as_str().into(), decisions: decisions.list() }))
     }
 
     async fn drain_instance(

@@ -34,6 +34,18 @@ pub use prefix::{BlockHash, block_hashes};
 /// The bounds of `WorkerStatus.steps_by_tokens`, those of vLLM's `iteration_tokens_total`.
 pub const STEP_TOKENS: [u32; 13] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384];
 
+/// The bounds of `WorkerStatus.ttft_by_us` and `itl_by_us`: half a millisecond times powers of √2, up
+/// to 46 s.
+pub const LATENCY_US: [u64; 34] = {
+    let mut bounds = [0; 34];
+    let mut i = 0;
+    while i < bounds.len() {
+        bounds[i] = (if i.is_multiple_of(2) { 500 } else { 707 }) << (i / 2);
+        i += 1;
+    }
+    bounds
+};
+
 /// The largest gRPC message any Baton process sends or takes.
 ///
 /// Sized for a prompt of a million tokens and for one KV block of a large model; payloads above

@@ -5,6 +5,8 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`chaos`]: faults in a running cluster, injected and counted.
+//! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
@@ -20,6 +22,7 @@
 //! * [`poll`]: waiting for a condition, never for a time.
 //! * [`bench`]: what the benchmarks of whole clusters share.
 //! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
+//! * [`sim`]: a simulated cluster that drives the planner.
 //!
 //! Harness functions panic when what they do fails: a test has nothing better to do either.
 
@@ -27,7 +30,9 @@
 
 pub mod bench;
 pub mod binaries;
+pub mod chaos;
 pub mod cluster;
+pub mod collector;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;
@@ -43,6 +48,7 @@ pub mod process;
 pub mod prometheus;
 pub mod python;
 pub mod reference;
+pub mod sim;
 pub mod speech;
 
 pub use binaries::MODEL_NAME;

@@ -39,11 +39,18 @@ impl CoordinatorArgs {
             Some(url) => url.clone(),
             None => state::running()?.coordinator,
         };
+        Coordinator::at(url).await
+    }
+}
+
+impl Coordinator {
+    /// Connects to the coordinator at this URL.
+    async fn at(url: String) -> Result<Self, Failure> {
         let endpoint = Endpoint::from_shared(url.clone())
             .map_err(|error| Failure::new(Exit::Config, format!("--coordinator: {error}")))?;
         let silent = |error: &dyn std::fmt::Display| silent(&url, error);
         match tokio::time::timeout(ANSWER_WITHIN, endpoint.connect()).await {
-            Ok(Ok(channel)) => Ok(Coordinator { client: CoordinatorClient::new(channel), url }),
+            Ok(Ok(channel)) => Ok(Self { client: CoordinatorClient::new(channel), url }),
             Ok(Err(error)) => Err(silent(&error)),
             Err(_) => Err(silent(&format_args!("nothing within {ANSWER_WITHIN:?}"))),
         }
@@ -51,6 +58,17 @@ impl CoordinatorArgs {
 }
 
 impl Coordinator {
+    /// The one that leads.
+    ///
+    /// # Errors
+    /// When none leads, or it does not answer.
+    pub async fn leader(&self) -> Result<Self, Failure> {
+        let view = self.cluster().await?;
+        let leader = view.instances.iter().find(|it| it.id == view.leader);
+        let none = || Failure::new(Exit::Unavailable, "no coordinator leads; try again");
+        Self::at(leader.ok_or_else(none)?.address.clone()).await
+    }
+
     /// Asks, and waits a bounded time.
     ///
     /// # Errors

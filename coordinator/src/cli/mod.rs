@@ -6,11 +6,13 @@
 //! * [`state`]: what a running `baton up` leaves for the other commands to find.
 //! * [`ask`]: calls of the coordinator.
 //! * [`status`]: who is there, as a table; [`top`]: how busy they are, over and over.
-//! * [`scale`]: changes a pool's size; [`drain`]: takes one worker out of service.
+//! * [`scale`]: changes a pool's size; [`drain`]: takes one worker out of service; [`plan`]: what the
+//!   planner decided.
 
 pub mod ask;
 pub mod drain;
 pub mod model;
+pub mod plan;
 pub mod process;
 pub mod scale;
 pub mod state;
@@ -49,6 +51,8 @@ enum Action {
     Top(top::TopArgs),
     /// Changes how many workers a pool has, and waits until it has them.
     Scale(scale::ScaleArgs),
+    /// Shows what the planner last decided, and why.
+    Plan(plan::PlanArgs),
     /// Has a worker finish what it has and take nothing new, and waits until it has finished.
     Drain(drain::DrainArgs),
     /// Stops the cluster that `baton up` runs, and waits until it is gone.
@@ -80,6 +84,7 @@ pub async fn run(command: Command) -> Result<(), Failure> {
         Action::Status(args) => status::run(args).await,
         Action::Top(args) => top::run(args).await,
         Action::Scale(args) => scale::run(args).await,
+        Action::Plan(args) => plan::run(args).await,
         Action::Drain(args) => drain::run(args).await,
         Action::Down => state::down().await,
         Action::Model { action: ModelAction::Fetch { model } } => {

@@ -46,6 +46,9 @@ pub struct Record {
     /// Somebody has taken it back.
     #[serde(default)]
     pub cancel: bool,
+    /// The planner asked for it, and no operator.
+    #[serde(default)]
+    pub planned: bool,
 }
 
 /// How far an operation is.
@@ -145,6 +148,7 @@ impl Record {
             phase_ms: now,
             ended_ms: 0,
             cancel: false,
+            planned: false,
         }
     }
 
@@ -181,6 +185,7 @@ impl From<&Record> for v1::ScaleOperation {
             ended_ms: record.ended_ms,
             launched: record.launched.clone(),
             retired: record.retired.clone(),
+            planned: record.planned,
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use baton_membership::traces::Parent;
 use baton_membership::{ClusterWatch, Membership, MembershipError};
 use futures::future::join_all;
 use tokio::sync::watch;
@@ -135,6 +136,7 @@ impl Runner {
                 Advanced::Written(_) => {
                     memory.trouble.remove(&record.id);
                     log(&next);
+                    trace(record, &next);
                     Progress::Moved
                 }
                 // Taken back meanwhile: look again.
@@ -291,6 +293,25 @@ fn no_launcher() -> String {
     "this coordinator cannot launch workers: start it with --workers FILE, or with --launcher \
      kubernetes"
         .into()
+}
+
+/// A span for an operation that has just ended. It is in no request's trace.
+fn trace(before: &Record, record: &Record) {
+    if before.phase.ended() || !record.phase.ended() {
+        return;
+    }
+    let began = UNIX_EPOCH + Duration::from_millis(record.started_ms);
+    let mut span = Parent::default().span_from("scale", began);
+    if span.exports() {
+        span.set("baton.scale.id", record.id.clone());
+        span.set("baton.scale.pool", record.pool.as_str());
+        span.set("baton.scale.from", i64::from(record.from));
+        span.set("baton.scale.size", i64::from(record.size));
+        span.set("baton.scale.phase", record.phase.as_str());
+    }
+    if let Phase::Failed(_) = record.phase {
+        span.fail("scale_failed");
+    }
 }
 
 fn log(record: &Record) {

@@ -132,6 +132,20 @@ impl ScaleStore {
         Err(MembershipError::WatchEnded(message))
     }
 
+    /// Records what the leader itself asks for. False when another operation runs for the pool, or
+    /// another coordinator leads.
+    pub async fn propose(
+        &self,
+        leader: &Leadership,
+        request: Record,
+    ) -> Result<bool, MembershipError> {
+        let key = self.running_key(request.pool);
+        let free = Compare::version(key.as_str(), CompareOp::Equal, 0);
+        let put = TxnOp::put(key.as_str(), json(&request), None);
+        let answer = self.txn(Txn::new().when([leads(leader), free]).and_then([put])).await?;
+        Ok(answer.succeeded())
+    }
+
     /// Marks a running operation as taken back, if it is still the one that was seen.
     pub async fn cancel(&self, stored: &Stored) -> Result<Advanced, MembershipError> {
         let record = Record { cancel: true, ..stored.record.clone() };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{SpeechCard, Token, WorkerStatus};
-use baton_proto::{BlockHash, STEP_TOKENS};
+use baton_proto::{BlockHash, LATENCY_US, STEP_TOKENS};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -38,7 +38,15 @@ struct Active {
     deadline: Instant,
     /// [`Purpose::Prefill`]: leading blocks announced as complete.
     announced: usize,
+    /// When its last token was drawn; before the first, when it came. `None` after an earlier
+    /// attempt, until there is a token.
+    last: Option<Instant>,
+    /// Whether it has a token.
+    begun: bool,
 }
+
+/// Times by [`LATENCY_US`].
+type Latencies = [u64; LATENCY_US.len() + 1];
 
 pub(super) struct Running {
     model: Box<dyn Model>,
@@ -60,6 +68,12 @@ pub(super) struct Running {
     /// Steps by the tokens that they computed, and the sum of these: see `WorkerStatus`.
     steps: [u64; STEP_TOKENS.len() + 1],
     step_tokens: u64,
+    busy: Duration,
+    computed_prompt_tokens: u64,
+    arrivals: u64,
+    finished: u64,
+    ttft: Latencies,
+    itl: Latencies,
     logits: Vec<f32>,
     scratch: Scratch,
     /// Empty between steps.
@@ -94,6 +108,12 @@ impl Running {
             generation_tokens: 0,
             steps: [0; STEP_TOKENS.len() + 1],
             step_tokens: 0,
+            busy: Duration::ZERO,
+            computed_prompt_tokens: 0,
+            arrivals: 0,
+            finished: 0,
+            ttft: [0; LATENCY_US.len() + 1],
+            itl: [0; LATENCY_US.len() + 1],
             logits: Vec::new(),
             scratch: Scratch::default(),
             batch: Vec::new(),
@@ -141,7 +161,7 @@ impl Running {
                 self.add(id, *request, events, arrived)
             }
             Command::Abort(id) => {
-                self.requests.remove(&id);
+                self.forget(id);
                 self.scheduler.remove(id);
             }
             Command::Release(id) => self.releasing.push(id),
@@ -237,7 +257,10 @@ impl Running {
             arrived,
             deadline,
             announced: 0,
+            last: output.is_empty().then_some(arrived),
+            begun: false,
         };
+        self.arrivals += u64::from(output.is_empty());
         self.requests.insert(id, active);
     }
 
@@ -265,7 +288,7 @@ impl Running {
             let filled = &blocks[..positions.div_ceil(self.limits.block_size)];
             let blocks = filled.iter().map(|&block| (block, self.pool.generation(block))).collect();
             self.send(id, Event::Released { positions, blocks });
-            self.requests.remove(&id);
+            self.forget(id);
             false
         });
         self.releasing = releasing;
@@ -345,8 +368,10 @@ impl Running {
             })
         }));
         let (model, logits) = (&mut self.model, &mut self.logits);
+        let since = Instant::now();
         let pass = catch_unwind(AssertUnwindSafe(|| model.forward(&batch, &self.pool, logits)));
         self.batch = recycle(batch);
+        self.busy += since.elapsed();
         let failure = match pass {
             Ok(Ok(())) => None,
             Ok(Err(ModelError::Interrupted)) => return true,
@@ -364,6 +389,8 @@ impl Running {
         let tokens = plan.tokens();
         self.steps[STEP_TOKENS.partition_point(|&most| (most as usize) < tokens)] += 1;
         self.step_tokens += tokens as u64;
+        let own = plan.slices.iter().map(|slice| slice.len - slice.drafted());
+        self.computed_prompt_tokens += own.filter(|own| *own > 1).sum::<usize>() as u64;
         let vocab = self.model.config().vocab;
         let mut logits = std::mem::take(&mut self.logits);
         let (mut rows, mut drafts) = (&mut logits[..], &plan.drafts[..]);
@@ -402,6 +429,7 @@ impl Running {
             }
             Purpose::Prefill => {
                 self.announce_blocks(slice.id, true);
+                self.time(slice.id);
                 self.send(slice.id, Event::Token(token));
                 self.send(slice.id, Event::Finished(Finish::Length));
                 // Its blocks are kept until the handle is dropped.
@@ -480,6 +508,7 @@ impl Running {
             None
         };
         self.generation_tokens += 1;
+        self.time(id);
         self.send(id, Event::Token(token));
         let goes_on = finish.is_none();
         match finish {
@@ -500,8 +529,24 @@ impl Running {
 
     fn end(&mut self, id: SequenceId, finish: Finish) {
         self.send(id, Event::Finished(finish));
-        self.requests.remove(&id);
+        self.forget(id);
         self.scheduler.remove(id);
+    }
+
+    fn forget(&mut self, id: SequenceId) {
+        self.finished += u64::from(self.requests.remove(&id).is_some());
+    }
+
+    /// Counts how long a sequence's next token took.
+    fn time(&mut self, id: SequenceId) {
+        let Some(active) = self.requests.get_mut(&id) else { return };
+        let now = Instant::now();
+        let begun = std::mem::replace(&mut active.begun, true);
+        if let Some(last) = active.last.replace(now) {
+            let took = now.saturating_duration_since(last).as_micros() as u64;
+            let times = if begun { &mut self.itl } else { &mut self.ttft };
+            times[LATENCY_US.partition_point(|&most| most < took)] += 1;
+        }
     }
 
     fn publish(&mut self) {
@@ -530,6 +575,14 @@ impl Running {
         status.steps_by_tokens.resize(self.steps.len(), 0);
         status.steps_by_tokens.copy_from_slice(&self.steps);
         status.step_tokens = self.step_tokens;
+        status.busy_us = self.busy.as_micros() as u64;
+        status.computed_prompt_tokens = self.computed_prompt_tokens;
+        status.requests = self.arrivals;
+        status.finished = self.finished;
+        status.ttft_by_us.resize(self.ttft.len(), 0);
+        status.ttft_by_us.copy_from_slice(&self.ttft);
+        status.itl_by_us.resize(self.itl.len(), 0);
+        status.itl_by_us.copy_from_slice(&self.itl);
         status.constrained_tokens = self.scratch.constrained;
         status.constraint_wait_us = self.scratch.waited.as_micros() as u64;
     }
