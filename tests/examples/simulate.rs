@@ -232,13 +232,7 @@ fn peak_rate(arrivals: &[Arrival]) -> f64 {
     f64::from(minutes.into_iter().max().unwrap_or(0)) / 60.0
 }
 
-fn summary(
-    workload: &str,
-    policy: &str,
-    setting: f64,
-    outcomes: &Outcomes,
-    slo: &Slo,
-) -> Run {
+fn summary(workload: &str, policy: &str, setting: f64, outcomes: &Outcomes, slo: &Slo) -> Run {
     let (good, good_ttft, good_itl) = outcomes.attainment(slo);
     let drawn = matches!((policy, setting), ("utilization", 0.7) | ("planner", 0.95));
     let every_minutes = outcomes.sizes.len() / 120 + 1;
