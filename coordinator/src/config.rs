@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use baton_membership::daemon::{ClusterArgs, Exit, Failure};
 use baton_proto::InstanceRole;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::planner::run::Mode;
 use crate::planner::{Limits, PlannerSettings, PoolId, Slo};
@@ -54,6 +54,25 @@ pub struct Settings {
 /// Flags about starting workers.
 #[derive(Clone, Debug, Args)]
 pub struct LaunchArgs {
+    /// Who starts and ends workers.
+    #[arg(long, env = "BATON_LAUNCHER", default_value = "local")]
+    pub launcher: LauncherKind,
+
+    /// Namespace of the pools' StatefulSets; by default that of the kubeconfig's context, or of
+    /// the pod that the coordinator runs in.
+    #[arg(long, env = "BATON_KUBERNETES_NAMESPACE", value_name = "NAME")]
+    pub kubernetes_namespace: Option<String>,
+
+    /// Labels that StatefulSets of this cluster's pools and their pods have: baton.dev/pool, and
+    /// others where several clusters share a namespace.
+    #[arg(
+        long,
+        env = "BATON_KUBERNETES_SELECTOR",
+        default_value = "baton.dev/pool",
+        value_name = "LABELS"
+    )]
+    pub kubernetes_selector: String,
+
     /// JSON file with the command of each pool's workers; without it no worker can be launched.
     /// docs/operate.md has an example.
     #[arg(long, env = "BATON_WORKERS", value_name = "FILE")]
@@ -80,6 +99,16 @@ pub struct LaunchArgs {
     /// Seconds that a worker gets to end before it is killed.
     #[arg(long, env = "BATON_STOP_TIMEOUT", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub stop_timeout: u64,
+}
+
+/// Who starts and ends workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LauncherKind {
+    /// Processes on this machine, by the file of --workers.
+    Local,
+    /// Pods of StatefulSets, of the cluster that KUBECONFIG, ~/.kube/config or the pod's service
+    /// account names.
+    Kubernetes,
 }
 
 /// Flags about the size of pools.

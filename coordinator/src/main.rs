@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_coordinator::cli::state;
-use baton_coordinator::config::{LaunchArgs, Settings};
+use baton_coordinator::config::{LaunchArgs, LauncherKind, Settings};
 use baton_coordinator::election::Election;
+use baton_coordinator::launch::kubernetes::{self, Kubernetes};
 use baton_coordinator::launch::local::{self, LocalProcesses};
 use baton_coordinator::launch::template::Templates;
 use baton_coordinator::launch::{Launcher, supervise};
@@ -18,6 +19,7 @@ use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use tokio::net::TcpListener;
@@ -37,14 +39,7 @@ fn main() -> ExitCode {
 
 #[tokio::main(worker_threads = 1)]
 async fn run(settings: Settings) -> Result<(), Failure> {
-    let launcher = settings.launch.workers.as_ref().map(|file| {
-        let templates = Templates::read(file)?;
-        launcher(&settings.launch, templates)
-    });
-    let launcher: Option<Arc<dyn Launcher>> = match launcher.transpose()? {
-        Some(launcher) => Some(Arc::new(launcher)),
-        None => None,
-    };
+    let local = local(&settings.launch)?;
     let listener = TcpListener::bind(settings.listen)
         .await
         .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
@@ -54,11 +49,18 @@ async fn run(settings: Settings) -> Result<(), Failure> {
 
     let etcd = settings.cluster.etcd_settings();
     let store = ScaleStore::connect(&etcd).await?;
+    let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
+    let watch = ClusterWatch::start(&etcd).await?;
+    let launcher: Option<Arc<dyn Launcher>> = match settings.launch.launcher {
+        LauncherKind::Local => local.map(|local| Arc::new(local) as Arc<dyn Launcher>),
+        LauncherKind::Kubernetes => Some(Arc::new(kubernetes(&settings.launch, &watch).await?)),
+    };
     let decisions = Decisions::default();
     let planning = match (settings.planner.mode, &launcher) {
         (Mode::Off, _) => None,
         (_, None) => {
-            let message = "--planner needs workers that can be launched: give --workers FILE";
+            let message = "--planner needs workers that can be launched: give --workers FILE, \
+                           or --launcher kubernetes";
             return Err(Failure::new(Exit::Config, message));
         }
         (mode, Some(launcher)) => Some(Planning {
@@ -72,10 +74,11 @@ async fn run(settings: Settings) -> Result<(), Failure> {
             decisions: decisions.clone(),
         }),
     };
-    let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
+    let cluster = &settings.cluster;
+    let traces = Traces::start(&cluster.traces, &cluster.cluster, &record)?;
     let service = CoordinatorService {
         cluster: settings.cluster.cluster.clone(),
-        watch: ClusterWatch::start(&etcd).await?,
+        watch,
         election: Election::start(etcd.clone(), record.id.clone()),
         store: store.clone(),
         launcher: launcher.clone(),
@@ -105,10 +108,19 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     registration.withdraw().await;
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    traces.stop().await;
     Ok(())
 }
 
-fn launcher(args: &LaunchArgs, templates: Templates) -> Result<LocalProcesses, Failure> {
+/// The launcher of processes on this machine, when there are commands for it.
+fn local(args: &LaunchArgs) -> Result<Option<LocalProcesses>, Failure> {
+    let Some(file) = &args.workers else { return Ok(None) };
+    if args.launcher != LauncherKind::Local {
+        let message = "--workers is for --launcher local: the pods of a StatefulSet have their \
+                       command from it; leave out one of the two";
+        return Err(Failure::new(Exit::Config, message));
+    }
+    let templates = Templates::read(file)?;
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, error);
     let dir = args.workers_dir.clone().unwrap_or_else(|| state::directory().join("workers"));
     let logs = args.workers_logs.clone();
@@ -119,5 +131,18 @@ fn launcher(args: &LaunchArgs, templates: Templates) -> Result<LocalProcesses, F
         owner: args.workers_owner.clone(),
         grace: Duration::from_secs(args.stop_timeout),
     };
-    LocalProcesses::new(settings, templates).map_err(|error| failed(&error))
+    LocalProcesses::new(settings, templates).map(Some).map_err(|error| failed(&error))
+}
+
+/// The launcher of pods.
+async fn kubernetes(args: &LaunchArgs, watch: &ClusterWatch) -> Result<Kubernetes, Failure> {
+    let settings = kubernetes::Settings {
+        namespace: args.kubernetes_namespace.clone(),
+        selector: args.kubernetes_selector.clone(),
+    };
+    let connected = Kubernetes::connect(settings, watch.subscribe()).await;
+    connected.map_err(|why| {
+        let message = format!("--launcher kubernetes: {why}; set KUBECONFIG, or run in a pod");
+        Failure::new(Exit::Config, message)
+    })
 }

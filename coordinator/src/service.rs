@@ -25,6 +25,8 @@ use crate::workers;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(120);
 /// The longest such time.
 const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// How long the launcher may take to tell its workers' names.
+const NAMES_WITHIN: Duration = Duration::from_secs(1);
 /// How long a request waits for an operation of the planner to be undone.
 const GIVE_WAY: Duration = Duration::from_secs(4);
 /// The largest pool: more is a typo.
@@ -69,7 +71,11 @@ impl CoordinatorService {
 
     async fn launched(&self) -> Vec<Launched> {
         match &self.launcher {
-            Some(launcher) => launcher.list().await.unwrap_or_default(),
+            // Names are no reason to keep an operator waiting.
+            Some(launcher) => match tokio::time::timeout(NAMES_WITHIN, launcher.list()).await {
+                Ok(listed) => listed.unwrap_or_default(),
+                Err(_) => Vec::new(),
+            },
             None => Vec::new(),
         }
     }
@@ -125,7 +131,8 @@ impl CoordinatorService {
         match models.len() {
             0 => Err(Status::invalid_argument(format!(
                 "pool `{pool}` has no workers, and none can be launched: start coordinators with \
-                 --workers FILE, with a command for this pool"
+                 --workers FILE, with a command for this pool, or with --launcher kubernetes \
+                 beside a StatefulSet of this pool"
             ))),
             _ if models.contains(&name) => Ok(name),
             1 if name.is_empty() => Ok(models.remove(0)),

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use baton_proto::InstanceRole;
 use proptest::prelude::*;
 
-use baton_coordinator::scale::machine::{Effect, Limits, Load, Observed, Process, Seen, step};
+use baton_coordinator::scale::machine::{
+    Effect, Limits, Load, Observed, Process, Row, Seen, Trouble, step,
+};
 use baton_coordinator::scale::record::{Phase, Record};
 
 const LIMITS: Limits = Limits { launch_ms: 5_000, answer_ms: 2_000, end_ms: 3_000, crashes: 3 };
@@ -138,6 +140,7 @@ impl World {
             cannot_launch: (!self.launches).then(|| "no template".to_owned()),
             trouble: None,
             blind: blind.then(|| "the folder cannot be read".to_owned()),
+            row: None,
         }
     }
 
@@ -379,4 +382,91 @@ fn nobody_is_drained_while_those_who_stay_are_silent() {
     world.now_ms = record.phase_ms + LIMITS.answer_ms;
     let (next, _) = step(&record, &observed(&world), &LIMITS);
     assert_eq!(next.phase.as_str(), "undo");
+}
+
+/// A row of workers `decode-0` and on, with so many requests each.
+fn row(requests: &[u32]) -> Observed {
+    let mut world = World::new(requests.len() as u32, 0, requests, true);
+    let rename = |(name, worker): (String, Worker)| {
+        let number: u32 =
+            name.strip_prefix("decode-").and_then(|n| n.parse().ok()).expect("a number");
+        (format!("decode-{}", number - 1), worker)
+    };
+    world.workers = world.workers.into_iter().map(rename).collect();
+    let end = requests.len() as u32;
+    let row = Row { name: "decode".into(), end, told: format!("{end} replicas") };
+    Observed { row: Some(row), ..world.observe(false) }
+}
+
+fn planned(size: u32, seen: &Observed) -> Record {
+    let record = Record::new(InstanceRole::Decode, "m".into(), size, DRAIN_MS);
+    let (record, effects) = step(&record, seen, &LIMITS);
+    assert!(effects.is_empty());
+    record
+}
+
+#[test]
+fn of_a_row_the_last_go_whatever_they_have_to_do() {
+    let record = planned(1, &row(&[0, 0, 9]));
+    assert_eq!(record.retired, ["decode-2", "decode-1"]);
+}
+
+#[test]
+fn a_row_goes_on_with_the_next_number_although_a_worker_of_that_name_is_ending() {
+    let mut seen = row(&[0, 0, 0]);
+    seen.row.as_mut().expect("a row").end = 2;
+    seen.workers.get_mut("decode-2").expect("it is there").process = Process::Stopping;
+    let record = planned(3, &seen);
+    assert_eq!((record.from, record.launched.as_slice()), (2, ["decode-2".to_owned()].as_slice()));
+    let (same, effects) = step(&record, &seen, &LIMITS);
+    assert_eq!(same.phase, Phase::Launch);
+    assert_eq!(effects, [Effect::Launch("decode-2".into())]);
+}
+
+#[test]
+fn what_somebody_else_makes_of_a_row_stands_and_is_told() {
+    // Larger, while the new ones start: they stay.
+    let record = planned(3, &row(&[0, 0]));
+    assert_eq!(record.launched, ["decode-2"]);
+    let (undo, effects) = step(&record, &row(&[0, 0, 0, 0]), &LIMITS);
+    assert!(effects.is_empty() && undo.phase.as_str() == "undo", "{undo:?}");
+    let (failed, effects) = step(&undo, &row(&[0, 0, 0, 0]), &LIMITS);
+    let Phase::Failed(failure) = failed.phase else { panic!("{failed:?}") };
+    assert!(effects.is_empty() && failure.reason.contains("4 replicas"), "{failure:?}");
+
+    // Smaller, while some drain: those that are left are put back, even when it was too late.
+    let mut record = planned(2, &row(&[0, 0, 0, 0]));
+    for phase in [Phase::Drain, Phase::Retire] {
+        record.phase = phase;
+        let mut seen = row(&[0, 0, 0, 0, 0]);
+        for name in &record.retired {
+            let worker = seen.workers.get_mut(name).expect("it is there");
+            worker.load.as_mut().expect("it answers").draining = true;
+        }
+        let (undo, _) = step(&record, &seen, &LIMITS);
+        let (_, effects) = step(&undo, &seen, &LIMITS);
+        assert_eq!(effects, ["decode-3", "decode-2"].map(|name| Effect::Undrain(name.into())));
+    }
+    // What it has done itself is no news, half done neither.
+    record.phase = Phase::Retire;
+    for left in [4, 3, 2] {
+        let (same, _) = step(&record, &row(&vec![0; left]), &LIMITS);
+        assert_ne!(same.phase.as_str(), "undo", "{left}");
+    }
+}
+
+#[test]
+fn trouble_that_passes_is_waited_for() {
+    let mut seen = row(&[0]);
+    let record = planned(2, &seen);
+    let trouble = |passes| Some(Trouble { said: "no answer".into(), passes });
+    seen.trouble = trouble(true);
+    let (same, effects) = step(&record, &seen, &LIMITS);
+    assert_eq!((same, effects.len()), (record.clone(), 1));
+    seen.now_ms = record.phase_ms + LIMITS.launch_ms;
+    let (undo, _) = step(&record, &seen, &LIMITS);
+    assert!(format!("{undo:?}").contains("in time: no answer"), "{undo:?}");
+    seen.now_ms = record.phase_ms;
+    seen.trouble = trouble(false);
+    assert_eq!(step(&record, &seen, &LIMITS).0.phase.as_str(), "undo");
 }

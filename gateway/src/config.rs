@@ -299,6 +299,8 @@ impl Settings {
         shown["max_audio_seconds"] = audio.max_audio_seconds.into();
         shown["routing_policy"] = format!("{:?}", self.routing_policy).into();
         shown["max_recordings"] = audio.max_recordings.into();
+        let endpoint = cluster.traces.endpoint();
+        shown["otlp_traces_endpoint"] = endpoint.map(|url| without_password(&url)).into();
         shown
     }
 }

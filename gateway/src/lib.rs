@@ -12,7 +12,7 @@
 //! * [`coordinators`]: what operators ask of the cluster.
 //! * [`auth`], [`quota`], [`tls`]: who may call, how much, and unheard by others.
 //! * [`store`]: responses that are kept.
-//! * [`metrics`]: what Prometheus reads.
+//! * [`metrics`]: what Prometheus reads. [`trace`]: what OpenTelemetry shows of a request.
 //!
 //! The gateway holds no tensors, and serves on what it last knew when etcd is away.
 
@@ -36,4 +36,5 @@ pub mod speech;
 pub mod store;
 pub mod text;
 pub mod tls;
+pub mod trace;
 pub mod workers;

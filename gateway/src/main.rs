@@ -21,6 +21,7 @@ use baton_gateway::store::Store;
 use baton_gateway::tls::Tls;
 use baton_gateway::workers::Registry;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{AdapterStore, ClusterWatch, InstanceRole, Registration};
 use clap::Parser as _;
 use mimalloc::MiMalloc;
@@ -53,6 +54,9 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let kept = Store::open(&responses.responses_store, responses.responses_ttl)
         .await
         .map_err(|error| Failure::new(Exit::Config, format!("--responses-store: {error}")))?;
+
+    let record = daemon::new_record(InstanceRole::Gateway, advertised.clone(), String::new());
+    let traces = Traces::start(&settings.cluster.traces, &settings.cluster.cluster, &record)?;
 
     let etcd = settings.cluster.etcd_settings();
     let watch = ClusterWatch::start(&etcd).await?;
@@ -111,7 +115,6 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     tokio::spawn(Responses::tend(shared.clone()));
     let handle = server.handle();
     let serving = tokio::spawn(server);
-    let record = daemon::new_record(InstanceRole::Gateway, advertised.clone(), String::new());
     let registration = Registration::start(&etcd, record).await?;
     println!("ready gateway {advertised}");
     info!(address = advertised, "serving");
@@ -131,6 +134,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     shared.responses.stop().await;
     handle.stop(false).await;
     let _ = tokio::time::timeout(Duration::from_secs(1), serving).await;
+    traces.stop().await;
     Ok(())
 }
 

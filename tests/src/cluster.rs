@@ -188,6 +188,20 @@ impl Builder {
         self
     }
 
+    /// A variable in the environment of the gateway and of all workers.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        for env in [&mut self.gateway_env, &mut self.worker_env] {
+            env.push((name.into(), value.into()));
+        }
+        self
+    }
+
+    /// Has the gateway and the workers export their traces soon.
+    pub fn traces(self, url: &str) -> Self {
+        let flag = "--otlp-traces-endpoint";
+        self.env("OTEL_BSP_SCHEDULE_DELAY", "100").gateway_arg(flag, url).worker_arg(flag, url)
+    }
+
     /// Another flag of the gateway that takes no value.
     pub fn gateway_switch(mut self, flag: &str) -> Self {
         self.gateway_args.push(flag.into());

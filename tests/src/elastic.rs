@@ -1,5 +1,6 @@
 //! A cluster whose workers are launched by its coordinators.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use tempfile::TempDir;
 use crate::binaries::{MODEL_NAME, model, program};
 use crate::etcd::Etcd;
 use crate::http::{Api, Reply};
+use crate::kubernetes::Kubernetes;
 use crate::poll::eventually;
 use crate::process::{Process, Spec};
 use crate::{grpc, leftovers};
@@ -29,6 +31,8 @@ pub struct Elastic {
     pub etcd: Etcd,
     gateway: Process,
     args: Vec<String>,
+    env: Vec<(OsString, OsString)>,
+    kubernetes: Option<Kubernetes>,
     // Held: the workers end when it is not.
     _owner: File,
     // Last, so that the processes end before their folder goes.
@@ -64,19 +68,11 @@ impl Elastic {
         flags: &[&str],
         pools: impl FnOnce(&Etcd) -> Vec<Value>,
     ) -> Self {
-        let dir = tempfile::Builder::new().prefix("baton-scale-").tempdir().expect("a folder");
-        let etcd = Etcd::start(dir.path()).await;
-        let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
-        let owner = File::create(path("owner")).expect("a file to lock");
-        owner.lock().expect("lock it");
+        let (dir, etcd) = Self::begin().await;
         let templates = json!({"pools": pools(&etcd)});
+        let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
         std::fs::write(path("workers.json"), templates.to_string()).expect("write the commands");
-        let common = ["--listen", "127.0.0.1:0", "--etcd", etcd.url(), "--lease-ttl", LEASE_TTL];
-        let spec = Spec::new("baton-gateway", program("baton-gateway"), common);
-        let mut gateway = Process::start(&spec, dir.path());
-        let api = Api::new(&gateway.ready().await, None);
-        let mut args: Vec<String> = common.map(str::to_owned).into();
-        args.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        let mut args: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
         for (flag, value) in [
             ("--workers", path("workers.json")),
             ("--workers-dir", path("workers")),
@@ -85,19 +81,63 @@ impl Elastic {
         ] {
             args.extend([flag.to_owned(), value]);
         }
-        let coordinators_wanted = coordinators;
-        let mut cluster =
-            Self { api, coordinators: Vec::new(), etcd, gateway, args, _owner: owner, dir };
-        for _ in 0..coordinators_wanted {
+        Self::with(coordinators, dir, etcd, args, None).await
+    }
+
+    /// The same, with the pods of a scripted Kubernetes as workers. Pools are added to it later.
+    pub async fn on_kubernetes(coordinators: usize, flags: &[&str]) -> Self {
+        let (dir, etcd) = Self::begin().await;
+        let kubernetes = Kubernetes::start(dir.path()).await;
+        let flags = ["--launcher", "kubernetes"].iter().chain(flags);
+        let args = flags.map(|flag| (*flag).to_owned()).collect();
+        Self::with(coordinators, dir, etcd, args, Some(kubernetes)).await
+    }
+
+    async fn begin() -> (TempDir, Etcd) {
+        let dir = tempfile::Builder::new().prefix("baton-scale-").tempdir().expect("a folder");
+        let etcd = Etcd::start(dir.path()).await;
+        (dir, etcd)
+    }
+
+    async fn with(
+        coordinators: usize,
+        dir: TempDir,
+        etcd: Etcd,
+        flags: Vec<String>,
+        kubernetes: Option<Kubernetes>,
+    ) -> Self {
+        let owner = File::create(dir.path().join("owner")).expect("a file to lock");
+        owner.lock().expect("lock it");
+        let common = ["--listen", "127.0.0.1:0", "--etcd", etcd.url(), "--lease-ttl", LEASE_TTL];
+        let spec = Spec::new("baton-gateway", program("baton-gateway"), common);
+        let mut gateway = Process::start(&spec, dir.path());
+        let mut cluster = Self {
+            api: Api::new(&gateway.ready().await, None),
+            coordinators: Vec::new(),
+            args: common.iter().map(|it| (*it).to_owned()).chain(flags).collect(),
+            env: kubernetes.iter().map(Kubernetes::env).collect(),
+            etcd,
+            gateway,
+            kubernetes,
+            _owner: owner,
+            dir,
+        };
+        for _ in 0..coordinators {
             cluster.add_coordinator().await;
         }
         cluster
     }
 
+    /// Its Kubernetes.
+    pub fn kubernetes(&mut self) -> &mut Kubernetes {
+        self.kubernetes.as_mut().expect("a cluster on Kubernetes")
+    }
+
     /// Starts another coordinator, with the same flags.
     pub async fn add_coordinator(&mut self) {
         let name = "baton-coordinator";
-        let spec = Spec::new(name, program(name), &self.args);
+        let mut spec = Spec::new(name, program(name), &self.args);
+        spec.env.clone_from(&self.env);
         let mut process = Process::start(&spec, self.dir.path());
         let address = process.ready().await;
         self.coordinators.push((process, address));
@@ -189,6 +229,9 @@ impl Elastic {
         self.gateway.stop().await;
         for (coordinator, _) in &mut self.coordinators {
             coordinator.stop().await;
+        }
+        if let Some(kubernetes) = self.kubernetes.take() {
+            kubernetes.finish().await;
         }
         // As when the owner ends.
         self._owner.unlock().expect("unlock");

@@ -1,4 +1,4 @@
-//! A real etcd that can be stopped and started again.
+//! A real etcd whose members can be killed and started again.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,79 +6,136 @@ use std::time::Duration;
 
 use baton_proto::InstanceRecord;
 use baton_proto::instance::instances_prefix;
+use serde_json::Value;
 
 use crate::poll::eventually;
 use crate::ports;
 use crate::process::{Process, Spec};
 
-/// A one-member etcd with its data in the test's folder.
+/// An etcd of one member or several, with its data in the test's folder.
 #[derive(Debug)]
 pub struct Etcd {
     dir: PathBuf,
+    members: Vec<Member>,
+    urls: String,
+}
+
+#[derive(Debug)]
+struct Member {
+    name: String,
     client: String,
     peer: String,
     process: Option<Process>,
 }
 
 impl Etcd {
-    /// Starts an etcd and waits until it answers.
+    /// Starts an etcd of one member and waits until it answers.
     pub async fn start(dir: &Path) -> Self {
-        let address = |port| format!("http://127.0.0.1:{port}");
-        let (client, peer) = (address(ports::free()), address(ports::free()));
-        let mut etcd = Self { dir: dir.to_path_buf(), client, peer, process: None };
+        Self::of(1, "127.0.0.1", dir).await
+    }
+
+    /// Starts an etcd of so many members on this host and waits until they answer.
+    pub async fn of(members: usize, host: &str, dir: &Path) -> Self {
+        let address = |port| format!("http://{host}:{port}");
+        let member = |n| Member {
+            name: format!("etcd-{n}"),
+            client: address(ports::free()),
+            peer: address(ports::free()),
+            process: None,
+        };
+        let members: Vec<Member> = (0..members).map(member).collect();
+        let urls: Vec<&str> = members.iter().map(|member| &*member.client).collect();
+        let urls = urls.join(",");
+        let mut etcd = Self { dir: dir.to_path_buf(), members, urls };
         etcd.restart().await;
         etcd
     }
 
-    /// The address that clients use.
+    /// The addresses that clients use, with commas between.
     pub fn url(&self) -> &str {
-        &self.client
+        &self.urls
+    }
+
+    /// The members' processes; none for one that was killed.
+    pub fn processes(&self) -> impl Iterator<Item = Option<&Process>> {
+        self.members.iter().map(|member| member.process.as_ref())
+    }
+
+    /// Which member leads, by position; none while there is no leader.
+    pub fn leader(&self) -> Option<usize> {
+        let (_, table) = self.ctl(&["endpoint", "status", "--write-out=json"]);
+        let statuses: Vec<Value> = serde_json::from_str(&table).ok()?;
+        let leads = statuses.iter().find(|it| {
+            let status = &it["Status"];
+            status["leader"] == status["header"]["member_id"]
+        })?;
+        self.members.iter().position(|member| leads["Endpoint"] == *member.client)
     }
 
     /// Kills etcd, as a crash would.
     pub fn kill(&mut self) {
-        self.process.take().expect("etcd runs").kill();
+        for n in 0..self.members.len() {
+            self.kill_member(n);
+        }
     }
 
-    /// Starts etcd, on the data that it had.
+    /// Kills one member.
+    pub fn kill_member(&mut self, n: usize) {
+        self.members[n].process.take().expect("etcd runs").kill();
+    }
+
+    /// Starts the members that do not run, on the data that they had.
     pub async fn restart(&mut self) {
-        let data = self.dir.join("etcd");
-        let data = data.to_str().expect("a path in UTF-8");
-        let cluster = format!("test={}", self.peer);
-        let args = [
-            ["--name", "test"],
-            ["--data-dir", data],
-            ["--listen-client-urls", &self.client],
-            ["--advertise-client-urls", &self.client],
-            ["--listen-peer-urls", &self.peer],
-            ["--initial-advertise-peer-urls", &self.peer],
-            ["--initial-cluster", &cluster],
-        ];
-        let spec = Spec::new("etcd", "etcd".into(), args.concat());
-        let mut process = Process::start(&spec, &self.dir);
-        let health = format!("{}/health", self.client);
-        eventually("etcd is healthy", Duration::from_secs(30), async || {
-            if let Some(status) = process.exited() {
-                panic!("etcd ended with {status}:\n{}", process.stderr());
-            }
-            let reply = reqwest::get(&health).await.map_err(|e| format!("{e:?}"))?;
-            let body = reply.text().await.map_err(|e| format!("{e:?}"))?;
-            if body.contains("true") { Ok(()) } else { Err(body) }
-        })
-        .await;
-        self.process = Some(process);
+        let all: Vec<String> =
+            self.members.iter().map(|it| format!("{}={}", it.name, it.peer)).collect();
+        let all = all.join(",");
+        for member in self.members.iter_mut().filter(|member| member.process.is_none()) {
+            let data = self.dir.join(&member.name);
+            let data = data.to_str().expect("a path in UTF-8");
+            let args = [
+                ["--name", &member.name],
+                ["--data-dir", data],
+                ["--listen-client-urls", &member.client],
+                ["--advertise-client-urls", &member.client],
+                ["--listen-peer-urls", &member.peer],
+                ["--initial-advertise-peer-urls", &member.peer],
+                ["--initial-cluster", &all],
+            ];
+            let spec = Spec::new(&member.name, "etcd".into(), args.concat());
+            member.process = Some(Process::start(&spec, &self.dir));
+        }
+        for member in &mut self.members {
+            let process = member.process.as_mut().expect("it was started");
+            let health = format!("{}/health", member.client);
+            eventually("etcd is healthy", Duration::from_secs(30), async || {
+                if let Some(status) = process.exited() {
+                    panic!("etcd ended with {status}:\n{}", process.stderr());
+                }
+                let reply = reqwest::get(&health).await.map_err(|e| format!("{e:?}"))?;
+                let body = reply.text().await.map_err(|e| format!("{e:?}"))?;
+                if body.contains("true") { Ok(()) } else { Err(body) }
+            })
+            .await;
+        }
     }
 
     /// The instance records of the cluster `default`, by key, read by etcd's own client.
     pub fn instances(&self) -> Vec<InstanceRecord> {
+        let prefix = instances_prefix("default");
+        let (good, records) = self.ctl(&["get", "--prefix", "--print-value-only", &prefix]);
+        assert!(good, "etcdctl get failed");
+        let records = serde_json::Deserializer::from_str(&records).into_iter();
+        records.map(|record| record.expect("an instance record")).collect()
+    }
+
+    /// Runs etcdctl: whether that went well, and what it printed.
+    fn ctl(&self, args: &[&str]) -> (bool, String) {
         let output = Command::new("etcdctl")
             .env("ETCDCTL_API", "3")
-            .args(["--endpoints", &self.client, "get", "--prefix", "--print-value-only"])
-            .arg(instances_prefix("default"))
+            .args(["--endpoints", &self.urls, "--command-timeout=5s"])
+            .args(args)
             .output()
             .expect("run etcdctl");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let records = serde_json::Deserializer::from_slice(&output.stdout).into_iter();
-        records.map(|record| record.expect("an instance record")).collect()
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 }

@@ -5,7 +5,10 @@
 //! and nothing outlives them, however they end.
 //!
 //! * [`cluster`]: starts, changes and stops a cluster.
+//! * [`chaos`]: faults in a running cluster, injected and counted.
+//! * [`collector`]: a receiver of traces.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
+//! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
@@ -27,11 +30,14 @@
 
 pub mod bench;
 pub mod binaries;
+pub mod chaos;
 pub mod cluster;
+pub mod collector;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;
 pub mod http;
+pub mod kubernetes;
 pub mod leftovers;
 pub mod load;
 pub mod lora;

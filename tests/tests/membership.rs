@@ -262,7 +262,7 @@ async fn an_etcd_that_lost_its_data_is_filled_again() {
     let mut cluster = Cluster::builder().unified(1).coordinator().lease_ttl(3).start().await;
     let registered = cluster.etcd.instances();
     cluster.etcd.kill();
-    std::fs::remove_dir_all(cluster.dir().join("etcd")).expect("lose the data");
+    std::fs::remove_dir_all(cluster.dir().join("etcd-0")).expect("lose the data");
     cluster.still_serves().await;
     cluster.etcd.restart().await;
     eventually("all register again", Duration::from_secs(30), async || {

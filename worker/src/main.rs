@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::traces::Traces;
 use baton_membership::{InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
 use baton_worker::checkpoint::{LoadError, WhisperFolder};
@@ -59,6 +60,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         }
     };
     let service = service.map_err(|error| Failure::new(Exit::BadModel, error))?;
+    let cluster = &settings.cluster;
+    let traces = Traces::start(&cluster.traces, &cluster.cluster, &instance)?;
     let drain = service.drain();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
@@ -89,6 +92,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let _ = stop.send(());
     // Streams of status never end by themselves.
     let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
+    traces.stop().await;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What all daemons do alike: flags of the cluster, logs, signals, exit codes.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,6 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
+use crate::traces::TraceArgs;
 use crate::{EtcdSettings, MembershipError};
 
 /// Flags that every daemon has.
@@ -39,6 +41,10 @@ pub struct ClusterArgs {
     /// Form of the log lines on stderr; RUST_LOG sets what is logged.
     #[arg(long, env = "BATON_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+
+    /// Traces.
+    #[command(flatten)]
+    pub traces: TraceArgs,
 }
 
 /// How log lines look.
@@ -64,12 +70,27 @@ impl ClusterArgs {
     /// Sends log lines to stderr.
     pub fn init_log(&self) {
         let filter = EnvFilter::try_from_default_env()
-            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off"));
-        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+            .unwrap_or_else(|_| EnvFilter::new("info,symphonia_core=off,kube_client=off"));
+        let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines);
         match self.log_format {
             LogFormat::Text => log.with_ansi(false).init(),
             LogFormat::Json => log.json().init(),
         }
+    }
+}
+
+/// stderr as log lines go there: on a full disk they are lost. The subscriber would tell of a
+/// failed write by a write that panics when it fails, and take the request along.
+struct LogLines;
+
+impl Write for LogLines {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let _ = std::io::stderr().write_all(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 

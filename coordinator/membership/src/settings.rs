@@ -102,21 +102,31 @@ pub async fn within<T>(
     }
 }
 
-/// Exponential waits with jitter, so that a cluster does not return to etcd in step.
-pub(crate) struct Backoff {
+/// Exponential waits with jitter, so that a cluster does not return to a server in step.
+#[derive(Debug)]
+pub struct Backoff {
     next: Duration,
 }
 
-impl Backoff {
-    pub(crate) fn new() -> Self {
+impl Default for Backoff {
+    fn default() -> Self {
         Self { next: BACKOFF.0 }
     }
+}
 
-    pub(crate) fn reset(&mut self) {
+impl Backoff {
+    /// Begins with the shortest wait.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Begins again with the shortest wait.
+    pub fn reset(&mut self) {
         self.next = BACKOFF.0;
     }
 
-    pub(crate) async fn wait(&mut self) {
+    /// Waits, and will wait longer the next time.
+    pub async fn wait(&mut self) {
         let wait = self.next.mul_f64(rand::rng().random_range(0.5..1.0));
         self.next = (self.next * 2).min(BACKOFF.1);
         tokio::time::sleep(wait).await;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_membership::daemon::{Exit, Failure, StopSignals};
+use baton_membership::traces::TraceArgs;
 use baton_membership::{EtcdSettings, InstanceRole, connect};
 use clap::Args;
 use futures::StreamExt as _;
@@ -83,6 +84,10 @@ pub struct UpArgs {
     /// A key that clients must send; may be repeated.
     #[arg(long = "api-key", value_name = "KEY")]
     api_keys: Vec<String>,
+
+    /// Traces of all processes.
+    #[command(flatten)]
+    pub(super) traces: TraceArgs,
 }
 
 impl UpArgs {
@@ -166,6 +171,8 @@ struct Cluster {
     etcd: [String; 2],
     /// The coordinator's port, the same when it is started again: `baton status` knows it.
     coordinator: u16,
+    /// Flags of traces.
+    traces: Vec<String>,
     processes: Vec<Process>,
 }
 
@@ -206,7 +213,8 @@ impl Cluster {
         )
         .map_err(launch_failed)?;
         workers.clear().map_err(launch_failed)?;
-        Ok(Self { lock, workers, programs, etcd, coordinator, processes: Vec::new() })
+        let traces = trace_flags(&args.traces);
+        Ok(Self { lock, workers, programs, etcd, coordinator, traces, processes: Vec::new() })
     }
 
     async fn start(
@@ -226,6 +234,7 @@ impl Cluster {
             for key in &args.api_keys {
                 flags.extend(["--api-key".into(), key.clone()]);
             }
+            flags.extend(self.traces.iter().cloned());
             flags
         });
         let directory = self.lock.directory().to_path_buf();
@@ -238,8 +247,11 @@ impl Cluster {
             ["--workers-owner".into(), state::lock_file().display().to_string()],
             ["--stop-timeout".into(), STOP_WITHIN.as_secs().to_string()],
         ];
-        let coordinator =
-            self.spec("coordinator", "coordinator", "baton-coordinator", &flags.concat());
+        let coordinator = {
+            let mut flags = flags.concat();
+            flags.extend(self.traces.iter().cloned());
+            self.spec("coordinator", "coordinator", "baton-coordinator", &flags)
+        };
         // Before the coordinator: from its first order on it alone starts and ends workers.
         for (pool, count) in args.pools() {
             let model = match (pool, embedder) {
@@ -423,6 +435,12 @@ impl Cluster {
         self.processes.clear();
         let _ = std::fs::remove_dir_all(self.lock.directory().join("etcd"));
     }
+}
+
+/// The flags that have a process send its spans where `baton up` says.
+pub(super) fn trace_flags(args: &TraceArgs) -> Vec<String> {
+    let endpoint = args.endpoint().into_iter();
+    endpoint.flat_map(|url| ["--otlp-traces-endpoint".to_owned(), url]).collect()
 }
 
 /// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use baton_membership::InstanceRole;
 use baton_membership::daemon::{Exit, Failure};
 
-use super::up::{DRAIN_SECONDS, READY_WITHIN, UpArgs};
+use super::up::{DRAIN_SECONDS, READY_WITHIN, UpArgs, trace_flags};
 use crate::launch::LaunchError;
 use crate::launch::local::{LocalProcesses, LocalWorker};
 use crate::launch::template::{Template, Templates};
@@ -55,7 +55,8 @@ pub(super) fn templates(
         if pool != InstanceRole::Pooling {
             flags.push(["--kv-memory", &args.kv_memory]);
         }
-        let args = flags.concat().into_iter().map(str::to_owned).collect();
+        let flags = flags.concat().into_iter().map(str::to_owned);
+        let args = flags.chain(trace_flags(&args.traces)).collect();
         let program = programs.join("baton-worker");
         Template { pool, model: served.name.clone(), program, args }
     };

@@ -20,15 +20,12 @@ use tracing::warn;
 
 use super::supervise::{State, Status};
 use super::template::Templates;
-use super::{LaunchError, Launched, Launcher, WorkerSpec};
+use super::{HOPELESS, LaunchError, Launched, Launcher, WorkerSpec};
 use crate::scale::machine::Process;
 use crate::scale::record::unix_ms;
 
 /// How much of a log's end is read, and how much of it is told.
 const LOG_TAIL: (u64, usize) = (8 * 1024, 600);
-/// Codes of processes that end like this however often they are started: a wrong flag, a broken or
-/// missing model, no such program.
-const HOPELESS: [i32; 5] = [2, 65, 66, 126, 127];
 
 /// Where workers are kept, and how they are started.
 #[derive(Clone, Debug)]

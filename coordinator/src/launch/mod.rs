@@ -4,14 +4,20 @@
 //! * [`local`]: processes on this machine, kept in a folder; [`supervise`]: the small process
 //!   beside each of them, which outlives the coordinator.
 //! * [`template`]: the command of a pool's workers.
+//! * [`kubernetes`]: pods of StatefulSets.
 
+pub mod kubernetes;
 pub mod local;
 pub mod supervise;
 pub mod template;
 
 use baton_proto::InstanceRole;
 
-use crate::scale::machine::Process;
+use crate::scale::machine::{Process, Row};
+
+/// Codes of processes that end like this however often they are started: a wrong flag, a broken or
+/// missing model, no such program.
+const HOPELESS: [i32; 5] = [2, 65, 66, 126, 127];
 
 /// A worker to start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +47,15 @@ pub struct Launched {
     pub exit_code: Option<i32>,
 }
 
+/// Everything that a launcher has, of one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Survey {
+    /// All workers.
+    pub workers: Vec<Launched>,
+    /// The pools that are rows: of which role and model.
+    pub rows: Vec<(InstanceRole, String, Row)>,
+}
+
 /// Why a launcher did not do what it was told.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
@@ -63,6 +78,40 @@ pub enum LaunchError {
         /// Ours.
         ours: i64,
     },
+    /// No StatefulSet has such workers.
+    #[error(
+        "no worker of pool `{pool}` and model `{model}` can be launched: no StatefulSet in \
+         namespace `{namespace}` has the label baton.dev/pool={pool} and the annotation \
+         baton.dev/model={model}{more}"
+    )]
+    NoStatefulSet {
+        /// The pool asked for.
+        pool: InstanceRole,
+        /// The model asked for.
+        model: String,
+        /// Where it was looked for.
+        namespace: String,
+        /// What is wrong with those that are there.
+        more: String,
+    },
+    /// Another worker would have to end first.
+    #[error("{name} cannot be ended before those after it: {told}")]
+    NotLast {
+        /// The worker that was to end.
+        name: String,
+        /// How many there are, and who said so.
+        told: String,
+    },
+    /// The API of Kubernetes refused, or did not answer.
+    #[error("{what}: {why}")]
+    Kubernetes {
+        /// What was tried: a verb, and on what.
+        what: String,
+        /// Why it failed.
+        why: String,
+        /// Whether the same may succeed later.
+        passes: bool,
+    },
     /// The system refused.
     #[error("{what}: {source}")]
     System {
@@ -71,6 +120,17 @@ pub enum LaunchError {
         /// Why it failed.
         source: std::io::Error,
     },
+}
+
+impl LaunchError {
+    /// Whether the same order may succeed later.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Kubernetes { passes, .. } => *passes,
+            Self::NotLast { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 /// Starts and ends workers. What it has started it keeps running, also when the coordinator is
@@ -89,6 +149,19 @@ pub trait Launcher: Send + Sync {
     /// All workers.
     async fn list(&self) -> Result<Vec<Launched>, LaunchError>;
 
+    /// All workers, and how the pools are kept.
+    async fn survey(&self) -> Result<Survey, LaunchError> {
+        Ok(Survey { workers: self.list().await?, rows: Vec::new() })
+    }
+
+    /// A coordinator begins to lead: what it is told from here on must not be older than this.
+    fn lead(&self) {}
+
     /// The served names of the models that workers of a pool can be launched for.
     fn models(&self, pool: InstanceRole) -> Vec<String>;
+
+    /// Why no worker of a pool and a model can be launched, which `models` does not have.
+    fn unknown(&self, pool: InstanceRole, model: &str) -> LaunchError {
+        LaunchError::NoTemplate { pool, model: model.to_owned() }
+    }
 }

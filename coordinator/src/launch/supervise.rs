@@ -6,7 +6,7 @@
 //! supervisor is killed.
 
 use std::fs::File;
-use std::io::{self, BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -92,22 +92,24 @@ impl Supervisor<'_> {
     fn supervise(&mut self) -> io::Result<()> {
         loop {
             let started = Instant::now();
-            self.tell(State::Starting, 0, "")?;
+            self.tell(State::Starting, 0, "");
             match self.start() {
                 Ok(child) => match self.follow(child)? {
                     None => return Ok(()),
                     Some(status) => {
                         self.exit_code = status.code();
-                        eprintln!("{} ended with {status}", self.order.name);
+                        self.log(format_args!("{} ended with {status}", self.order.name));
                     }
                 },
-                Err(error) => eprintln!("error: cannot start {}: {error}", self.order.name),
+                Err(error) => {
+                    self.log(format_args!("error: cannot start {}: {error}", self.order.name));
+                }
             }
             if started.elapsed() > STABLE_AFTER {
                 (self.crashes, self.wait) = (0, RESTART.0);
             }
             self.crashes += 1;
-            self.tell(State::Crashed, 0, "")?;
+            self.tell(State::Crashed, 0, "");
             let until = Instant::now() + self.wait;
             while Instant::now() < until {
                 if self.end().is_some() {
@@ -151,7 +153,7 @@ impl Supervisor<'_> {
             }
         });
         let pid = child.id();
-        self.tell(State::Starting, pid, "")?;
+        self.tell(State::Starting, pid, "");
         let mut asked = None;
         loop {
             if let Some(status) = child.try_wait()? {
@@ -160,7 +162,7 @@ impl Supervisor<'_> {
             if asked.is_none()
                 && let Ok(address) = address.try_recv()
             {
-                self.tell(State::Ready, pid, &address)?;
+                self.tell(State::Ready, pid, &address);
             }
             match self.end() {
                 Some(End::Orphaned) => child.kill()?,
@@ -190,7 +192,8 @@ impl Supervisor<'_> {
         Some(End::Retired(Duration::from_millis(grace)))
     }
 
-    fn tell(&self, state: State, pid: u32, address: &str) -> io::Result<()> {
+    /// Writes the worker's status. Without room for it the worker still goes on.
+    fn tell(&self, state: State, pid: u32, address: &str) {
         let status = Status {
             state,
             pid,
@@ -199,7 +202,15 @@ impl Supervisor<'_> {
             exit_code: self.exit_code,
             since_ms: unix_ms(),
         };
-        write_json(self.dir, "status.json", &status)
+        if let Err(error) = write_json(self.dir, "status.json", &status) {
+            self.log(format_args!("error: cannot tell of {}: {error}", self.order.name));
+        }
+    }
+
+    /// A line of the worker's log; on a full disk it is lost. (`eprintln!` would panic, and the
+    /// kernel would kill the worker with us.)
+    fn log(&self, line: std::fmt::Arguments<'_>) {
+        let _ = writeln!(io::stderr(), "{line}");
     }
 }
 

@@ -22,9 +22,44 @@ pub struct Observed {
     /// Why no worker of the pool and the model can be launched, if so.
     pub cannot_launch: Option<String>,
     /// Why the last effect failed, if it did.
-    pub trouble: Option<String>,
+    pub trouble: Option<Trouble>,
     /// Why the launcher could not tell what it has; then `workers` says nothing.
     pub blind: Option<String>,
+    /// How the pool is kept, where its workers cannot be named and ended at will.
+    pub row: Option<Row>,
+}
+
+/// Why an effect failed.
+#[derive(Clone, Debug)]
+pub struct Trouble {
+    /// What an operator needs to know.
+    pub said: String,
+    /// Whether the same may succeed later.
+    pub passes: bool,
+}
+
+/// Workers that are numbered without gaps, of which only the last can be ended and to which only
+/// the next can be added: the pods of a StatefulSet. Its length is somebody else's to change too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Workers are called by this name, a hyphen, and their number.
+    pub name: String,
+    /// The number that the next worker gets. Those that still run from here on are ending.
+    pub end: u32,
+    /// How long it is and who has made it so, for people.
+    pub told: String,
+}
+
+impl Row {
+    /// The name of a worker.
+    pub fn worker(&self, number: u32) -> String {
+        format!("{}-{number}", self.name)
+    }
+
+    /// The number of a worker; `None` when the name is none of the row's.
+    pub fn number(&self, worker: &str) -> Option<u32> {
+        worker.strip_prefix(&self.name)?.strip_prefix('-')?.parse().ok()
+    }
 }
 
 /// A worker that a launcher has.
@@ -108,7 +143,10 @@ pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<E
         && !record.phase.ended()
     {
         // What was done so far stays: better than to undo what cannot be seen.
-        let late = next.over(limits.launch_ms.max(record.drain_timeout_ms));
+        let late = next.over(match record.phase {
+            Phase::Plan => limits.answer_ms,
+            _ => limits.launch_ms.max(record.drain_timeout_ms),
+        });
         let failure = Failure { reason: blind.clone(), drain_timed_out: false };
         return if late { next.to(Phase::Failed(failure)) } else { next.act(Vec::new()) };
     }
@@ -120,6 +158,11 @@ pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<E
             }
             _ => {}
         }
+    }
+    if let Some(reason) = next.disturbed() {
+        // What was launched belongs to whoever has said since how many there are to be.
+        let (undo, _) = next.fail(reason);
+        return (Record { launched: Vec::new(), ..undo }, Vec::new());
     }
     match &record.phase {
         Phase::Plan => next.plan(),
@@ -167,6 +210,10 @@ impl Next<'_> {
         self.seen.now_ms >= self.record.phase_ms.saturating_add(limit_ms)
     }
 
+    fn trouble<'s>(&'s self, otherwise: &'s str) -> &'s str {
+        self.seen.trouble.as_ref().map_or(otherwise, |trouble| &trouble.said)
+    }
+
     /// Workers that a launcher has and is to keep.
     fn kept(&self) -> impl Iterator<Item = (&String, &Seen)> {
         self.seen.workers.iter().filter(|(_, worker)| worker.process != Process::Stopping)
@@ -203,37 +250,62 @@ impl Next<'_> {
         (record, Vec::new())
     }
 
+    /// Why the row is not as this operation has left it: somebody else has changed its length.
+    /// Theirs is the later wish, so it stands.
+    fn disturbed(&self) -> Option<String> {
+        let row = self.seen.row.as_ref()?;
+        let Record { phase, launched, retired, .. } = self.record;
+        let numbers = launched.iter().chain(retired).filter_map(|name| row.number(name));
+        let (first, last) = numbers.fold((u32::MAX, 0), |(low, high), n| (low.min(n), high.max(n)));
+        if first > last {
+            return None;
+        }
+        let allowed = match phase {
+            Phase::Launch | Phase::Retire => first..=last + 1,
+            Phase::Join | Phase::Rebalance | Phase::Drain => last + 1..=last + 1,
+            _ => return None,
+        };
+        let told = || format!("somebody else has changed the pool meanwhile: {}", row.told);
+        (!allowed.contains(&row.end)).then(told)
+    }
+
     fn new_names(&self, count: u32) -> Vec<String> {
+        if let Some(row) = &self.seen.row {
+            return (row.end..).take(count as usize).map(|number| row.worker(number)).collect();
+        }
         let names = (1..).map(|n| format!("{}-{n}", self.record.pool));
         names.filter(|name| !self.seen.taken.contains(name)).take(count as usize).collect()
     }
 
     /// Those who are missed least: drained or not serving, then with the least to do, then new.
+    /// Of a row, the last.
     fn choose(&self, count: usize) -> Vec<String> {
         let mut all: Vec<_> = self.kept().collect();
+        let place = |name: &str| self.seen.row.as_ref().and_then(|row| row.number(name));
         all.sort_by_key(|(name, worker)| {
+            let place = std::cmp::Reverse(place(name));
             let requests = worker.load.map_or(0, |load| load.requests);
             let age = std::cmp::Reverse(worker.started_ms);
-            (worker.serves(), requests, age, (*name).clone())
+            (place, worker.serves(), requests, age, (*name).clone())
         });
         all.into_iter().take(count).map(|(name, _)| name.clone()).collect()
     }
 
     fn launch(&self) -> Step {
-        let missing: Vec<&String> = self
-            .record
-            .launched
-            .iter()
-            .filter(|name| !self.seen.workers.contains_key(*name))
-            .collect();
+        // One that is ending had the name before.
+        let there = |name: &String| self.kept().any(|(kept, _)| kept == name);
+        let missing: Vec<&String> =
+            self.record.launched.iter().filter(|name| !there(name)).collect();
         if missing.is_empty() {
             return self.to(Phase::Join);
         }
-        if let Some(trouble) = &self.seen.trouble {
-            return self.fail(trouble.clone());
+        let trouble = self.seen.trouble.as_ref();
+        if let Some(trouble) = trouble.filter(|trouble| !trouble.passes) {
+            return self.fail(trouble.said.clone());
         }
         if self.over(self.limits.launch_ms) {
-            return self.fail(format!("{} could not be launched in time", missing[0]));
+            let why = trouble.map(|trouble| format!(": {}", trouble.said)).unwrap_or_default();
+            return self.fail(format!("{} could not be launched in time{why}", missing[0]));
         }
         self.act(missing.into_iter().cloned().map(Effect::Launch).collect())
     }
@@ -341,7 +413,7 @@ impl Next<'_> {
         };
         // A worker that crashed since it was drained is another process now: hence not at once.
         if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
-            let trouble = self.seen.trouble.as_deref().unwrap_or("its process goes on");
+            let trouble = self.trouble("its process goes on");
             let reason = format!("{left} was drained but does not end: {trouble}");
             return self.to(Phase::Failed(Failure { reason, drain_timed_out: false }));
         }
@@ -366,7 +438,7 @@ impl Next<'_> {
         }
         if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
             let left = launched.or(draining.first().copied()).map_or("", String::as_str);
-            let trouble = self.seen.trouble.as_deref().unwrap_or("no answer");
+            let trouble = self.trouble("no answer");
             let mut failure = match outcome.clone() {
                 Outcome::Failed(failure) => failure,
                 Outcome::Cancelled => {
@@ -377,7 +449,9 @@ impl Next<'_> {
             return self.to(Phase::Failed(failure));
         }
         let mut effects: Vec<Effect> = draining.into_iter().cloned().map(Effect::Undrain).collect();
-        effects.extend(self.ends(&self.record.launched));
+        // The last first: of a row, no other can be ended.
+        let newest_first: Vec<String> = self.record.launched.iter().rev().cloned().collect();
+        effects.extend(self.ends(&newest_first));
         self.act(effects)
     }
 }

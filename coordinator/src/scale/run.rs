@@ -2,18 +2,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use baton_membership::traces::Parent;
 use baton_membership::{ClusterWatch, Membership, MembershipError};
 use futures::future::join_all;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::machine::{Effect, Limits, Load, Observed, Process, Seen, step};
+use super::machine::{Effect, Limits, Load, Observed, Process, Seen, Trouble, step};
 use super::record::{Phase, Record, unix_ms};
 use super::store::{Advanced, ScaleStore, Stored};
 use crate::election::Leadership;
-use crate::launch::{Launched, Launcher, WorkerSpec};
+use crate::launch::{LaunchError, Launched, Launcher, Survey, WorkerSpec};
 use crate::workers;
 
 /// Between two looks at the cluster while an operation runs.
@@ -42,7 +43,7 @@ pub struct Runner {
 #[derive(Default)]
 struct Memory {
     /// Why the last effect failed, by operation.
-    trouble: HashMap<String, String>,
+    trouble: HashMap<String, Trouble>,
     /// When it was last looked for supervisors that were killed.
     mended: Option<Instant>,
 }
@@ -68,6 +69,7 @@ impl Runner {
     /// Leads until it is dropped.
     async fn lead(&self, leader: &Leadership) {
         let mut memory = Memory::default();
+        self.launcher.iter().for_each(|launcher| launcher.lead());
         loop {
             match self.follow(leader, &mut memory).await {
                 // Deposed: the election will say so in a moment.
@@ -134,6 +136,7 @@ impl Runner {
                 Advanced::Written(_) => {
                     memory.trouble.remove(&record.id);
                     log(&next);
+                    trace(record, &next);
                     Progress::Moved
                 }
                 // Taken back meanwhile: look again.
@@ -152,8 +155,12 @@ impl Runner {
         let failed = join_all(acts).await.into_iter().find_map(Result::err);
         match failed {
             Some(trouble) => {
-                warn!(id = record.id, trouble, "a scale operation meets trouble");
-                memory.trouble.insert(record.id.clone(), trouble);
+                let said = trouble.said.clone();
+                let before = memory.trouble.insert(record.id.clone(), trouble);
+                // It is tried again ten times a second.
+                if before.is_none_or(|before| before.said != said) {
+                    warn!(id = record.id, trouble = said, "a scale operation meets trouble");
+                }
             }
             None => {
                 memory.trouble.remove(&record.id);
@@ -168,42 +175,40 @@ impl Runner {
         record: &Record,
         effect: &Effect,
         observation: &Observation,
-    ) -> Result<(), String> {
-        let launcher = self.launcher.as_ref().ok_or_else(no_launcher)?;
+    ) -> Result<(), Trouble> {
+        let lasts = |said: String| Trouble { said, passes: false };
+        let told = |error: LaunchError| Trouble { passes: error.passes(), said: error.to_string() };
+        let launcher = self.launcher.as_ref().ok_or_else(|| lasts(no_launcher()))?;
         let address = |name: &String| {
             let address = observation.addresses.get(name).filter(|it| !it.is_empty());
-            address.cloned().ok_or_else(|| format!("{name} has no address yet"))
+            address.cloned().ok_or_else(|| lasts(format!("{name} has no address yet")))
         };
         match effect {
             Effect::Launch(name) => {
                 let (pool, model) = (record.pool, record.model.clone());
                 let spec = WorkerSpec { name: name.clone(), pool, model };
-                let launched = launcher.launch(leader.revision, &spec).await;
-                launched.map_err(|error| error.to_string())
+                launcher.launch(leader.revision, &spec).await.map_err(told)
             }
-            Effect::Retire(name) => {
-                let retired = launcher.retire(leader.revision, name).await;
-                retired.map_err(|error| error.to_string())
-            }
+            Effect::Retire(name) => launcher.retire(leader.revision, name).await.map_err(told),
             Effect::Drain(name) => {
                 let limit = Duration::from_millis(record.drain_timeout_ms) + BEYOND;
                 let drained = workers::drain(&address(name)?, limit).await;
-                drained.map_err(|status| format!("{name}: {}", status.message()))
+                drained.map_err(|status| lasts(format!("{name}: {}", status.message())))
             }
             Effect::Undrain(name) => {
                 let undrained = workers::undrain(&address(name)?).await;
-                undrained.map_err(|status| format!("{name}: {}", status.message()))
+                undrained.map_err(|status| lasts(format!("{name}: {}", status.message())))
             }
         }
     }
 
     async fn observe(&self, record: &Record, memory: &Memory) -> Observation {
         let membership = Arc::clone(&self.watch.subscribe().borrow());
-        let (all, blind) = match &self.launcher {
-            None => (Vec::new(), None),
-            Some(launcher) => match launcher.list().await {
-                Ok(all) => (all, None),
-                Err(error) => (Vec::new(), Some(error.to_string())),
+        let (Survey { workers: all, rows }, blind) = match &self.launcher {
+            None => (Survey::default(), None),
+            Some(launcher) => match launcher.survey().await {
+                Ok(survey) => (survey, None),
+                Err(error) => (Survey::default(), Some(error.to_string())),
             },
         };
         let ours = |it: &&Launched| (it.spec.pool, &it.spec.model) == (record.pool, &record.model);
@@ -218,15 +223,19 @@ impl Runner {
             (it.role, &it.model) == (record.pool, &record.model) && !launched(&it.address)
         });
         // Those that the launcher has and that register at this moment are no others.
-        let joining = workers.values().filter(|it| it.process == Process::Starting).count();
+        let joins =
+            |it: &&Launched| ours(it) && it.process == Process::Starting && it.address.is_empty();
+        let joining = all.iter().filter(joins).count();
         let cannot_launch = match &self.launcher {
             None => Some(no_launcher()),
             Some(launcher) if !launcher.models(record.pool).contains(&record.model) => {
-                let (pool, model) = (record.pool, record.model.clone());
-                Some(crate::launch::LaunchError::NoTemplate { pool, model }.to_string())
+                Some(launcher.unknown(record.pool, &record.model).to_string())
             }
             Some(_) => None,
         };
+        let row = rows.into_iter().find(|(pool, model, _)| {
+            (*pool, model.as_str()) == (record.pool, record.model.as_str())
+        });
         Observation {
             seen: Observed {
                 now_ms: unix_ms(),
@@ -236,6 +245,7 @@ impl Runner {
                 cannot_launch,
                 trouble: memory.trouble.get(&record.id).cloned(),
                 blind,
+                row: row.map(|(_, _, row)| row),
             },
             addresses: all.into_iter().map(|it| (it.spec.name, it.address)).collect(),
         }
@@ -280,7 +290,28 @@ async fn load(launched: &Launched, membership: &Membership) -> Option<Load> {
 }
 
 fn no_launcher() -> String {
-    "this coordinator cannot launch workers: start it with --workers FILE".into()
+    "this coordinator cannot launch workers: start it with --workers FILE, or with --launcher \
+     kubernetes"
+        .into()
+}
+
+/// A span for an operation that has just ended. It is in no request's trace.
+fn trace(before: &Record, record: &Record) {
+    if before.phase.ended() || !record.phase.ended() {
+        return;
+    }
+    let began = UNIX_EPOCH + Duration::from_millis(record.started_ms);
+    let mut span = Parent::default().span_from("scale", began);
+    if span.exports() {
+        span.set("baton.scale.id", record.id.clone());
+        span.set("baton.scale.pool", record.pool.as_str());
+        span.set("baton.scale.from", i64::from(record.from));
+        span.set("baton.scale.size", i64::from(record.size));
+        span.set("baton.scale.phase", record.phase.as_str());
+    }
+    if let Phase::Failed(_) = record.phase {
+        span.fail("scale_failed");
+    }
 }
 
 fn log(record: &Record) {

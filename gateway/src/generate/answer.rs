@@ -13,6 +13,7 @@ use crate::metrics::{Ended, Metrics};
 use crate::text::TextModel;
 use crate::text::detokenize::Detokenizer;
 use crate::text::stop::{StopWatch, Watched};
+use crate::trace::Sequence;
 use crate::workers::Registry;
 use crate::workers::recent::Placement;
 
@@ -87,6 +88,8 @@ struct Times {
     last: Instant,
     /// From admission to the first token, as the worker says.
     prefill: Duration,
+    /// How long it waited at the worker, as that says.
+    queued: Option<Duration>,
 }
 
 impl Answer {
@@ -112,7 +115,13 @@ impl Answer {
             count: 0,
             cached: 0,
             no_speech: None,
-            times: Times { arrived, first: None, last: arrived, prefill: Duration::ZERO },
+            times: Times {
+                arrived,
+                first: None,
+                last: arrived,
+                prefill: Duration::ZERO,
+                queued: None,
+            },
             number: None,
             lora,
             done: false,
@@ -142,6 +151,7 @@ impl Answer {
             let update = match self.generation.next().await {
                 Ok(update) => update,
                 Err(error) => {
+                    self.generation.job.trace.fail(&error);
                     self.finish("error");
                     return Err(error);
                 }
@@ -156,6 +166,7 @@ impl Answer {
                     let job = &self.generation.job;
                     self.metrics.started(&job.served.card, job.prompt.len(), &started);
                     self.times.prefill = Duration::from_micros(started.prefill_us);
+                    self.times.queued = Some(Duration::from_micros(started.queue_us));
                     let placement = self.placement(&started);
                     self.number = Some(self.generation.registry.recent.started(placement));
                 }
@@ -255,6 +266,11 @@ impl Answer {
         };
         self.metrics.finished(&job.served.card, &ended);
         job.siblings.ended(self.count);
+        job.trace.ended(Sequence {
+            tokens: self.count,
+            first_token: self.times.first.map(|first| first - self.times.arrived),
+            queued: self.times.queued,
+        });
     }
 }
 

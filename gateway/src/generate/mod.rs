@@ -11,6 +11,7 @@ pub mod answer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_membership::traces::Span;
 use baton_proto::drain::is_draining;
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
@@ -24,6 +25,7 @@ use tracing::{debug, warn};
 
 use crate::error::ApiError;
 use crate::metrics::Siblings;
+use crate::trace::Trace;
 use crate::workers::{Registry, Served, Ticket, Worker};
 
 /// Failures in a row, without a token between them, after which a request is given up: it may be
@@ -31,6 +33,8 @@ use crate::workers::{Registry, Served, Ticket, Worker};
 const MAX_FAILURES: usize = 3;
 /// Failures in all.
 const MAX_FAILURES_IN_ALL: usize = 16;
+/// The call, in spans.
+const GENERATE: &str = "baton.v1.Worker/Generate";
 /// How long a worker may take to say that it has a request.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a worker may take to end its stream after the last message.
@@ -69,6 +73,8 @@ pub struct Job {
     pub audio: Option<AudioWindow>,
     /// The other sequences of the prompt, for metrics.
     pub siblings: Arc<Siblings>,
+    /// What its spans hang on.
+    pub trace: Trace,
 }
 
 impl Job {
@@ -131,6 +137,8 @@ struct Attempt {
     events: Streaming<GenerateEvent>,
     /// Log-probabilities of the prompt that it has sent.
     prompt_logprobs: usize,
+    /// The call.
+    span: Span,
 }
 
 /// A sequence as a worker released it.
@@ -152,6 +160,15 @@ impl Held {
 }
 
 impl Attempt {
+    /// Notes in the span what the worker says of the prompt.
+    fn started(&mut self, started: &Started) {
+        let span = &mut self.span;
+        span.set("baton.cached_tokens", i64::from(started.cached_tokens));
+        span.set("baton.handed_off_tokens", i64::from(started.handed_off_tokens));
+        let queued = Duration::from_micros(started.queue_us);
+        span.set_time("gen_ai.latency.time_in_queue", queued);
+    }
+
     /// Reads what follows the last message: a stream that is dropped before its end costs a reset.
     async fn close(&mut self) {
         let _ = timeout(CLOSE_WITHIN, self.events.message()).await;
@@ -221,11 +238,15 @@ impl Generation {
         loop {
             let message = self.attempt.events.message();
             let status = match timeout_at(self.job.deadline.into(), message).await {
-                Err(_) => return Err(ApiError::timed_out()),
+                Err(_) => {
+                    self.attempt.span.fail_rpc(Code::DeadlineExceeded);
+                    return Err(ApiError::timed_out());
+                }
                 Ok(Ok(Some(message))) => match message.event {
                     Some(Event::Started(started)) => {
                         self.attempt.ticket.answered();
                         self.attempt.prefill = None;
+                        self.attempt.started(&started);
                         (self.held, self.leaving) = (None, None);
                         return Ok(Some(match std::mem::replace(&mut self.started, true) {
                             false => Update::Started(started),
@@ -266,6 +287,7 @@ impl Generation {
                 Ok(Ok(None)) => Status::unavailable("the worker ended the stream early"),
                 Ok(Err(status)) => status,
             };
+            self.attempt.span.fail_rpc(status.code());
             let failure = match is_draining(&status) {
                 // It gives up what is left, and has not failed.
                 true => {
@@ -305,6 +327,7 @@ impl Generation {
     fn released(&mut self, released: Released) {
         let worker = &self.attempt.ticket.worker;
         worker.mark_draining();
+        self.attempt.span.set("baton.released_positions", i64::from(released.held_positions));
         // Released before it had pulled: what it was to pull may be more.
         let more = self.held.as_ref().is_none_or(|held| held.positions <= released.held_positions);
         if more {
@@ -375,6 +398,7 @@ async fn open(
     let mut asked = avoid.clone();
     let mut no_room = false;
     loop {
+        let began = Instant::now();
         let others = registry.choose_decode(&job.served, missing, &job.hashes, &asked);
         // Where it was, although that worker drains, when nobody else takes it.
         let back = || {
@@ -403,6 +427,18 @@ async fn open(
         } else {
             None
         };
+        let parent = job.trace.parent();
+        let record = &ticket.worker.record;
+        let mut routing = parent.span_since("route", began);
+        if routing.exports() {
+            routing.set("baton.worker.id", record.id.clone());
+            routing.set("baton.cached_tokens", ticket.cached_tokens as i64);
+            if let Some(peer) = &peer {
+                routing.set("baton.prefill.worker.id", peer.worker.record.id.clone());
+                routing.set("baton.prefill.cached_tokens", peer.cached_tokens as i64);
+            }
+        }
+        drop(routing);
         let mut sampling = job.sampling.clone();
         if !output.is_empty() {
             // They came before the first token.
@@ -433,6 +469,9 @@ async fn open(
             movable: true,
         };
         let until = job.deadline.min(Instant::now() + ACCEPT_TIMEOUT);
+        let mut span = parent.rpc_client(GENERATE, &record.address);
+        span.set("baton.resumed_tokens", output.len() as i64);
+        let request = span.as_parent().request(request);
         let mut client = ticket.worker.client();
         let status = match timeout_at(until.into(), client.generate(request)).await {
             Ok(Ok(reply)) => {
@@ -441,14 +480,18 @@ async fn open(
                     prefill: peer,
                     events: reply.into_inner(),
                     prompt_logprobs: 0,
+                    span,
                 });
             }
             Ok(Err(status)) => status,
             Err(_) if Instant::now() >= job.deadline => {
+                span.fail_rpc(Code::DeadlineExceeded);
                 return Err(Failure::Final(ApiError::timed_out()));
             }
             Err(_) => Status::unavailable("the worker did not accept the request in time"),
         };
+        span.fail_rpc(status.code());
+        drop(span);
         if status.code() == Code::ResourceExhausted {
             // Not a failure: look for one with room.
             ticket.worker.mark_full();

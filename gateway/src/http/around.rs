@@ -16,6 +16,7 @@ use actix_web::http::header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValu
 use actix_web::middleware::Next;
 use actix_web::web::{Bytes, Data};
 use actix_web::{Error, HttpMessage as _};
+use baton_membership::traces::Parent;
 use tracing::field::Empty;
 use tracing::{Instrument as _, debug, info_span};
 
@@ -25,6 +26,7 @@ use crate::auth::Admitted;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::quota::{Client, Permit, Standing};
+use crate::trace::Trace;
 
 /// Gives the request its id, and notes how it went.
 pub(super) async fn record(
@@ -34,12 +36,22 @@ pub(super) async fn record(
     let shared = shared(&request)?;
     let began = Instant::now();
     let id = RequestId::of(request.headers());
-    let trace_id = request_id::trace_id(request.headers());
-    let span = info_span!("request", request_id = id.as_str(), trace_id, own_id = Empty);
-    request.extensions_mut().insert(id);
     let method = request.method().clone();
     // The pattern, not the path: a series for each odd path would be a leak.
     let handler = request.resource_map().match_pattern(path(&request));
+    let client = Parent::of_headers(|name| request.headers().get(name)?.to_str().ok());
+    let client_trace = client.trace_id();
+    let trace = match &handler {
+        // Those who only look are many, and nobody asks where their time went.
+        Some(route) if !method.is_safe() => Trace::begin(client, method.as_str(), route),
+        _ => Trace::default(),
+    };
+    let trace_id = trace.trace_id().or(client_trace);
+    let span = info_span!("request", request_id = id.as_str(), trace_id, own_id = Empty);
+    request.extensions_mut().insert(id);
+    if trace.exists() {
+        request.extensions_mut().insert(trace.clone());
+    }
     let handler = handler.unwrap_or_else(|| "none".to_owned());
     let sent = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let sent: u64 = sent.and_then(|length| length.parse().ok()).unwrap_or(0);
@@ -49,7 +61,10 @@ pub(super) async fn record(
     span.in_scope(|| debug!(%method, handler, %status, took = ?began.elapsed(), "answered"));
     shared.metrics.answered(&handler, known(&method), status.as_u16());
     if let Some(id) = request_id::of_reply(response.request()) {
-        response.headers_mut().insert(request_id::HEADER, id);
+        trace.answered(&id, status.as_u16());
+        if let Ok(id) = HeaderValue::from_str(&id) {
+            response.headers_mut().insert(request_id::HEADER, id);
+        }
     }
     if shared.draining.load(Relaxed) {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -63,6 +78,7 @@ pub(super) async fn record(
         sent,
         received: 0,
         _permit: permit,
+        _trace: trace,
     };
     Ok(response.map_body(|_, body| Recorded { body, note }))
 }
@@ -165,6 +181,8 @@ struct Note {
     received: u64,
     /// The request's place in its client's quota.
     _permit: Option<Permit>,
+    /// The request's span lasts until its reply has been sent.
+    _trace: Trace,
 }
 
 impl MessageBody for Recorded {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::frames::Frames;
-use super::generation::{LAST_WORDS, SILENCE, streaming, unless_gone, written};
+use super::generation::{LAST_WORDS, SILENCE, streaming, trace, unless_gone, written};
 use super::model::{TRANSCRIPTIONS, TRANSLATIONS, model};
 use super::multipart::{self, Form};
 use super::{Shared, body, connection, request_id};
@@ -99,7 +99,9 @@ async fn answer(
         request_id: envelope.id.clone(),
         arrived,
         deadline: arrived + shared.limits.request_timeout,
+        trace: trace(&request),
     };
+    context.trace.asked(context.served.name(), |_| {});
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(&body, &mut response);
     let deadline = context.deadline;

@@ -23,6 +23,7 @@ use crate::error::ApiError;
 use crate::output::constraint::constraint;
 use crate::output::{OutputFormat, OutputParser, ReasoningSyntax, ToolSyntax};
 use crate::text::TextModel;
+use crate::trace::Trace;
 use crate::workers::Served;
 
 /// A chat that is ready to be generated.
@@ -39,6 +40,7 @@ pub(super) struct Call {
     pub(super) logprobs: bool,
     pub(super) reading: Reading,
     usage_details: bool,
+    trace: Trace,
 }
 
 /// How the answer's text is to be read.
@@ -57,6 +59,7 @@ impl Call {
         shared: &Shared,
         body: &mut Body,
         api: &Api,
+        trace: Trace,
     ) -> Result<Self, ApiError> {
         let fields: SamplingFields = body.read()?;
         let chat: ChatFields = body.read()?;
@@ -84,7 +87,9 @@ impl Call {
         let mut sampling = check(shared, &served, &fields, wish)?;
         let offered = tools.as_ref().map(|tools| tools.raw.as_slice());
         let trusted = shared.limits.trust_request_chat_template;
+        let rendering = trace.span("render");
         let text = conversation.render(&served.text, offered, trusted)?;
+        drop(rendering);
         if !fields.truncates() {
             check_length(&served, &text)?;
         }
@@ -111,7 +116,8 @@ impl Call {
             };
             sampling.params.constraint = Some(after_reasoning(constraint, reasoned)?);
         }
-        let mut prompt = encode(&served.text, text, conversation.add_special_tokens()).await?;
+        let special = conversation.add_special_tokens();
+        let mut prompt = encode(&served.text, text, special, &trace).await?;
         fields.truncate(&mut prompt, served.card.max_model_len, sampling.max_tokens)?;
         if prompt.is_empty() {
             return Err(ApiError::bad_value("messages", "`messages` make an empty prompt."));
@@ -120,7 +126,18 @@ impl Call {
         let role = conversation.answer_role();
         let prompt = prompt.into();
         let usage_details = shared.limits.prompt_tokens_details;
-        Ok(Self { served, fields, sampling, prompt, role, echo, logprobs, reading, usage_details })
+        Ok(Self {
+            served,
+            fields,
+            sampling,
+            prompt,
+            role,
+            echo,
+            logprobs,
+            reading,
+            usage_details,
+            trace,
+        })
     }
 
     /// The `usage` object.
@@ -146,6 +163,7 @@ impl Call {
             arrived,
             id,
             place,
+            trace: self.trace.clone(),
         }
     }
 }

@@ -41,8 +41,8 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, request_id } = intake;
-    let call = Call::read(&shared, &mut body, &CHAT).await?;
+    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
+    let call = Call::read(&shared, &mut body, &CHAT, trace).await?;
     let envelope = Envelope::new("chatcmpl", &request_id, call.served.name());
     let id = envelope.id.clone();
     let order = call.order(shared.into_inner(), id, Budget::default(), arrived, place);

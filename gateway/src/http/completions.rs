@@ -46,7 +46,7 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, request_id } = intake;
+    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
     let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;
     let structured: StructuredFields = body.read()?;
@@ -63,7 +63,7 @@ pub(super) async fn answer(
                 if !fields.truncates() {
                     check_length(&served, &text)?;
                 }
-                encode(&served.text, text, completion.add_special_tokens()).await?
+                encode(&served.text, text, completion.add_special_tokens(), &trace).await?
             }
         };
         fields.truncate(&mut tokens, served.card.max_model_len, sampling.max_tokens)?;
@@ -104,6 +104,7 @@ pub(super) async fn answer(
         arrived,
         id: shape.envelope.id.clone(),
         place,
+        trace,
     };
     order.respond(shape, fields.streams(), &body, client).await
 }

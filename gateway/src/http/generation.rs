@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use actix_web::web::{Bytes, Payload};
-use actix_web::{HttpRequest, HttpResponse, HttpResponseBuilder};
+use actix_web::{HttpMessage as _, HttpRequest, HttpResponse, HttpResponseBuilder};
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use serde_json::Value;
@@ -24,6 +24,7 @@ use crate::api::usage::{Budget, Usage, room};
 use crate::error::ApiError;
 use crate::generate::Job;
 use crate::generate::answer::{Answer, Delta};
+use crate::trace::Trace;
 use crate::workers::Served;
 
 /// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
@@ -42,6 +43,7 @@ pub(super) struct Intake {
     pub(super) client: Option<Connection>,
     /// The request's id, the client's own if it gave one.
     pub(super) request_id: String,
+    pub(super) trace: Trace,
 }
 
 impl Intake {
@@ -59,8 +61,14 @@ impl Intake {
         let body = body::read(request, payload, &shared.limits).await?;
         let own_id = body.get("request_id").and_then(Value::as_str);
         let request_id = request_id::settle(request, own_id);
-        Ok(Self { arrived, place, body, client: connection(request), request_id })
+        let (client, trace) = (connection(request), trace(request));
+        Ok(Self { arrived, place, body, client, request_id, trace })
     }
+}
+
+/// The trace of a request.
+pub(super) fn trace(request: &HttpRequest) -> Trace {
+    request.extensions().get().cloned().unwrap_or_default()
 }
 
 /// A request, read and checked, about to be generated.
@@ -75,6 +83,7 @@ pub(super) struct Order {
     /// The reply's id, under which workers log the sequences.
     pub(super) id: String,
     pub(super) place: Place,
+    pub(super) trace: Trace,
 }
 
 /// The answers to an order.
@@ -110,7 +119,7 @@ impl Order {
     /// Sends all sequences on their way. An error here is an ordinary reply with its own status,
     /// also when a stream was asked for.
     pub(super) async fn start(self, client: Option<&Connection>) -> Result<Answers, ApiError> {
-        let Self { shared, served, sampling, prompts, budget, .. } = self;
+        let Self { shared, served, sampling, prompts, budget, trace, .. } = self;
         let sequences = prompts.len() * sampling.n;
         if sequences > MAX_SEQUENCES {
             let message = format!(
@@ -119,9 +128,18 @@ impl Order {
             );
             return Err(ApiError::bad_value("n", message));
         }
+        trace.asked(served.name(), |span| {
+            span.set("gen_ai.request.n", sampling.n as i64);
+            span.set("gen_ai.request.temperature", f64::from(sampling.params.temperature));
+            span.set("gen_ai.request.top_p", f64::from(sampling.params.top_p));
+            if let Some(max_tokens) = sampling.max_tokens {
+                span.set("gen_ai.request.max_tokens", i64::from(max_tokens));
+            }
+        });
         let deadline = self.arrived + shared.limits.request_timeout;
         let mut jobs = Vec::with_capacity(sequences);
         for prompt in &prompts {
+            trace.prompt(prompt.len());
             let limit = served.card.max_model_len;
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
             let siblings = shared.metrics.siblings(&served.card, sampling.n);
@@ -141,6 +159,7 @@ impl Order {
                     handoff_min_tokens: shared.limits.handoff_min_tokens,
                     audio: None,
                     siblings: siblings.clone(),
+                    trace: trace.clone(),
                 });
             }
         }

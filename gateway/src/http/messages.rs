@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::call::Call;
 use super::frames::{Frames, Shape};
-use super::generation::Intake;
+use super::generation::{Intake, trace};
 use super::model::MESSAGES;
 use super::{Shared, body};
 use crate::api::Body;
@@ -41,10 +41,10 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, request_id } = intake;
+    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
     let fields = read(&mut body)?;
     fields.check_max_tokens()?;
-    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES).await?;
+    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES, trace).await?;
     let Envelope { id, model, .. } = Envelope::new("chatcmpl", &request_id, call.served.name());
     let order = call.order(shared.into_inner(), id.clone(), Budget::default(), arrived, place);
     let parser = call.reading.parser();
@@ -64,7 +64,7 @@ pub(super) async fn count_tokens(
 ) -> Result<HttpResponse, ApiError> {
     let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields = read(&mut body)?;
-    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES).await?;
+    let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES, trace(&request)).await?;
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(&body, &mut response);
     Ok(response.json(json!({"input_tokens": call.prompt.len()})))

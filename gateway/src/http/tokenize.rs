@@ -7,6 +7,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::generation::trace;
 use super::model::any_model as model;
 use super::{Shared, body};
 use crate::api::chat::Conversation;
@@ -16,6 +17,7 @@ use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
 use crate::api::tools::Tools;
 use crate::error::ApiError;
 use crate::text::TextModel;
+use crate::trace::Trace;
 
 /// Texts from this length on are tokenized off the threads that serve.
 const LONG_TEXT: usize = 16 * 1024;
@@ -48,7 +50,7 @@ pub(super) async fn tokenize(
         }
     };
     let special = fields.add_special_tokens.unwrap_or(fields.prompt.is_some());
-    let tokens = encode(&served.text, text, special).await?;
+    let tokens = encode(&served.text, text, special, &trace(&request)).await?;
     let names = fields.return_token_strs.unwrap_or(false).then(|| {
         let name = |id: &u32| served.text.tokenizer.id_to_token(*id);
         tokens.iter().map(name).collect::<Vec<_>>()
@@ -120,14 +122,20 @@ pub(super) async fn encode(
     text_model: &Arc<TextModel>,
     text: String,
     add_special_tokens: bool,
+    trace: &Trace,
 ) -> Result<Vec<u32>, ApiError> {
+    let mut span = trace.span("tokenize");
     let failed = |error: String| ApiError::internal(format!("The tokenizer failed: {error}."));
-    if text.len() < LONG_TEXT {
-        return text_model.encode(&text, add_special_tokens).map_err(failed);
-    }
-    let text_model = text_model.clone();
-    tokio::task::spawn_blocking(move || text_model.encode(&text, add_special_tokens))
-        .await
-        .map_err(|error| failed(error.to_string()))?
-        .map_err(failed)
+    let tokens = match text.len() < LONG_TEXT {
+        true => text_model.encode(&text, add_special_tokens),
+        false => {
+            let text_model = text_model.clone();
+            tokio::task::spawn_blocking(move || text_model.encode(&text, add_special_tokens))
+                .await
+                .map_err(|error| failed(error.to_string()))?
+        }
+    };
+    let tokens = tokens.map_err(failed)?;
+    span.set("baton.tokens", tokens.len() as i64);
+    Ok(tokens)
 }

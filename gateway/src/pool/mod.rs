@@ -13,12 +13,15 @@ use baton_proto::drain::is_draining;
 use baton_proto::v1::{PoolInput, PoolOutput, PoolRequest, PoolResponse, Task};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::time::timeout_at;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 use tracing::{debug, warn};
 
 use crate::error::ApiError;
+use crate::trace::Trace;
 use crate::workers::{Registry, Served, Worker};
 
+/// The call, in spans.
+const POOL: &str = "baton.v1.Worker/Pool";
 /// Tokens and texts of one call, unless a single text has more.
 const CALL_TOKENS: usize = 8 * 1024;
 const CALL_TEXTS: usize = 256;
@@ -52,6 +55,8 @@ pub struct Job {
     pub priority: i32,
     /// When to give up.
     pub deadline: Instant,
+    /// What its spans hang on.
+    pub trace: Trace,
 }
 
 /// What came of it.
@@ -156,16 +161,25 @@ async fn call(
         while let Some(ticket) = registry.choose_pooling(&job.served, tokens, &asked) {
             let left = job.deadline.saturating_duration_since(Instant::now());
             request.timeout_ms = left.as_millis().max(1) as u64;
-            let status = match ask(&ticket.worker, job.deadline, request.clone()).await? {
+            let record = &ticket.worker.record;
+            let mut span = job.trace.parent().rpc_client(POOL, &record.address);
+            span.set("baton.texts", count as i64);
+            let asking = span.as_parent().request(request.clone());
+            let answer = ask(&ticket.worker, job.deadline, asking).await;
+            let answer = answer.inspect_err(|_| span.fail_rpc(Code::DeadlineExceeded))?;
+            let status = match answer {
                 Ok(answer) => match sound(&answer, count) {
                     Ok(()) => return Ok(answer),
                     Err(message) => {
+                        span.fail("no_number");
                         warn!(id = ticket.worker.record.id, message, "a worker's answer is wrong");
                         return Err(ApiError::internal(message));
                     }
                 },
                 Err(status) => status,
             };
+            span.fail_rpc(status.code());
+            drop(span);
             let worker = &ticket.worker;
             asked.push(worker.record.id.clone());
             match status.code() {
@@ -225,7 +239,7 @@ async fn call(
 async fn ask(
     worker: &Worker,
     deadline: Instant,
-    request: PoolRequest,
+    request: Request<PoolRequest>,
 ) -> Result<Result<PoolResponse, Status>, ApiError> {
     let mut client = worker.client();
     tokio::select! {

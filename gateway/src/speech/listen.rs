@@ -19,6 +19,7 @@ use crate::error::ApiError;
 use crate::generate::Job;
 use crate::generate::answer::{Answer, TextSettings};
 use crate::metrics::Metrics;
+use crate::trace::Trace;
 use crate::workers::{Registry, Served};
 
 /// Samples of a frame.
@@ -27,6 +28,8 @@ const FRAME: usize = RATE / FRAMES_PER_SECOND;
 const SHORTEST: usize = 10;
 /// The latest that a window's first segment may begin, in steps of 0.02 s: 1 s.
 const MAX_INITIAL_TIMESTAMP: u32 = 50;
+/// The call, in spans.
+const ALIGN: &str = "baton.v1.Worker/Align";
 /// Failures after which the times of words are given up.
 const MAX_FAILURES: usize = 3;
 /// How long the times of a window's words may take.
@@ -66,6 +69,8 @@ pub struct Context {
     pub arrived: Instant,
     /// When to give up.
     pub deadline: Instant,
+    /// What its spans hang on.
+    pub trace: Trace,
 }
 
 /// A file that is being written down.
@@ -271,7 +276,9 @@ impl Listener {
         prompt: Vec<u32>,
         sampling: SamplingParams,
     ) -> Result<Answer, ApiError> {
-        let Context { registry, metrics, served, request_id, arrived, deadline } = &self.context;
+        let Context { registry, metrics, served, request_id, arrived, deadline, trace } =
+            &self.context;
+        trace.prompt(prompt.len());
         let root = served.root("").with_audio(&window.samples);
         let job = Job {
             served: served.clone(),
@@ -287,6 +294,7 @@ impl Listener {
             handoff_min_tokens: 1,
             audio: Some(AudioWindow { samples: window.samples.clone() }),
             siblings: metrics.siblings(&served.card, 1),
+            trace: trace.clone(),
         };
         let text =
             TextSettings { stop: Vec::new(), include_stop: false, skip_special_tokens: true };
@@ -317,7 +325,7 @@ impl Listener {
 
     /// Asks when each token was said, and another worker when one fails.
     async fn align(&self, window: &Window, tokens: &[u32]) -> Result<Vec<u32>, ApiError> {
-        let Context { registry, served, request_id, deadline, .. } = &self.context;
+        let Context { registry, served, request_id, deadline, trace, .. } = &self.context;
         let mut avoid = Vec::new();
         let mut failure = None;
         for _ in 0..MAX_FAILURES {
@@ -334,11 +342,18 @@ impl Listener {
                     as u64,
             };
             let mut client = ticket.worker.client();
+            let record = &ticket.worker.record;
+            let mut span = trace.parent().rpc_client(ALIGN, &record.address);
+            let request = span.as_parent().request(request);
             let status = match timeout_at(until.into(), client.align(request)).await {
                 Ok(Ok(reply)) => return Ok(reply.into_inner().starts),
-                Err(_) => return Err(ApiError::timed_out()),
+                Err(_) => {
+                    span.fail_rpc(Code::DeadlineExceeded);
+                    return Err(ApiError::timed_out());
+                }
                 Ok(Err(status)) => status,
             };
+            span.fail_rpc(status.code());
             match status.code() {
                 Code::DeadlineExceeded => return Err(ApiError::timed_out()),
                 Code::ResourceExhausted => ticket.worker.mark_full(),

@@ -39,6 +39,11 @@ fn parse_resident(status: &str) -> Resident {
     }
 }
 
+/// How many files, sockets and the like process `pid` has open.
+pub fn handles(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
 /// The processor time that process `pid` has used, in user and kernel mode.
 ///
 /// From the scheduler's own clock of each thread: the counters in `stat` tick at 100 Hz.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_membership::traces::Span;
 use baton_proto::v1::prefill_event::Event as Out;
 use baton_proto::v1::{FetchBlocksRequest, PrefillEvent, PrefillFinished};
 use tokio::sync::mpsc;
@@ -9,7 +10,7 @@ use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
 use super::drain::Held;
-use super::{Owned, Shared, prefill};
+use super::{Owned, Shared, prefill, spans};
 use crate::transfer::Transport;
 
 /// Blocks in one piece: what is copied for messages that wait.
@@ -19,9 +20,31 @@ const PIECE: usize = 16;
 pub(super) fn start(
     shared: Arc<Shared>,
     request: FetchBlocksRequest,
+    mut call: Span,
 ) -> Result<Owned<PrefillEvent>, Status> {
-    prefill::check_peer(&shared, request.kv_layout.as_ref(), &request.weights_digest)?;
-    let transport = prefill::transport(&shared, request.transports())?;
+    spans::named(&mut call, &request.request_id);
+    let checked = check(&shared, &request);
+    let (transport, held) = checked.inspect_err(|status| call.fail_rpc(status.code()))?;
+    let have = request.have_tokens as usize;
+    let block_size = shared.engine.limits().block_size;
+    call.set("baton.blocks", (held.blocks.len() - have / block_size) as i64);
+    let trace_id = call.as_parent().trace_id();
+    let span = info_span!("fetch", request_id = request.request_id, trace_id);
+    let task = move |sender: Sender| async move {
+        // It lasts until the caller has let go.
+        let _call = call;
+        debug!(positions = held.positions, have, "blocks are fetched");
+        // An error: nobody listens.
+        let _ = publish(&shared, &*transport, &held, have / block_size, &sender).await;
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+type Fetch = (Box<dyn Transport>, Arc<Held>);
+
+fn check(shared: &Shared, request: &FetchBlocksRequest) -> Result<Fetch, Status> {
+    prefill::check_peer(shared, request.kv_layout.as_ref(), &request.weights_digest)?;
+    let transport = prefill::transport(shared, request.transports())?;
     let held = shared.drain.held(&request.held_id).ok_or_else(|| {
         Status::not_found("`held_id` names no sequence whose blocks are still kept")
     })?;
@@ -30,13 +53,7 @@ pub(super) fn start(
     if !have.is_multiple_of(block_size) || have / block_size > held.blocks.len() {
         return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the sequence"));
     }
-    let span = info_span!("fetch", request_id = request.request_id);
-    let task = move |sender: Sender| async move {
-        debug!(positions = held.positions, have, "blocks are fetched");
-        // An error: nobody listens.
-        let _ = publish(&shared, &*transport, &held, have / block_size, &sender).await;
-    };
-    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+    Ok((transport, held))
 }
 
 type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;

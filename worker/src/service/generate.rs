@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_membership::traces::Span;
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
     FetchBlocksRequest, FinishReason, Finished, GenerateEvent, GenerateRequest, KvLayout,
@@ -15,6 +16,7 @@ use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
 use super::drain::{Held, given_up};
+use super::spans::{self, Spans};
 use super::{Owned, Shared, micros, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
 use crate::transfer::pull::Ask;
@@ -29,7 +31,45 @@ type Sender = mpsc::Sender<Result<GenerateEvent, Status>>;
 pub(super) async fn start(
     shared: Arc<Shared>,
     request: GenerateRequest,
+    mut call: Span,
 ) -> Result<Owned<GenerateEvent>, Status> {
+    spans::named(&mut call, &request.request_id);
+    let trace_id = call.as_parent().trace_id();
+    let span = info_span!("generate", request_id = request.request_id, trace_id);
+    let tokens = request.prompt_token_ids.len() + request.output_token_ids.len();
+    let mut spans = Spans::new(call, shared.engine.limits().leading + tokens);
+    let deadline = Instant::now() + timeout(request.timeout_ms);
+    let submitted = submit(&shared, &request, deadline).await;
+    let (handle, returning) = submitted.inspect_err(|status| spans.fail(status.code()))?;
+    let task = move |sender| async move {
+        debug!(prompt_tokens = request.prompt_token_ids.len(), "accepted");
+        let mut driver = Driver {
+            shared,
+            request,
+            deadline,
+            sender,
+            started: Started::default(),
+            announced: false,
+            admitted: Instant::now(),
+            spans,
+        };
+        let drain = driver.shared.drain.clone();
+        tokio::select! {
+            () = driver.run(handle, returning) => return,
+            () = drain.over() => {}
+        }
+        driver.fail(given_up()).await;
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+/// Checks a request and puts it into the engine; and whether it returns from where it was released
+/// to.
+async fn submit(
+    shared: &Shared,
+    request: &GenerateRequest,
+    deadline: Instant,
+) -> Result<(RequestHandle, bool), Status> {
     if shared.role == Role::Prefill {
         return Err(Status::failed_precondition("a prefill worker does not generate"));
     }
@@ -42,14 +82,13 @@ pub(super) async fn start(
     }
     let adapter =
         request.adapter.as_ref().map(|wanted| shared.adapters.find(wanted)).transpose()?;
-    let deadline = Instant::now() + timeout(request.timeout_ms);
     let constraint = shared.compile(&sampling).await?;
     // It was released here, and nobody else took it.
     let returning = request.prefill.as_ref().is_some_and(|peer| {
         peer.instance_id == shared.instance_id && shared.drain.held(&peer.held_id).is_some()
     });
     let pull_from = match &request.prefill {
-        Some(peer) if !returning => Some(least_to_pull(&shared, &request, peer)),
+        Some(peer) if !returning => Some(least_to_pull(shared, request, peer)),
         _ => None,
     };
     let handle = shared
@@ -68,26 +107,7 @@ pub(super) async fn start(
             returning,
         })
         .map_err(refused)?;
-    let span = info_span!("generate", request_id = request.request_id);
-    let task = move |sender| async move {
-        debug!(prompt_tokens = request.prompt_token_ids.len(), "accepted");
-        let mut driver = Driver {
-            shared,
-            request,
-            deadline,
-            sender,
-            started: Started::default(),
-            announced: false,
-            admitted: Instant::now(),
-        };
-        let drain = driver.shared.drain.clone();
-        tokio::select! {
-            () = driver.run(handle, returning) => return,
-            () = drain.over() => {}
-        }
-        driver.fail(given_up()).await;
-    };
-    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+    Ok((handle, returning))
 }
 
 /// With how many tokens uncached the peer is asked.
@@ -112,6 +132,7 @@ struct Driver {
     /// Whether `started` has been sent.
     announced: bool,
     admitted: Instant,
+    spans: Spans,
 }
 
 impl Driver {
@@ -137,6 +158,7 @@ impl Driver {
                 }
                 Event::Admitted { cached, waited } => {
                     self.admitted = Instant::now();
+                    self.spans.admitted(cached, waited);
                     self.started.cached_tokens = cached as u32;
                     self.started.queue_us = micros(waited);
                     true
@@ -154,6 +176,7 @@ impl Driver {
                     };
                     match end {
                         Ok(started) => {
+                            self.spans.pulled(started.handed_off_tokens as usize);
                             self.started = started;
                             true
                         }
@@ -178,7 +201,8 @@ impl Driver {
     }
 
     /// Hands the sequence over: its blocks stay until the caller has let go, or the lease ends.
-    async fn released(&self, held: Held) {
+    async fn released(&mut self, held: Held) {
+        self.spans.released(held.positions);
         let held_positions = held.positions as u32;
         let key = self.shared.drain.hold(held);
         if !self.send(Out::Released(Released { held_id: key.id.clone(), held_positions })).await {
@@ -193,6 +217,7 @@ impl Driver {
     }
 
     async fn token(&mut self, token: Token) -> bool {
+        self.spans.token();
         if !self.announced {
             self.announced = true;
             self.started.prefill_us = micros(self.admitted.elapsed());
@@ -239,7 +264,8 @@ impl Driver {
         self.send(Out::Finished(Finished { reason: reason.into(), stop_token_id })).await;
     }
 
-    async fn fail(&self, status: Status) {
+    async fn fail(&mut self, status: Status) {
+        self.spans.fail(status.code());
         let _ = self.sender.send(Err(status)).await;
     }
 
@@ -259,12 +285,13 @@ impl Driver {
             true => self.ask_to_compute(layout, have),
             false => self.ask_for_held(&peer, layout, have),
         };
+        let mut span = self.spans.pulling(&peer.instance_id);
         // A failure is logged and counted where it happened; the engine computes the rest.
-        if let Ok((transport, no_speech)) =
-            shared.puller.pull(&peer.address, ask, order, self.deadline).await
-        {
+        let pulled = shared.puller.pull(&peer.address, ask, order, self.deadline, &mut span).await;
+        if let Ok((transport, no_speech)) = pulled {
             started.no_speech_probability = no_speech;
             started.handed_off_tokens = positions.saturating_sub(have) as u32;
+            span.set("baton.handed_off_tokens", i64::from(started.handed_off_tokens));
             started.prefill_instance_id = peer.instance_id;
             started.set_transport(transport);
         }

@@ -14,6 +14,7 @@ mod fetch;
 mod generate;
 mod pool;
 mod prefill;
+mod spans;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -352,21 +353,24 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        generate::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
+        let (span, request) = spans::taken("baton.v1.Worker/Generate", request);
+        generate::start(self.engine()?.clone(), request, span).await.map(Response::new)
     }
 
     async fn prefill(
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
-        prefill::start(self.engine()?.clone(), request.into_inner()).await.map(Response::new)
+        let (span, request) = spans::taken("baton.v1.Worker/Prefill", request);
+        prefill::start(self.engine()?.clone(), request, span).await.map(Response::new)
     }
 
     async fn fetch_blocks(
         &self,
         request: Request<v1::FetchBlocksRequest>,
     ) -> Result<Response<Self::FetchBlocksStream>, Status> {
-        fetch::start(self.engine()?.clone(), request.into_inner()).map(Response::new)
+        let (span, request) = spans::taken("baton.v1.Worker/FetchBlocks", request);
+        fetch::start(self.engine()?.clone(), request, span).map(Response::new)
     }
 
     async fn load_adapter(
@@ -400,8 +404,9 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::PoolRequest>,
     ) -> Result<Response<v1::PoolResponse>, Status> {
+        let (span, request) = spans::taken("baton.v1.Worker/Pool", request);
         match &self.serves {
-            Serves::Pooler(shared) => shared.pool(request.into_inner()).await.map(Response::new),
+            Serves::Pooler(shared) => shared.pool(request, span).await.map(Response::new),
             Serves::Engine(_) => Err(Status::failed_precondition("this worker does not pool")),
         }
     }
@@ -410,11 +415,14 @@ impl Worker for WorkerService {
         &self,
         request: Request<v1::AlignRequest>,
     ) -> Result<Response<v1::AlignResponse>, Status> {
+        let (mut span, request) = spans::taken("baton.v1.Worker/Align", request);
+        spans::named(&mut span, &request.request_id);
         let shared = self.engine()?;
-        tokio::select! {
-            aligned = align::align(shared, request.into_inner()) => aligned.map(Response::new),
+        let aligned = tokio::select! {
+            aligned = align::align(shared, request) => aligned,
             () = shared.drain.over() => Err(drain::given_up()),
-        }
+        };
+        aligned.inspect_err(|status| span.fail_rpc(status.code())).map(Response::new)
     }
 
     async fn drain(

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_membership::traces::Span;
 use baton_proto::drain::draining;
 use baton_proto::v1::{
     ModelCard, PoolOutput, PoolRequest, PoolResponse, Task, WorkerDescription, WorkerStatus,
@@ -11,7 +12,7 @@ use tonic::Status;
 use tracing::debug;
 
 use super::drain::{Drain, given_up};
-use super::{micros, timeout};
+use super::{micros, spans, timeout};
 use crate::pooling::{Answer, Failure, Input, NewCall, Pooler, Refusal, Wanted};
 
 /// What a pooling service is made of.
@@ -53,7 +54,31 @@ impl Shared {
 
     /// Checks a call, waits for its answer. When the caller goes, what is left of it leaves the
     /// queue.
-    pub(super) async fn pool(&self, request: PoolRequest) -> Result<PoolResponse, Status> {
+    pub(super) async fn pool(
+        &self,
+        request: PoolRequest,
+        mut span: Span,
+    ) -> Result<PoolResponse, Status> {
+        if span.exports() {
+            spans::named(&mut span, &request.request_id);
+            let tokens = request.inputs.iter().map(|input| input.token_ids.len()).sum::<usize>();
+            span.set("baton.texts", request.inputs.len() as i64);
+            span.set("baton.computed_tokens", tokens as i64);
+        }
+        match self.answer(request).await {
+            Ok(answer) => {
+                span.set_time("gen_ai.latency.time_in_queue", answer.queued);
+                span.set_time("gen_ai.latency.time_in_model_forward", answer.computed);
+                Ok(response(answer))
+            }
+            Err(status) => {
+                span.fail_rpc(status.code());
+                Err(status)
+            }
+        }
+    }
+
+    async fn answer(&self, request: PoolRequest) -> Result<Answer, Status> {
         let deadline = Instant::now() + timeout(request.timeout_ms);
         let task = Task::try_from(request.task)
             .map_err(|_| Status::invalid_argument(format!("`task` {} is unknown", request.task)))?;
@@ -72,7 +97,7 @@ impl Shared {
             () = self.drain.over() => return Err(given_up()),
         };
         match answer {
-            Ok(Ok(answer)) => Ok(response(answer)),
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(Failure::Stopping)) => Err(given_up()),
             Ok(Err(failure @ Failure::Failed(_))) => Err(Status::internal(failure.to_string())),
             Err(_) => Err(Status::deadline_exceeded("out of time")),

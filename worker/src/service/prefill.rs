@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use baton_membership::traces::Span;
 use baton_proto::v1::prefill_event::Event as Out;
 use baton_proto::v1::{self, KvLayout, PrefillEvent, PrefillFinished, PrefillRequest, Role};
 use tokio::sync::mpsc;
@@ -10,6 +11,7 @@ use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
 use super::drain::given_up;
+use super::spans::{self, Spans};
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
 use crate::transfer::{Transport, transports};
@@ -18,11 +20,39 @@ use crate::transfer::{Transport, transports};
 pub(super) async fn start(
     shared: Arc<Shared>,
     request: PrefillRequest,
+    mut call: Span,
 ) -> Result<Owned<PrefillEvent>, Status> {
+    spans::named(&mut call, &request.request_id);
+    let trace_id = call.as_parent().trace_id();
+    let span = info_span!("prefill", request_id = request.request_id, trace_id);
+    let (have, len) = (request.have_tokens as usize, request.token_ids.len());
+    let first_wanted = have / shared.engine.limits().block_size;
+    let mut spans = Spans::new(call, shared.engine.limits().leading + len);
+    let submitted = submit(&shared, request).await;
+    let (transport, handle) = submitted.inspect_err(|status| spans.fail(status.code()))?;
+    let task = move |sender: Sender| async move {
+        debug!(tokens = len, have, "accepted");
+        let published = tokio::select! {
+            published = publish(&shared, &*transport, handle, first_wanted, &sender, &mut spans) => published,
+            () = shared.drain.over() => Err(given_up()),
+        };
+        if let Err(status) = published {
+            spans.fail(status.code());
+            let _ = sender.send(Err(status)).await;
+        }
+    };
+    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+}
+
+/// Checks a request and puts it into the engine.
+async fn submit(
+    shared: &Shared,
+    request: PrefillRequest,
+) -> Result<(Box<dyn Transport>, RequestHandle), Status> {
     if shared.role == Role::Decode {
         return Err(Status::failed_precondition("a decode worker does not compute for others"));
     }
-    check_peer(&shared, request.kv_layout.as_ref(), &request.weights_digest)?;
+    check_peer(shared, request.kv_layout.as_ref(), &request.weights_digest)?;
     let block_size = shared.engine.limits().block_size;
     let (have, len) = (request.have_tokens as usize, request.token_ids.len());
     // Sound comes before the tokens.
@@ -30,7 +60,7 @@ pub(super) async fn start(
     if !have.is_multiple_of(block_size) || have >= positions.max(1) {
         return Err(Status::invalid_argument("`have_tokens` must be whole blocks of the prompt"));
     }
-    let transport = transport(&shared, request.transports())?;
+    let transport = transport(shared, request.transports())?;
     let prompt = len
         .checked_sub(request.output_tokens as usize)
         .ok_or_else(|| Status::invalid_argument("`output_tokens` exceeds the prompt"))?;
@@ -56,19 +86,7 @@ pub(super) async fn start(
             returning: false,
         })
         .map_err(refused)?;
-    let first_wanted = have / block_size;
-    let span = info_span!("prefill", request_id = request.request_id);
-    let task = move |sender: Sender| async move {
-        debug!(tokens = len, have, "accepted");
-        let published = tokio::select! {
-            published = publish(&shared, &*transport, handle, first_wanted, &sender) => published,
-            () = shared.drain.over() => Err(given_up()),
-        };
-        if let Err(status) = published {
-            let _ = sender.send(Err(status)).await;
-        }
-    };
-    Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
+    Ok((transport, handle))
 }
 
 /// Refuses a peer whose blocks would mean something else here.
@@ -107,6 +125,7 @@ async fn publish(
     mut handle: RequestHandle,
     first_wanted: usize,
     sender: &Sender,
+    spans: &mut Spans,
 ) -> Result<(), Status> {
     let gone = || Status::cancelled("the caller has gone");
     let send = async |event: Out| {
@@ -117,7 +136,10 @@ async fn publish(
     let mut finished = PrefillFinished::default();
     while let Some(event) = handle.next().await {
         match event {
-            Event::Admitted { cached, .. } => finished.cached_tokens = cached as u32,
+            Event::Admitted { cached, waited } => {
+                spans.admitted(cached, waited);
+                finished.cached_tokens = cached as u32;
+            }
             Event::Blocks { first, blocks } => {
                 let skip = first_wanted.saturating_sub(first).min(blocks.len());
                 if skip < blocks.len() {
@@ -128,6 +150,7 @@ async fn publish(
             }
             Event::Token(token) => finished.first_token = Some(token),
             Event::Finished(Finish::Length) => {
+                spans.computed();
                 send(Out::Finished(finished)).await?;
                 tokio::select! {
                     () = sender.closed() => {}

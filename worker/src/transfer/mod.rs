@@ -77,6 +77,18 @@ pub enum TransferError {
     Expired(u32),
 }
 
+impl TransferError {
+    /// A word for it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NotHere { .. } => "transport_unavailable",
+            Self::Protocol(_) => "protocol",
+            Self::Peer(status) => status.code().description(),
+            Self::Expired(_) => "expired",
+        }
+    }
+}
+
 /// The transports of these names, best first.
 pub fn transports(kinds: &[v1::Transport]) -> Vec<Box<dyn Transport>> {
     kinds

@@ -5,13 +5,14 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use baton_membership::traces::{Parent, Span};
 use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use parking_lot::Mutex;
+use tonic::Status;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
 use tracing::{info, warn};
 
 use super::{Source, TransferError, Transport, transports};
@@ -43,6 +44,14 @@ impl Ask {
         }
     }
 
+    /// The call, in spans.
+    fn method(&self) -> &'static str {
+        match self {
+            Self::Compute(_) => "baton.v1.Worker/Prefill",
+            Self::Held(_) => "baton.v1.Worker/FetchBlocks",
+        }
+    }
+
     fn layout(&self) -> v1::KvLayout {
         let layout = match self {
             Self::Compute(request) => &request.kv_layout,
@@ -54,10 +63,11 @@ impl Ask {
     async fn send(
         &self,
         client: &mut WorkerClient<Channel>,
+        parent: &Parent,
     ) -> Result<tonic::Streaming<v1::PrefillEvent>, Status> {
         let reply = match self {
-            Self::Compute(request) => client.prefill(Request::new((**request).clone())).await,
-            Self::Held(request) => client.fetch_blocks(Request::new(request.clone())).await,
+            Self::Compute(request) => client.prefill(parent.request((**request).clone())).await,
+            Self::Held(request) => client.fetch_blocks(parent.request(request.clone())).await,
         };
         reply.map(tonic::Response::into_inner)
     }
@@ -109,11 +119,21 @@ impl Puller {
         ask: Ask,
         order: PullOrder,
         deadline: Instant,
+        span: &mut Span,
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         self.counters.requests.fetch_add(1, Relaxed);
-        let pulled = self.try_pull(address, ask, order, deadline).await;
-        if pulled.is_err() {
-            self.counters.failures.fetch_add(1, Relaxed);
+        let block_bytes = order.block_bytes().max(1) as u64;
+        let mut bytes = 0;
+        let pulled =
+            self.try_pull(address, ask, order, deadline, (span.as_parent(), &mut bytes)).await;
+        span.set("baton.bytes", bytes as i64);
+        span.set("baton.blocks", (bytes / block_bytes) as i64);
+        match &pulled {
+            Ok((transport, _)) => span.set("baton.transport", transport.as_str_name()),
+            Err(error) => {
+                span.fail(error.kind());
+                self.counters.failures.fetch_add(1, Relaxed);
+            }
         }
         pulled
     }
@@ -124,11 +144,18 @@ impl Puller {
         mut ask: Ask,
         mut order: PullOrder,
         deadline: Instant,
+        (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         loop {
             let peer = self.peer(address)?;
             ask.offer(&peer.kinds, deadline);
-            let attempt = self.attempt(&peer, &ask, &mut order, deadline).await;
+            let mut span = parent.rpc_client(ask.method(), address);
+            let attempt =
+                self.attempt(&peer, &ask, &mut order, deadline, (span.as_parent(), bytes)).await;
+            if let Err(error) = &attempt {
+                span.fail(error.kind());
+            }
+            drop(span);
             match attempt {
                 Ok((transport, finished)) => {
                     let completed = match (finished.first_token, &ask) {
@@ -163,12 +190,13 @@ impl Puller {
         ask: &Ask,
         order: &mut PullOrder,
         deadline: Instant,
+        (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, v1::PrefillFinished), TransferError> {
         let mut client = WorkerClient::new(peer.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let accept_by = deadline.min(Instant::now() + ACCEPT_TIMEOUT);
-        let mut events = by(accept_by, ask.send(&mut client)).await?;
+        let mut events = by(accept_by, ask.send(&mut client, parent)).await?;
         let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
             return Err(TransferError::Protocol("expected the acceptance".into()));
         };
@@ -185,7 +213,9 @@ impl Puller {
             match next(&mut events, deadline).await {
                 Ok(Some(Event::Finished(finished))) => return Ok((transport.kind(), finished)),
                 Ok(Some(event)) => {
-                    arrived.fetch_add(source.take(event, order)?, Relaxed);
+                    let came = source.take(event, order)?;
+                    arrived.fetch_add(came, Relaxed);
+                    *bytes += came;
                 }
                 Ok(None) => {
                     keep_or_discard(source.as_ref(), order);

@@ -215,6 +215,11 @@ impl ResponseObject {
         self.0.insert("incomplete_details".into(), json!({"reason": "max_output_tokens"}));
     }
 
+    /// Could not be kept.
+    pub fn not_kept(&mut self) {
+        self.0.insert("store".into(), false.into());
+    }
+
     /// Fails.
     pub fn fail(&mut self, error: &ApiError) {
         self.set_status(Status::Failed);

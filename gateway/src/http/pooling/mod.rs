@@ -31,6 +31,7 @@ use crate::error::ApiError;
 use crate::pool::{self, Job, Pooled};
 use crate::text::parallel;
 use crate::text::sequences::Cut;
+use crate::trace::Trace;
 use crate::workers::Served;
 
 /// Values from which a reply is written off the threads that serve.
@@ -46,6 +47,7 @@ pub(super) struct Work {
     priority: i32,
     /// The longest sequence, and how longer ones are cut, if they are.
     bound: (usize, Option<Cut>),
+    trace: Trace,
     _place: Place,
 }
 
@@ -72,13 +74,23 @@ impl Work {
         api: &Api,
         prefix: &str,
     ) -> Result<(Self, Body), ApiError> {
-        let Intake { arrived, place, mut body, client, request_id } = intake;
+        let Intake { arrived, place, mut body, client, request_id, trace } = intake;
         body.ignore(IGNORED);
         let served = model(&shared, name, api)?;
         let envelope = Envelope::new(prefix, &request_id, served.name());
         let bound = (served.card.max_model_len as usize, None);
-        let work =
-            Self { shared, served, envelope, client, arrived, priority: 0, bound, _place: place };
+        trace.asked(served.name(), |_| {});
+        let work = Self {
+            shared,
+            served,
+            envelope,
+            client,
+            arrived,
+            priority: 0,
+            bound,
+            trace,
+            _place: place,
+        };
         Ok((work, body))
     }
 
@@ -146,6 +158,7 @@ impl Work {
             }
             checked(PoolInput { token_ids, type_ids: Vec::new() }, bound, &naming.of(at))
         };
+        let _span = self.trace.span("tokenize");
         unless_gone(self.client.as_ref(), parallel::map(prompts, bytes, tokens)).await?
     }
 
@@ -166,7 +179,9 @@ impl Work {
             dimensions,
             priority: self.priority,
             deadline: self.arrived + self.shared.limits.request_timeout,
+            trace: self.trace.clone(),
         };
+        self.trace.prompt(lengths.iter().sum());
         let mut record = self.shared.metrics.pooling(&self.served.card, &lengths, self.arrived);
         let run = pool::run(&self.shared.registry, &job, inputs);
         let pooled = match unless_gone(self.client.as_ref(), run).await? {

@@ -38,6 +38,7 @@ use crate::api::{Body, schema};
 use crate::auth::Admitted;
 use crate::error::ApiError;
 use crate::store::{MAX_CONVERSATION, MAX_TURNS, Record, Store, StoreError, Stored};
+use crate::trace::Trace;
 
 /// Wishes that do not fit are clipped, as in vLLM.
 const BUDGET: Budget = Budget { default: None, clip: true };
@@ -107,11 +108,11 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, request_id: _ } = intake;
+    let Intake { arrived, place, mut body, client, request_id: _, trace } = intake;
     let fields = ResponsesFields::read(&mut body)?;
     let shared = shared.into_inner();
     let key = owner(&request);
-    let (ready, order) = prepare(&shared, &fields, &body, key, arrived, place).await?;
+    let (ready, order) = prepare(&shared, &fields, &body, key, arrived, place, trace).await?;
     if fields.background() {
         return in_background(shared, ready, order, &body, client).await;
     }
@@ -132,6 +133,7 @@ async fn prepare(
     key: String,
     arrived: Instant,
     place: Place,
+    trace: Trace,
 ) -> Result<(Ready, Order), ApiError> {
     let stores = fields.store() && shared.responses.store.is_some();
     if fields.background() && !stores {
@@ -145,7 +147,7 @@ async fn prepare(
         None => Vec::new(),
     };
     let mut chat = fields.chat(body, &earlier, &input)?;
-    let call = Call::read(shared, &mut chat, &RESPONSES).await.map_err(reworded)?;
+    let call = Call::read(shared, &mut chat, &RESPONSES, trace).await.map_err(reworded)?;
     let sampling = &call.sampling;
     let limit = call.served.card.max_model_len;
     let most = room(call.prompt.len(), limit, sampling.max_tokens, BUDGET).map_err(reworded)?;

@@ -143,19 +143,20 @@ pub(super) async fn respond(
         return Ok(streaming(response, stream(shared, ready, answer, client)));
     }
     unless_gone(client.as_ref(), ready.reader.read(&mut answer, &mut Nowhere)).await??;
-    keep(&shared, &ready).await;
+    keep(&shared, &mut ready).await;
     Ok(response.json(ready.reader.writer.response.json()))
 }
 
-/// Keeps a response that has ended. Its client has waited for the answer, not for the store: a
-/// failure is only told to the operator.
-async fn keep(shared: &Shared, ready: &Ready) {
+/// Keeps a response that has ended. Its client has waited for the answer, not for the store: after
+/// a failure it gets the answer, which says that it is not kept.
+async fn keep(shared: &Shared, ready: &mut Ready) {
     let Some(store) = shared.responses.store.as_ref().filter(|_| ready.stores) else { return };
     let status = ready.reader.writer.response.status();
     let record = ready.record(status, None);
-    match failed(shared, store, "insert", store.insert(&record).await) {
-        Ok(true) | Err(_) => {}
-        Ok(false) => tracing::error!(id = ready.id, "the id of a response was taken meanwhile"),
+    let kept = failed(shared, store, "insert", store.insert(&record).await).unwrap_or_default();
+    if !kept {
+        tracing::error!(id = ready.id, "a response is not kept");
+        ready.reader.writer.response.not_kept();
     }
 }
 
@@ -181,7 +182,7 @@ fn stream(
             }
             // Its place and its worker's are free now.
             drop(answer);
-            keep(&shared, &ready).await;
+            keep(&shared, &mut ready).await;
             let last = ready.reader.writer.ended();
             wire.send(vec![last]).await
         };
