@@ -47,10 +47,14 @@ enum What {
     Speaks,
     LosesLease,
     Registers,
+    /// Somebody else makes the row longer or shorter by one.
+    Outsider,
 }
 
-fn tick() -> impl Strategy<Value = Tick> {
+/// Ticks, with so many in thirty in which somebody else changes the row.
+fn tick(outsiders: u32) -> impl Strategy<Value = Tick> {
     let what = prop_oneof![
+        outsiders => Just(What::Outsider),
         2 => Just(What::Nothing),
         12 => Just(What::Progress),
         2 => Just(What::Requests),
@@ -95,6 +99,8 @@ struct World {
     workers: BTreeMap<String, Worker>,
     others: u32,
     launches: bool,
+    /// Its workers are a row that begins with number 1.
+    row: bool,
 }
 
 impl World {
@@ -113,7 +119,26 @@ impl World {
             (format!("decode-{}", n + 1), worker)
         };
         let workers = (0..count).map(worker).collect();
-        Self { now_ms: 1_000, workers, others, launches }
+        Self { now_ms: 1_000, workers, others, launches, row: false }
+    }
+
+    /// The number of a row's last worker that is not ending.
+    fn last(&self) -> u32 {
+        let kept = self.workers.iter().filter(|(_, it)| it.process != Process::Stopping);
+        kept.filter_map(|(name, _)| name.strip_prefix("decode-")?.parse().ok()).max().unwrap_or(0)
+    }
+
+    fn starting(&self) -> Worker {
+        Worker {
+            process: Process::Starting,
+            crashes: 0,
+            requests: 0,
+            draining: false,
+            registered: false,
+            silent: false,
+            started_ms: self.now_ms,
+            new: true,
+        }
     }
 
     fn observe(&self, blind: bool) -> Observed {
@@ -140,7 +165,10 @@ impl World {
             cannot_launch: (!self.launches).then(|| "no template".to_owned()),
             trouble: None,
             blind: blind.then(|| "the folder cannot be read".to_owned()),
-            row: None,
+            row: self.row.then(|| {
+                let end = self.last() + 1;
+                Row { name: "decode".into(), end, told: format!("{} replicas", end - 1) }
+            }),
         }
     }
 
@@ -149,16 +177,8 @@ impl World {
         match effect {
             Effect::Launch(name) => {
                 assert!(record.launched.contains(name), "recorded before it is done");
-                self.workers.entry(name.clone()).or_insert(Worker {
-                    process: Process::Starting,
-                    crashes: 0,
-                    requests: 0,
-                    draining: false,
-                    registered: false,
-                    silent: false,
-                    started_ms: seen.now_ms,
-                    new: true,
-                });
+                let worker = self.starting();
+                self.workers.entry(name.clone()).or_insert(worker);
             }
             Effect::Drain(name) => {
                 if let Some(worker) = self.workers.get_mut(name)
@@ -179,6 +199,10 @@ impl World {
                 assert!(old || record.launched.contains(name), "{name} is none of its affair");
                 assert!(!old || record.phase == Phase::Retire, "{name}: before its time");
                 let late = seen.now_ms >= record.phase_ms + record.drain_timeout_ms;
+                if self.row && *name != format!("decode-{}", self.last()) {
+                    // Refused: it is not the last.
+                    return;
+                }
                 let Some(worker) = self.workers.get_mut(name) else { return };
                 let told = seen.workers[name].drained();
                 assert!(told || late, "{name} is ended undrained: {worker:?}");
@@ -196,6 +220,15 @@ impl World {
         let gone =
             |worker: &Worker| worker.process == Process::Stopping && tick.who.is_multiple_of(3);
         self.workers.retain(|_, worker| !gone(worker));
+        if let (true, What::Outsider) = (self.row, tick.what) {
+            let (last, worker) = (self.last(), self.starting());
+            if tick.who.is_multiple_of(2) {
+                self.workers.entry(format!("decode-{}", last + 1)).or_insert(worker);
+            } else if let Some(worker) = self.workers.get_mut(&format!("decode-{last}")) {
+                worker.process = Process::Stopping;
+            }
+            return;
+        }
         let count = self.workers.len().max(1);
         let Some(worker) = self.workers.values_mut().nth(usize::from(tick.who) % count) else {
             return;
@@ -275,9 +308,10 @@ proptest! {
         (count, others, size) in (0u32..6, 0u32..3, 0u32..8),
         requests in prop::collection::vec(0u32..6, 1..6),
         launches in prop::bool::weighted(0.9),
-        ticks in prop::collection::vec(tick(), 0..150),
+        row in any::<bool>(),
+        ticks in prop::collection::vec(tick(0), 0..150),
     ) {
-        let before = World::new(count, others, &requests, launches);
+        let before = World { row, ..World::new(count, others, &requests, launches) };
         let names: BTreeSet<String> = before.workers.keys().cloned().collect();
         let (world, record) = run(before, size, &ticks);
         // Nobody but those that were named is touched.
@@ -308,13 +342,30 @@ proptest! {
         prop_assert!(record.ended_ms > 0);
     }
 
+    /// Somebody else changes a row meanwhile: it ends all the same, and still ends nobody who has
+    /// requests ([`World::apply`] looks).
+    #[test]
+    fn a_row_that_others_change_ends_too(
+        (count, size) in (0u32..6, 0u32..8),
+        requests in prop::collection::vec(0u32..6, 1..6),
+        ticks in prop::collection::vec(tick(2), 0..150),
+    ) {
+        let before = World { row: true, ..World::new(count, 0, &requests, true) };
+        let (_, record) = run(before, size, &ticks);
+        if let Phase::Failed(failure) = &record.phase {
+            prop_assert!(!failure.reason.is_empty());
+        }
+        prop_assert!(record.ended_ms > 0);
+    }
+
     /// In a cluster where everything works, every size is reached that can be.
     #[test]
     fn in_peace_the_size_is_reached(
         (count, others, size) in (0u32..6, 0u32..3, 0u32..8),
         requests in prop::collection::vec(0u32..3, 1..6),
+        row in any::<bool>(),
     ) {
-        let world = World::new(count, others, &requests, true);
+        let world = World { row, ..World::new(count, others, &requests, true) };
         let progress = |i: usize| Tick {
             lost: u8::MAX, twice: u8::MAX, who: i as u8, what: What::Progress,
             cancel: false, dies: false, blind: false,
