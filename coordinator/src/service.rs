@@ -84,19 +84,16 @@ impl CoordinatorService {
         self.store.list().await.map_err(unavailable)
     }
 
-    /// Takes back an operation, if it still runs. False when it is too late for that.
-    async fn take_back(&self, record: &Record) -> Result<bool, Status> {
+    /// Takes back an operation, if it still runs and may be taken back.
+    async fn take_back(&self, record: &Record) -> Result<(), Status> {
         let operations = self.operations().await?;
-        let stored = operations.running.iter().find(|it| it.record.id == record.id);
-        match stored {
-            Some(stored) if !stored.record.phase.cancellable() => Ok(false),
-            Some(stored) if !stored.record.cancel => {
-                // One that moves meanwhile is looked at again.
-                self.store.cancel(stored).await.map_err(unavailable)?;
-                Ok(true)
-            }
-            _ => Ok(true),
+        let running = operations.running.iter().find(|it| it.record.id == record.id);
+        let stored = running.filter(|it| it.record.phase.cancellable() && !it.record.cancel);
+        if let Some(stored) = stored {
+            // One that moves meanwhile is looked at again.
+            self.store.cancel(stored).await.map_err(unavailable)?;
         }
+        Ok(())
     }
 
     /// The pool that a request means.
@@ -190,8 +187,9 @@ impl Coordinator for CoordinatorService {
                 Begun::Runs(record) => return Ok(Response::new((&record).into())),
                 Begun::Conflict(record) => record,
             };
-            // The planner gives way to an operator.
-            if record.planned && Instant::now() < until && self.take_back(&record).await? {
+            // The planner gives way to an operator: what cannot be taken back any more ends soon.
+            if record.planned && Instant::now() < until {
+                self.take_back(&record).await?;
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }

@@ -45,7 +45,13 @@ struct Load {
 }
 
 impl Load {
-    fn start(cluster: &Elastic) -> Self {
+    async fn start(cluster: &Elastic) -> Self {
+        let body = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 1});
+        eventually("the gateway has found the worker", PATIENCE, async || {
+            let reply = cluster.api.post("/v1/completions", &body).await;
+            if reply.status == 200 { Ok(()) } else { Err(reply.status.to_string()) }
+        })
+        .await;
         let stop = Arc::new(AtomicBool::new(false));
         let clients = (0..8).map(|client| {
             let (api, stop) = (cluster.api.clone(), stop.clone());
@@ -98,12 +104,14 @@ async fn load_makes_a_pool_grow_and_its_end_makes_it_shrink() {
     let cluster = Elastic::start(1, &flags, unified).await;
     // Nobody has asked for it: the pool's least size is one.
     eventually("there is a worker", PATIENCE, async || size(&cluster, 1)).await;
-    let load = Load::start(&cluster);
+    let load = Load::start(&cluster).await;
     eventually("the pool grows", PATIENCE, async || size(&cluster, 2)).await;
     let answered = load.stop().await;
     eventually("the pool shrinks", PATIENCE, async || size(&cluster, 1)).await;
     println!("{answered} requests answered");
 
+    // Its process may be gone before the operation knows.
+    cluster.phase("done").await;
     let operations = cluster.operations().await;
     let sizes: Vec<u32> = operations.iter().map(|it| it.size).collect();
     assert_eq!(sizes, [1, 2, 1], "{operations:#?}");
@@ -132,7 +140,7 @@ async fn a_dry_run_tells_what_it_would_do_and_does_nothing() {
     let flags = [&["--planner", "dry-run", "--planner-hold", "0"][..], &FLAGS].concat();
     let cluster = Elastic::start(1, &flags, unified).await;
     cluster.scaled("unified", 1).await;
-    let load = Load::start(&cluster);
+    let load = Load::start(&cluster).await;
     eventually("it would have two", PATIENCE, async || {
         let (mode, decisions) = plans(&cluster).await;
         assert_eq!(mode, "dry-run");

@@ -323,8 +323,16 @@ impl Mean {
 /// The times of the last minute, of the pool at its present size.
 #[derive(Clone, Debug, Default)]
 struct Kept {
-    intervals: VecDeque<(u64, Vec<u64>, Vec<u64>)>,
+    intervals: VecDeque<Times>,
     size: u32,
+}
+
+/// First tokens, and the tokens after them, by their times.
+#[derive(Clone, Debug, Default)]
+struct Times {
+    at_ms: u64,
+    ttft: Vec<u64>,
+    itl: Vec<u64>,
 }
 
 impl Kept {
@@ -334,13 +342,14 @@ impl Kept {
             self.intervals.clear();
             self.size = seen.size;
         }
-        self.intervals.push_back((now_ms, interval.ttft.clone(), interval.itl.clone()));
+        let (ttft, itl) = (interval.ttft.clone(), interval.itl.clone());
+        self.intervals.push_back(Times { at_ms: now_ms, ttft, itl });
         let oldest = now_ms.saturating_sub((KEPT_SECONDS * 1e3) as u64);
-        self.intervals.retain(|(at, ..)| *at >= oldest);
+        self.intervals.retain(|it| it.at_ms >= oldest);
     }
 
     fn shares(&self, slo: &Slo) -> (Option<f64>, Option<f64>) {
-        let share = |of: fn(&(u64, Vec<u64>, Vec<u64>)) -> &Vec<u64>, limit: f64| {
+        let share = |of: fn(&Times) -> &Vec<u64>, limit: f64| {
             let mut sum = Vec::new();
             for times in self.intervals.iter().map(of) {
                 sum.resize(sum.len().max(times.len()), 0);
@@ -348,6 +357,6 @@ impl Kept {
             }
             share_within(&sum, limit).filter(|_| sum.iter().sum::<u64>() >= KEPT_ENOUGH)
         };
-        (share(|it| &it.1, slo.ttft), share(|it| &it.2, slo.itl))
+        (share(|it| &it.ttft, slo.ttft), share(|it| &it.itl, slo.itl))
     }
 }

@@ -119,6 +119,10 @@ impl Policy for Utilization {
                 true => seen.size,
                 false => (workers * ratio).ceil().max(1.0) as u32,
             };
+            if scaled.wanted.is_empty() {
+                // Before anything was measured, what is there is what was wanted.
+                scaled.wanted.push_back((now, seen.size));
+            }
             scaled.wanted.push_back((now, wanted));
             scaled.wanted.retain(|(at, _)| *at + 300.0 >= now);
             let highest = scaled.wanted.iter().map(|(_, wanted)| *wanted).max().unwrap_or(wanted);

@@ -141,7 +141,8 @@ fn a_run_is_repeated_bit_for_bit_and_nothing_is_lost_when_pools_change() {
             true
         }
         fn decide(&mut self, now: f64, pools: &[baton_coordinator::planner::PoolSeen]) -> Vec<u32> {
-            vec![if (now / 100.0) as u32 % 2 == 0 { 2 } else { 5 }; pools.len()]
+            let even = ((now / 100.0) as u32).is_multiple_of(2);
+            vec![if even { 2 } else { 5 }; pools.len()]
         }
     }
     let step = StepTime { fixed: 0.01, row: 0.0005, token: 0.0001 };
