@@ -217,6 +217,7 @@ async fn the_writes_and_the_orders_of_a_stale_leader_are_refused() {
         cluster: "default".into(),
         lease_ttl: Duration::from_secs(2),
         start_timeout: Duration::from_secs(10),
+        access: EtcdAccess::default(),
     };
     let mut client = baton_membership::connect(&settings).await.expect("etcd");
     let mut elect = async |id: &str| {
