@@ -18,7 +18,10 @@ impl Authority {
         std::fs::create_dir_all(&folder).expect("a folder");
         let new = Self { folder };
         let files = ["-keyout", "ca.key", "-out", "ca.pem", "-days", "2"];
-        let own = ["req", "-x509", "-subj", "/CN=test authority"];
+        // By their names they are told apart, before any signature is looked at.
+        let name =
+            format!("/CN=authority {}", new.folder.file_name().unwrap_or_default().display());
+        let own = ["req", "-x509", "-subj", &name];
         new.openssl(&[&own[..], &KEY, &files].concat());
         new
     }
