@@ -39,6 +39,7 @@ fn main() -> ExitCode {
 
 #[tokio::main(worker_threads = 1)]
 async fn run(settings: Settings) -> Result<(), Failure> {
+    baton_membership::tls::install(&settings.cluster.tls)?;
     let local = local(&settings.launch)?;
     let listener = TcpListener::bind(settings.listen)
         .await
@@ -47,7 +48,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
     let mut stop_signals = StopSignals::take()?;
 
-    let etcd = settings.cluster.etcd_settings();
+    let etcd = settings.cluster.etcd_settings()?;
     let store = ScaleStore::connect(&etcd).await?;
     let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
     let watch = ClusterWatch::start(&etcd).await?;

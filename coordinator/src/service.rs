@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_membership::tls::incoming;
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership, MembershipError};
 use baton_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use baton_proto::v1::{
@@ -11,7 +12,6 @@ use baton_proto::v1::{
     ScaleRequest,
 };
 use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::election::Election;
@@ -55,13 +55,11 @@ impl CoordinatorService {
         listener: TcpListener,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
-        // Without this a small message waits for the acknowledgement of the one before: 40 ms.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
             .timeout(Duration::from_secs(5))
             .http2_keepalive_interval(Some(Duration::from_secs(5)))
             .add_service(CoordinatorServer::new(self))
-            .serve_with_incoming_shutdown(incoming, shutdown)
+            .serve_with_incoming_shutdown(incoming(listener), shutdown)
             .await
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_membership::tls::connect;
 use baton_proto::endpoint;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{DrainRequest, UndrainRequest, WatchStatusRequest, WorkerStatus};
@@ -40,7 +41,7 @@ async fn ask<T>(
 ) -> Result<T, Status> {
     let asked = async {
         let endpoint = endpoint(address).map_err(|error| Status::internal(error.to_string()))?;
-        let channel = endpoint.connect().await;
+        let channel = connect(&endpoint).await;
         let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
         call(WorkerClient::new(channel)).await
     };

@@ -299,6 +299,15 @@ impl Settings {
         shown["max_audio_seconds"] = audio.max_audio_seconds.into();
         shown["routing_policy"] = format!("{:?}", self.routing_policy).into();
         shown["max_recordings"] = audio.max_recordings.into();
+        shown["cluster_tls_ca"] = json!(cluster.tls.cluster_tls_ca);
+        shown["cluster_tls_cert"] = json!(cluster.tls.cluster_tls_cert);
+        shown["cluster_tls_key"] = json!(cluster.tls.cluster_tls_key);
+        shown["cluster_tls_name"] = json!(cluster.tls.cluster_tls_name);
+        shown["etcd_ca"] = json!(cluster.etcd_ca);
+        shown["etcd_cert"] = json!(cluster.etcd_cert);
+        shown["etcd_key"] = json!(cluster.etcd_key);
+        shown["etcd_user"] = json!(cluster.etcd_user);
+        shown["etcd_password_file"] = json!(cluster.etcd_password_file);
         let endpoint = cluster.traces.endpoint();
         shown["otlp_traces_endpoint"] = endpoint.map(|url| without_password(&url)).into();
         shown

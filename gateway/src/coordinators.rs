@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use baton_membership::tls::connect;
 use baton_proto::endpoint;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use tonic::transport::Channel;
@@ -32,7 +33,7 @@ pub async fn ask<T>(
     for address in addresses {
         let asked = async {
             let endpoint = endpoint(&address).map_err(|it| Status::unavailable(it.to_string()))?;
-            let channel = endpoint.connect().await;
+            let channel = connect(&endpoint).await;
             let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
             call(CoordinatorClient::new(channel)).await
         };

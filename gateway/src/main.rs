@@ -42,6 +42,7 @@ async fn main() -> ExitCode {
 async fn run(settings: Settings) -> Result<(), Failure> {
     let wrong = |message| Failure::new(Exit::Config, message);
     let keys = keys(&settings.access)?;
+    baton_membership::tls::install(&settings.cluster.tls)?;
     let cors = Policy::new(&settings.cors).map_err(wrong)?;
     let tls = Tls::load(&settings.tls).map_err(wrong)?;
     let listener = TcpListener::bind(settings.listen)
@@ -58,7 +59,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let record = daemon::new_record(InstanceRole::Gateway, advertised.clone(), String::new());
     let traces = Traces::start(&settings.cluster.traces, &settings.cluster.cluster, &record)?;
 
-    let etcd = settings.cluster.etcd_settings();
+    let etcd = settings.cluster.etcd_settings()?;
     let watch = ClusterWatch::start(&etcd).await?;
     let metrics = Metrics::new().map_err(|error| Failure::new(Exit::Failure, error))?;
     let registry = Registry::start(watch, settings.routing_policy);

@@ -79,6 +79,7 @@ pub struct Builder {
     gateway_args: Vec<OsString>,
     gateway_env: Vec<(OsString, OsString)>,
     worker_env: Vec<(OsString, OsString)>,
+    coordinator_env: Vec<(OsString, OsString)>,
 }
 
 impl Builder {
@@ -188,9 +189,10 @@ impl Builder {
         self
     }
 
-    /// A variable in the environment of the gateway and of all workers.
+    /// A variable in the environment of the gateway, the coordinator and all workers.
     pub fn env(mut self, name: &str, value: &str) -> Self {
-        for env in [&mut self.gateway_env, &mut self.worker_env] {
+        let all = [&mut self.gateway_env, &mut self.worker_env, &mut self.coordinator_env];
+        for env in all {
             env.push((name.into(), value.into()));
         }
         self
@@ -242,7 +244,10 @@ impl Builder {
             worker.address = worker.process.ready().await;
         }
         let coordinator = if self.coordinator {
-            Some(start_daemon("baton-coordinator", &common, &[], &[], dir.path()).await)
+            Some(
+                start_daemon("baton-coordinator", &common, &[], &self.coordinator_env, dir.path())
+                    .await,
+            )
         } else {
             None
         };
@@ -296,6 +301,7 @@ impl Cluster {
             gateway_args: Vec::new(),
             gateway_env: Vec::new(),
             worker_env: Vec::new(),
+            coordinator_env: Vec::new(),
         };
         builder.worker_arg("--threads", "2").kv_memory("512MiB")
     }
@@ -371,6 +377,11 @@ impl Cluster {
         let worker = of_role.next().expect("a worker of this role");
         assert!(of_role.next().is_none(), "several {role:?} workers");
         worker
+    }
+
+    /// The coordinator's process.
+    pub fn coordinator_process(&self) -> &Process {
+        &self.coordinator.as_ref().expect("built with a coordinator").0
     }
 
     /// The coordinator's address.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_membership::tls;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::worker_client;
 use baton_proto::v1::{ClusterView, GetClusterRequest, WatchStatusRequest, WorkerStatus};
@@ -64,6 +65,7 @@ pub fn handoff_bytes(status: &WorkerStatus) -> u64 {
 
 async fn connect(address: &str) -> Channel {
     let endpoint = Endpoint::from_shared(address.to_owned()).expect("an address");
-    let channel = endpoint.connect_timeout(CALL_WITHIN).connect().await;
+    // As one of the cluster, where the test has an identity.
+    let channel = tls::connect(&endpoint.connect_timeout(CALL_WITHIN)).await;
     channel.unwrap_or_else(|e| panic!("connect to {address}: {e}"))
 }

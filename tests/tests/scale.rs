@@ -12,7 +12,7 @@ use baton_coordinator::launch::template::Templates;
 use baton_coordinator::launch::{LaunchError, Launcher as _};
 use baton_coordinator::scale::record::{Phase, Record};
 use baton_coordinator::scale::store::{Advanced, Begun, ScaleStore};
-use baton_membership::EtcdSettings;
+use baton_membership::{EtcdAccess, EtcdSettings};
 use baton_proto::InstanceRole;
 use baton_proto::v1::CancelScaleRequest;
 use baton_tests::binaries::MODEL_NAME;
@@ -217,6 +217,7 @@ async fn the_writes_and_the_orders_of_a_stale_leader_are_refused() {
         cluster: "default".into(),
         lease_ttl: Duration::from_secs(2),
         start_timeout: Duration::from_secs(10),
+        access: EtcdAccess::default(),
     };
     let mut client = baton_membership::connect(&settings).await.expect("etcd");
     let mut elect = async |id: &str| {

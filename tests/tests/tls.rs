@@ -1,95 +1,14 @@
 //! HTTPS, as curl sees it, with certificates that openssl made.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use baton_tests::authority::Authority;
 use baton_tests::binaries::{MODEL_NAME, program};
 use baton_tests::process::{Process, Spec};
 use baton_tests::{Cluster, eventually, grpc};
 use serde_json::json;
-
-/// Certificates in a folder.
-struct Authority {
-    folder: PathBuf,
-}
-
-impl Authority {
-    /// A new one, that signs.
-    fn new(folder: PathBuf) -> Self {
-        std::fs::create_dir_all(&folder).expect("a folder");
-        let new = Self { folder };
-        new.openssl(&[
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-keyout",
-            "ca.key",
-            "-out",
-            "ca.pem",
-            "-subj",
-            "/CN=test authority",
-            "-days",
-            "2",
-        ]);
-        new
-    }
-
-    /// A certificate and its key: `NAME.pem`, `NAME.key`.
-    fn sign(&self, name: &str) {
-        let extensions = self.folder.join("extensions");
-        std::fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
-            .expect("write");
-        let (key, request, out) =
-            (format!("{name}.key"), format!("{name}.csr"), format!("{name}.pem"));
-        self.openssl(&[
-            "req",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-keyout",
-            &key,
-            "-out",
-            &request,
-            "-subj",
-            &format!("/CN={name}"),
-        ]);
-        self.openssl(&[
-            "x509",
-            "-req",
-            "-in",
-            &request,
-            "-CA",
-            "ca.pem",
-            "-CAkey",
-            "ca.key",
-            "-CAcreateserial",
-            "-out",
-            &out,
-            "-days",
-            "2",
-            "-extfile",
-            "extensions",
-        ]);
-    }
-
-    fn openssl(&self, args: &[&str]) {
-        let output = Command::new("openssl").args(args).current_dir(&self.folder).output();
-        let output = output.expect("openssl runs");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "openssl {args:?}: {error}");
-    }
-
-    fn file(&self, name: &str) -> String {
-        self.folder.join(name).to_str().expect("a path in UTF-8").to_owned()
-    }
-}
 
 /// Another gateway of the cluster, with these flags.
 async fn gateway(cluster: &Cluster, args: &[&str]) -> (Process, String) {

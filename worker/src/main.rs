@@ -31,6 +31,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(settings: Settings) -> Result<(), Failure> {
+    baton_membership::tls::install(&settings.cluster.tls)?;
     // Before anything slow, so that a bad address is told at once.
     let listener = TcpListener::bind(settings.listen)
         .await
@@ -67,7 +68,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
     }));
-    let etcd = settings.cluster.etcd_settings();
+    let etcd = settings.cluster.etcd_settings()?;
     let registration = Registration::start(&etcd, instance.clone()).await?;
     println!("ready {} {}", instance.role, instance.address);
     info!(id = instance.id, address = instance.address, "serving");

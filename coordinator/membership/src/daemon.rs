@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,8 +12,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
+use crate::tls::{ClusterTlsArgs, Files, Tls};
 use crate::traces::TraceArgs;
-use crate::{EtcdSettings, MembershipError};
+use crate::{EtcdAccess, EtcdSettings, MembershipError};
 
 /// Flags that every daemon has.
 #[derive(Clone, Debug, Args)]
@@ -45,6 +47,30 @@ pub struct ClusterArgs {
     /// Traces.
     #[command(flatten)]
     pub traces: TraceArgs,
+
+    /// TLS between the processes of the cluster.
+    #[command(flatten)]
+    pub tls: ClusterTlsArgs,
+
+    /// Certificates of those who may sign etcd's certificate, in PEM: with https in --etcd.
+    #[arg(long, env = "BATON_ETCD_CA", value_name = "FILE")]
+    pub etcd_ca: Option<PathBuf>,
+
+    /// The certificate that etcd is shown, in PEM.
+    #[arg(long, env = "BATON_ETCD_CERT", value_name = "FILE", requires = "etcd_key")]
+    pub etcd_cert: Option<PathBuf>,
+
+    /// The certificate's private key, in PEM.
+    #[arg(long, env = "BATON_ETCD_KEY", value_name = "FILE", requires = "etcd_cert")]
+    pub etcd_key: Option<PathBuf>,
+
+    /// The user that etcd knows us as.
+    #[arg(long, env = "BATON_ETCD_USER", value_name = "NAME", requires = "etcd_password_file")]
+    pub etcd_user: Option<String>,
+
+    /// A file whose first line is the user's password.
+    #[arg(long, env = "BATON_ETCD_PASSWORD_FILE", value_name = "FILE", requires = "etcd_user")]
+    pub etcd_password_file: Option<PathBuf>,
 }
 
 /// How log lines look.
@@ -57,14 +83,46 @@ pub enum LogFormat {
 }
 
 impl ClusterArgs {
-    /// The part that concerns etcd.
-    pub fn etcd_settings(&self) -> EtcdSettings {
-        EtcdSettings {
+    /// The part that concerns etcd. Reads the files that it names.
+    pub fn etcd_settings(&self) -> Result<EtcdSettings, Failure> {
+        Ok(EtcdSettings {
             endpoints: self.etcd.clone(),
             cluster: self.cluster.clone(),
             lease_ttl: Duration::from_secs(self.lease_ttl),
             start_timeout: Duration::from_secs(self.etcd_timeout),
-        }
+            access: self.etcd_access()?,
+        })
+    }
+
+    fn etcd_access(&self) -> Result<EtcdAccess, Failure> {
+        let wrong = |message: String| Failure::new(Exit::Config, message);
+        let encrypted = self.etcd.iter().filter(|url| url.starts_with("https://")).count();
+        let identity = self.etcd_cert.clone().zip(self.etcd_key.clone());
+        let tls = match &self.etcd_ca {
+            Some(ca) if encrypted == self.etcd.len() => {
+                let files = Files { flags: "--etcd", ca: ca.clone(), identity };
+                Some(Tls::load(files, None).map_err(wrong)?)
+            }
+            Some(_) => return Err(wrong("--etcd-ca: all URLs of --etcd must be https".into())),
+            None if encrypted > 0 => {
+                return Err(wrong("--etcd is https: name who signs it with --etcd-ca".into()));
+            }
+            None if identity.is_some() => {
+                return Err(wrong("--etcd-cert needs --etcd-ca, and https in --etcd".into()));
+            }
+            None => None,
+        };
+        let user = match (&self.etcd_user, &self.etcd_password_file) {
+            (Some(user), Some(file)) => {
+                let text = std::fs::read_to_string(file).map_err(|error| {
+                    let file = file.display();
+                    wrong(format!("--etcd-password-file {file} cannot be read: {error}"))
+                })?;
+                Some((user.clone(), text.lines().next().unwrap_or_default().to_owned()))
+            }
+            _ => None,
+        };
+        Ok(EtcdAccess { tls, user })
     }
 
     /// Sends log lines to stderr.

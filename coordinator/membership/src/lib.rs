@@ -4,6 +4,7 @@
 //! * [`ClusterWatch`]: keeps a [`Membership`], the last view known, whatever etcd does.
 //! * [`AdapterStore`]: the LoRA adapters that the cluster serves.
 //! * [`daemon`]: the flags, logs, signals and exit codes that all daemons share.
+//! * [`tls`]: how processes call each other, unheard by others if the operator wants it so.
 //! * [`traces`]: spans of what a process does for a request, and their export.
 //!
 //! Neither is on the path of a request: when etcd is away, processes go on with the last view, and
@@ -16,12 +17,15 @@ mod adapters;
 pub mod daemon;
 mod registration;
 mod settings;
+pub mod tls;
 pub mod traces;
 mod watch;
 
 pub use adapters::{AdapterStore, Adapters, Claim};
 pub use registration::{Registration, keep_alive};
-pub use settings::{Backoff, CALL_TIMEOUT, EtcdSettings, MembershipError, connect, within};
+pub use settings::{
+    Backoff, CALL_TIMEOUT, EtcdAccess, EtcdSettings, MembershipError, connect, within,
+};
 pub use watch::{ClusterWatch, Membership};
 
 pub use baton_proto::{AdapterRecord, InstanceRecord, InstanceRole};

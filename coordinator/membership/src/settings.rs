@@ -1,10 +1,14 @@
 //! How to reach etcd, and what can go wrong.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, ConnectOptions};
 use rand::RngExt as _;
 use tracing::debug;
+
+use crate::tls::{Balanced, Tls};
 
 /// How long one call to etcd may take.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -25,6 +29,24 @@ pub struct EtcdSettings {
     pub lease_ttl: Duration,
     /// How long to wait for etcd at start before giving up.
     pub start_timeout: Duration,
+    /// How it is entered.
+    pub access: EtcdAccess,
+}
+
+/// How etcd is entered; by default in plain text, by anybody.
+#[derive(Clone, Default)]
+pub struct EtcdAccess {
+    /// Certificates.
+    pub tls: Option<Arc<Tls>>,
+    /// A user, and the password.
+    pub user: Option<(String, String)>,
+}
+
+impl fmt::Debug for EtcdAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let user = self.user.as_ref().map(|(user, _)| user);
+        f.debug_struct("EtcdAccess").field("tls", &self.tls).field("user", &user).finish()
+    }
 }
 
 /// Why a process could not join.
@@ -79,14 +101,26 @@ pub async fn connect(settings: &EtcdSettings) -> Result<Client, MembershipError>
 
 /// One attempt to connect, proved by a call: the channel itself is lazy.
 pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, MembershipError> {
-    let options = ConnectOptions::new()
+    let mut options = ConnectOptions::new()
         .with_connect_timeout(Duration::from_secs(1))
         .with_keep_alive(KEEP_ALIVE.0, KEEP_ALIVE.1)
         .with_keep_alive_while_idle(true)
         // A member that has lost its quorum must say so, not keep silent.
         .with_require_leader(true);
-    let mut client =
-        within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?;
+    if let Some((user, password)) = &settings.access.user {
+        options = options.with_user(user, password);
+    }
+    let mut client = match &settings.access.tls {
+        None => within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?,
+        Some(tls) => {
+            // The client would refuse `https`: it leaves TLS to the channels that it is given.
+            let plain = |url: &String| url.replacen("https://", "http://", 1);
+            let urls: Vec<String> = settings.endpoints.iter().map(plain).collect();
+            let channels = Balanced(tls.clone());
+            let connected = Client::connect_with_balanced_channel(&urls, Some(options), channels);
+            within(CALL_TIMEOUT, connected).await?
+        }
+    };
     within(CALL_TIMEOUT, client.status()).await?;
     Ok(client)
 }

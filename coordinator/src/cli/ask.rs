@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_membership::daemon::{Exit, Failure};
+use baton_membership::tls::{self, ClusterTlsArgs};
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use baton_proto::v1::{ClusterView, GetClusterRequest};
 use clap::Args;
@@ -20,6 +21,10 @@ pub struct CoordinatorArgs {
     /// The coordinator to ask; by default that of the cluster which `baton up` runs here.
     #[arg(long, env = "BATON_COORDINATOR", value_name = "URL")]
     coordinator: Option<String>,
+
+    /// TLS between the processes of the cluster.
+    #[command(flatten)]
+    tls: ClusterTlsArgs,
 }
 
 /// A coordinator that answers.
@@ -35,6 +40,7 @@ impl CoordinatorArgs {
     /// # Errors
     /// When no cluster runs here and none was named, and when the coordinator does not answer.
     pub async fn connect(&self) -> Result<Coordinator, Failure> {
+        tls::install(&self.tls)?;
         let url = match &self.coordinator {
             Some(url) => url.clone(),
             None => state::running()?.coordinator,
@@ -49,9 +55,9 @@ impl Coordinator {
         let endpoint = Endpoint::from_shared(url.clone())
             .map_err(|error| Failure::new(Exit::Config, format!("--coordinator: {error}")))?;
         let silent = |error: &dyn std::fmt::Display| silent(&url, error);
-        match tokio::time::timeout(ANSWER_WITHIN, endpoint.connect()).await {
+        match tokio::time::timeout(ANSWER_WITHIN, tls::connect(&endpoint)).await {
             Ok(Ok(channel)) => Ok(Self { client: CoordinatorClient::new(channel), url }),
-            Ok(Err(error)) => Err(silent(&error)),
+            Ok(Err(error)) => Err(silent(&reasons(&error))),
             Err(_) => Err(silent(&format_args!("nothing within {ANSWER_WITHIN:?}"))),
         }
     }
@@ -97,6 +103,12 @@ impl Coordinator {
     pub async fn cluster(&self) -> Result<ClusterView, Failure> {
         self.ask(async |mut client| client.get_cluster(GetClusterRequest {}).await).await
     }
+}
+
+/// An error with what is behind it.
+fn reasons(error: &dyn std::error::Error) -> String {
+    let all = std::iter::successors(Some(error), |error| error.source());
+    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn silent(url: &str, error: &dyn std::fmt::Display) -> Failure {

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_membership::daemon::{Exit, Failure, StopSignals};
+use baton_membership::tls::ClusterTlsArgs;
 use baton_membership::traces::TraceArgs;
-use baton_membership::{EtcdSettings, InstanceRole, connect};
+use baton_membership::{EtcdAccess, EtcdSettings, InstanceRole, connect};
 use clap::Args;
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
@@ -88,6 +89,10 @@ pub struct UpArgs {
     /// Traces of all processes.
     #[command(flatten)]
     pub(super) traces: TraceArgs,
+
+    /// TLS between the processes.
+    #[command(flatten)]
+    pub(super) tls: ClusterTlsArgs,
 }
 
 impl UpArgs {
@@ -171,8 +176,8 @@ struct Cluster {
     etcd: [String; 2],
     /// The coordinator's port, the same when it is started again: `baton status` knows it.
     coordinator: u16,
-    /// Flags of traces.
-    traces: Vec<String>,
+    /// Flags of all processes.
+    shared: Vec<String>,
     processes: Vec<Process>,
 }
 
@@ -213,8 +218,8 @@ impl Cluster {
         )
         .map_err(launch_failed)?;
         workers.clear().map_err(launch_failed)?;
-        let traces = trace_flags(&args.traces);
-        Ok(Self { lock, workers, programs, etcd, coordinator, traces, processes: Vec::new() })
+        let shared = shared_flags(args);
+        Ok(Self { lock, workers, programs, etcd, coordinator, shared, processes: Vec::new() })
     }
 
     async fn start(
@@ -234,7 +239,7 @@ impl Cluster {
             for key in &args.api_keys {
                 flags.extend(["--api-key".into(), key.clone()]);
             }
-            flags.extend(self.traces.iter().cloned());
+            flags.extend(self.shared.iter().cloned());
             flags
         });
         let directory = self.lock.directory().to_path_buf();
@@ -249,7 +254,7 @@ impl Cluster {
         ];
         let coordinator = {
             let mut flags = flags.concat();
-            flags.extend(self.traces.iter().cloned());
+            flags.extend(self.shared.iter().cloned());
             self.spec("coordinator", "coordinator", "baton-coordinator", &flags)
         };
         // Before the coordinator: from its first order on it alone starts and ends workers.
@@ -322,6 +327,7 @@ impl Cluster {
             cluster: "default".into(),
             lease_ttl: Duration::from_secs(5),
             start_timeout: Duration::from_secs(30),
+            access: EtcdAccess::default(),
         };
         let Some(etcd) = self.processes.last_mut() else { return Ok(()) };
         tokio::select! {
@@ -437,10 +443,11 @@ impl Cluster {
     }
 }
 
-/// The flags that have a process send its spans where `baton up` says.
-pub(super) fn trace_flags(args: &TraceArgs) -> Vec<String> {
-    let endpoint = args.endpoint().into_iter();
-    endpoint.flat_map(|url| ["--otlp-traces-endpoint".to_owned(), url]).collect()
+/// The flags of `baton up` that all its processes have too.
+pub(super) fn shared_flags(args: &UpArgs) -> Vec<String> {
+    let endpoint = args.traces.endpoint().into_iter();
+    let traces = endpoint.flat_map(|url| ["--otlp-traces-endpoint".to_owned(), url]);
+    traces.chain(args.tls.flags()).collect()
 }
 
 /// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.

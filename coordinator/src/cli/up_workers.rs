@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use baton_membership::InstanceRole;
 use baton_membership::daemon::{Exit, Failure};
 
-use super::up::{DRAIN_SECONDS, READY_WITHIN, UpArgs, trace_flags};
+use super::up::{DRAIN_SECONDS, READY_WITHIN, UpArgs, shared_flags};
 use crate::launch::LaunchError;
 use crate::launch::local::{LocalProcesses, LocalWorker};
 use crate::launch::template::{Template, Templates};
@@ -56,7 +56,7 @@ pub(super) fn templates(
             flags.push(["--kv-memory", &args.kv_memory]);
         }
         let flags = flags.concat().into_iter().map(str::to_owned);
-        let args = flags.chain(trace_flags(&args.traces)).collect();
+        let args = flags.chain(shared_flags(args)).collect();
         let program = programs.join("baton-worker");
         Template { pool, model: served.name.clone(), program, args }
     };

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use baton_membership::tls::connect_lazy;
 use baton_membership::{InstanceRecord, InstanceRole};
 use baton_proto::v1::{
     DescribeRequest, FetchTokenizerRequest, ListAdaptersRequest, WatchStatusRequest,
@@ -50,7 +51,7 @@ pub(super) fn start(
                 .clone()
                 .initial_stream_window_size(STREAM_WINDOW)
                 .initial_connection_window_size(CONNECTION_WINDOW),
-            endpoint.connect_lazy(),
+            connect_lazy(&endpoint),
         ),
         Err(error) => {
             warn!(id = record.id, address = record.address, %error, "a worker's address is no URL");

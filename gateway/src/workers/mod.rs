@@ -23,6 +23,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use baton_membership::tls::connect_lazy;
 use baton_membership::{ClusterWatch, InstanceRecord, InstanceRole, Membership};
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{Adapter, ModelCard, Task, WorkerDescription, WorkerStatus};
@@ -100,7 +101,7 @@ pub struct Served {
 impl Worker {
     /// A client for sequences, for the calling thread, which must belong to a runtime.
     pub fn client(&self) -> WorkerClient<Channel> {
-        client(self.channels.get_or(|| self.sequences.connect_lazy()))
+        client(self.channels.get_or(|| connect_lazy(&self.sequences)))
     }
 
     /// A client for everything else.

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
-use baton_membership::{EtcdSettings, InstanceRole, Registration};
+use baton_membership::{EtcdAccess, EtcdSettings, InstanceRole, Registration};
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
@@ -74,6 +74,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         cluster: "default".into(),
         lease_ttl: Duration::from_secs(5),
         start_timeout: Duration::from_secs(10),
+        access: EtcdAccess::default(),
     };
     let registration = Registration::start(&etcd, record).await?;
     println!("ready unified {url}");

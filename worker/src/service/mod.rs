@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use baton_membership::tls::incoming;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{self, ModelCard, Role, SamplingParams, WorkerDescription, WorkerStatus};
 use baton_proto::{MAX_MESSAGE_BYTES, TokenizerBundle};
@@ -29,7 +30,6 @@ use futures::Stream;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use crate::constraint::{Compiled, Compiler, ConstraintError};
@@ -211,15 +211,13 @@ impl WorkerService {
         let service = WorkerServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        // Without this a small message waits for the acknowledgement of the one before: 40 ms.
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(5)))
             .http2_keepalive_timeout(Some(Duration::from_secs(5)))
             .initial_stream_window_size(4 * 1024 * 1024)
             .initial_connection_window_size(16 * 1024 * 1024)
             .add_service(service)
-            .serve_with_incoming_shutdown(incoming, shutdown)
+            .serve_with_incoming_shutdown(incoming(listener), shutdown)
             .await
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use baton_membership::tls::connect_lazy;
 use baton_membership::traces::{Parent, Span};
 use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
@@ -237,11 +238,11 @@ impl Puller {
         }
         let endpoint = endpoint(address)
             .map_err(|error| TransferError::Protocol(format!("{address}: {error}")))?;
-        let channel = endpoint
+        let endpoint = endpoint
             // A block is about a megabyte: the default window would cost a round trip for each.
             .initial_stream_window_size(16 * 1024 * 1024)
-            .initial_connection_window_size(32 * 1024 * 1024)
-            .connect_lazy();
+            .initial_connection_window_size(32 * 1024 * 1024);
+        let channel = connect_lazy(&endpoint);
         if peers.len() >= MAX_PEERS {
             peers.clear();
         }
