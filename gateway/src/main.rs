@@ -32,6 +32,10 @@ use tracing::info;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// How long the workers that are registered may take to answer before the gateway serves without
+/// those that did not.
+const FIND_WITHIN: Duration = Duration::from_secs(1);
+
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
     let settings = Settings::parse();
@@ -109,6 +113,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         keep_alive: Duration::from_secs(settings.keep_alive_timeout),
         cors,
     };
+    // Until then connections wait in the listener's queue.
+    shared.registry.found(FIND_WITHIN).await;
     let server = http::server(shared.clone(), listening)
         .map_err(|error| Failure::new(Exit::Failure, error))?;
     tls.map(|tls| tokio::spawn(tls.refresh()));

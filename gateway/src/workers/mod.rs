@@ -256,6 +256,7 @@ impl Registry {
         });
         let follower = registry.clone();
         let mut view = watch.subscribe();
+        registry.apply(&view.borrow_and_update().clone());
         tokio::spawn(async move {
             // Owns the watch: it lives as long as the task.
             let _watch = watch;
@@ -319,6 +320,20 @@ impl Registry {
         self.workers.read().values().any(|worker| {
             worker.record.role.answers() && worker.alive() && worker.served.load().is_some()
         })
+    }
+
+    /// Waits, for so long at most, until all workers that are registered have told what they serve:
+    /// a gateway that has just started must not refuse what it could serve in a moment.
+    pub async fn found(&self, within: Duration) {
+        let found = async {
+            let unknown = |worker: &Arc<Worker>| {
+                worker.record.role.answers() && !(worker.alive() && worker.served().is_some())
+            };
+            while self.workers().iter().any(unknown) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = tokio::time::timeout(within, found).await;
     }
 
     /// Chooses the worker that generates; `None` when nobody answers but instances in `avoid`.

@@ -356,11 +356,11 @@ fn proxy(host: &str, gateways: &[Daemon], dir: &Path) -> (Process, String) {
         .collect();
     let config = format!(
         "defaults\n  mode http\n  timeout connect 1s\n  timeout client 5m\n  timeout server 5m\n\
-         \x20 timeout check 500ms\n  timeout queue 5s\n  retries 3\n  option redispatch 1\n\
+         \x20 timeout check 1s\n  timeout queue 5s\n  retries 3\n  option redispatch 1\n\
          \x20 # A request that no byte of an answer has come for may go to another gateway.\n\
          \x20 option http-buffer-request\n  retry-on conn-failure empty-response\n\
          \x20 option httpchk GET /health\n\
-         \x20 default-server check inter 200ms fall 2 rise 1 on-marked-down shutdown-sessions\n\
+         \x20 default-server check inter 300ms fall 3 rise 1 on-marked-down shutdown-sessions\n\
          listen gateways\n  bind {bind}\n  balance leastconn\n{servers}\
          \x20 http-response set-header {GATEWAY} %s\n  stats enable\n  stats uri /haproxy\n"
     );

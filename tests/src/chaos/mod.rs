@@ -72,7 +72,7 @@ impl Row {
             cut: count(|it| matches!(it, Ending::Cut(_))),
             wrong: count(|it| matches!(it, Ending::Wrong(_))),
             hung: count(|it| matches!(it, Ending::Hung)),
-            whole_again: [percentile(whole_again, 50.0), percentile(whole_again, 100.0)],
+            whole_again: [percentile(whole_again, 0.5), percentile(whole_again, 1.0)],
             longest: longest.as_secs_f64(),
             failures: failed.map(|it| format!("{it:?}")).collect(),
         }
