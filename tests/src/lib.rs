@@ -20,7 +20,7 @@
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
-//! * [`authority`]: certificates.
+//! * [`authority`]: a certificate authority of the test.
 //! * [`bench`]: what the benchmarks of whole clusters share.
 //! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
 //! * [`sim`]: a simulated cluster that drives the planner.
