@@ -136,11 +136,11 @@ mod tests {
                    2020-03-01 00:00:01,500,60\r\n\r\n";
         let (one, two) = (request(0.0, 30, 4, 0), request(86_401.5, 500, 60, 0));
         assert_eq!(parse(csv).unwrap(), [one, two]);
-        let json = "{\"timestamp\": 7, \"input_length\": 30, \"output_length\": 4, \"hash_ids\": [1]}\n\
-                    {\"timestamp\": 12, \"input_length\": 1500, \"output_length\": 60, \"hash_ids\": [1, 2, 3]}\n\
-                    {\"timestamp\": 1007, \"input_length\": 1400, \"output_length\": 6, \"hash_ids\": [1, 2, 4]}\n";
+        let json = "{\"timestamp\": 500, \"input_length\": 30, \"output_length\": 4, \"hash_ids\": [1]}\n\
+                    {\"timestamp\": 1000, \"input_length\": 1500, \"output_length\": 60, \"hash_ids\": [1, 2, 3]}\n\
+                    {\"timestamp\": 1750, \"input_length\": 1400, \"output_length\": 6, \"hash_ids\": [1, 2, 4]}\n";
         let lines =
-            [request(0.0, 30, 4, 0), request(0.005, 1500, 60, 512), request(1.0, 1400, 6, 1024)];
+            [request(0.0, 30, 4, 0), request(0.5, 1500, 60, 512), request(1.25, 1400, 6, 1024)];
         assert_eq!(parse(json).unwrap(), lines);
     }
 
@@ -148,7 +148,8 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (bad, part) in [
             ("", "line 1"),
-            ("a,b\n1,2\n", "ContextTokens"),
+            ("a,b\n1,2\n", "TIMESTAMP"),
+            ("TIMESTAMP,b\n1,2\n", "ContextTokens"),
             ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no request"),
             (
                 "TIMESTAMP,ContextTokens,GeneratedTokens\n2020-01-01 00:00:00,1,2\n\
