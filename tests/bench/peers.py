@@ -144,6 +144,20 @@ def environment(name: str, at: pathlib.Path) -> pathlib.Path:
     return python
 
 
+def draw(script: str, description: str, report: str) -> None:
+    """The command line of a program that draws a report of `docs/benchmarks` beside it."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("file", type=pathlib.Path, nargs="?",
+                        default=ROOT / "docs" / "benchmarks" / report)
+    parser.add_argument("--venv", type=pathlib.Path, default=ROOT / "target" / "bench-venv")
+    options = parser.parse_args()
+    options.venv.mkdir(parents=True, exist_ok=True)
+    plot = environment("plot", options.venv)
+    out = options.file.with_suffix(".svg")
+    run([plot, "-c", script, options.file.resolve(), out.resolve()])
+    print(out, file=sys.stderr)
+
+
 def machine(cpus: str) -> dict[str, Any]:
     info = pathlib.Path("/proc/cpuinfo").read_text()
     value = lambda key: next(  # noqa: E731

@@ -6,11 +6,7 @@
 matplotlib comes from PyPI, into the same environment under `target/bench-venv` that peers.py uses.
 """
 
-import argparse
-import pathlib
-import sys
-
-from peers import ROOT, environment, run
+from peers import draw
 
 PLOT = """
 import json, sys
@@ -50,18 +46,5 @@ figure.savefig(sys.argv[2])
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=pathlib.Path, nargs="?",
-                        default=ROOT / "docs" / "benchmarks" / "load.json")
-    parser.add_argument("--venv", type=pathlib.Path, default=ROOT / "target" / "bench-venv")
-    options = parser.parse_args()
-    options.venv.mkdir(parents=True, exist_ok=True)
-    plot = environment("plot", options.venv)
-    out = options.file.with_suffix(".svg")
-    run([plot, "-c", PLOT, options.file.resolve(), out.resolve()])
-    print(out, file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    draw(PLOT, __doc__.splitlines()[0], "load.json")
