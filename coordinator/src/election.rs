@@ -69,6 +69,29 @@ impl Election {
     }
 }
 
+/// Does `work` whenever `own` says that we lead, until it says otherwise; then calls `changed`.
+/// Ends with the election, or with the work.
+pub async fn while_leading<W: Future<Output = ()>>(
+    mut own: watch::Receiver<Option<Leadership>>,
+    work: impl Fn(Leadership) -> W,
+    changed: impl Fn(),
+) {
+    loop {
+        let leader = own.borrow_and_update().clone();
+        let news = match leader {
+            None => own.changed().await,
+            Some(leader) => tokio::select! {
+                news = own.changed() => news,
+                () = work(leader) => return,
+            },
+        };
+        changed();
+        if news.is_err() {
+            return;
+        }
+    }
+}
+
 impl Drop for Election {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);

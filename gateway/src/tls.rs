@@ -5,27 +5,21 @@
 //! half written, leave the last good ones in use.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
+use baton_membership::tls::pem;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{
-    DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
-};
-use tracing::{info, warn};
+use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 
 use crate::config::TlsArgs;
-
-/// How often the files are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The files.
 #[derive(Clone, Debug)]
@@ -78,30 +72,9 @@ impl Tls {
 
     /// Reads the files again whenever they have changed, for as long as the process lives.
     pub async fn refresh(self: Arc<Self>) {
-        let mut seen = self.files.stamps();
-        let mut told = None;
-        loop {
-            tokio::time::sleep(LOOK_EVERY).await;
-            let stamps = self.files.stamps();
-            if stamps == seen {
-                continue;
-            }
-            match self.read_again() {
-                Ok(()) => {
-                    info!("certificates have changed, and are used from now on");
-                    (seen, told) = (stamps, None);
-                }
-                // Perhaps one file is new and the other not yet: looked at again until it is well.
-                Err(error) if told.as_ref() != Some(&error) => {
-                    warn!(
-                        error,
-                        "certificates have changed, but cannot be used; the old ones stay"
-                    );
-                    told = Some(error);
-                }
-                Err(_) => {}
-            }
-        }
+        let seen = self.files.stamps();
+        let look = || Some((&self, self.files.stamps()));
+        pem::follow("--ssl", seen, look, |tls| tls.read_again()).await;
     }
 
     fn read_again(&self) -> Result<(), String> {
@@ -117,13 +90,12 @@ impl Tls {
 
 impl Files {
     fn read_key(&self, provider: &CryptoProvider) -> Result<CertifiedKey, String> {
-        let chain = certificates("--ssl-certfile", &self.certificate)?;
+        let chain = pem::certificates("--ssl-certfile", &self.certificate)?;
         let named = if self.key == self.certificate { "--ssl-certfile" } else { "--ssl-keyfile" };
-        let key = PrivateKeyDer::from_pem_file(&self.key)
-            .map_err(|error| at(named, &self.key, format!("holds no private key: {error}")))?;
+        let key = pem::private_key(named, &self.key)?;
         CertifiedKey::from_der(chain, key, provider).map_err(|error| {
             let problem = format!("does not go with --ssl-certfile: {error}");
-            at(named, &self.key, problem)
+            pem::at(named, &self.key, problem)
         })
     }
 
@@ -132,18 +104,13 @@ impl Files {
         provider: &Arc<CryptoProvider>,
     ) -> Result<Option<Arc<dyn ClientCertVerifier>>, String> {
         let Some((file, required)) = &self.clients else { return Ok(None) };
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates("--ssl-ca-certs", file)? {
-            roots
-                .add(certificate)
-                .map_err(|error| at("--ssl-ca-certs", file, format!("cannot be used: {error}")))?;
-        }
+        let roots = pem::roots("--ssl-ca-certs", file)?;
         let builder =
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
         let builder = if *required { builder } else { builder.allow_unauthenticated() };
         let verifier = builder
             .build()
-            .map_err(|error| at("--ssl-ca-certs", file, format!("cannot be used: {error}")))?;
+            .map_err(|error| pem::at("--ssl-ca-certs", file, format!("cannot be used: {error}")))?;
         Ok(Some(verifier))
     }
 
@@ -157,19 +124,6 @@ impl Files {
         };
         files.map(stamp).collect()
     }
-}
-
-fn certificates(flag: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let all = read.map_err(|error| at(flag, file, format!("cannot be read: {error}")))?;
-    match all.is_empty() {
-        true => Err(at(flag, file, "holds no certificate in PEM")),
-        false => Ok(all),
-    }
-}
-
-fn at(flag: &str, file: &Path, problem: impl fmt::Display) -> String {
-    format!("{flag} {} {problem}", file.display())
 }
 
 impl fmt::Debug for Tls {

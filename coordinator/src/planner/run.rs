@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{Counters, Decision, Planner, PlannerSettings, PoolId, PoolSeen, WorkerSeen};
-use crate::election::Leadership;
+use crate::election::{Leadership, while_leading};
 use crate::launch::{Launched, Launcher};
 use crate::scale::machine::Process;
 use crate::scale::record::{Phase, Record, unix_ms};
@@ -112,22 +112,13 @@ struct Memory {
 
 impl Planning {
     /// Plans for ever; decides while `own` says that we lead.
-    pub async fn run(self, mut own: watch::Receiver<Option<Leadership>>) {
-        loop {
-            let leader = own.borrow_and_update().clone();
-            let changed = match leader {
-                None => own.changed().await,
-                Some(leader) => tokio::select! {
-                    changed = own.changed() => changed,
-                    () = self.lead(&leader) => return,
-                },
-            };
-            // Another decides now, from what it has seen itself.
-            self.decisions.clear();
-            if changed.is_err() {
-                return;
-            }
-        }
+    pub async fn run(self, own: watch::Receiver<Option<Leadership>>) {
+        let lead = |leader| {
+            let this = &self;
+            async move { this.lead(&leader).await }
+        };
+        // Another decides then, from what it has seen itself.
+        while_leading(own, lead, || self.decisions.clear()).await;
     }
 
     /// Leads until it is dropped.

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::machine::{Effect, Limits, Load, Observed, Process, Seen, Trouble, step};
 use super::record::{Phase, Record, unix_ms};
 use super::store::{Advanced, ScaleStore, Stored};
-use crate::election::Leadership;
+use crate::election::{Leadership, while_leading};
 use crate::launch::{LaunchError, Launched, Launcher, Survey, WorkerSpec};
 use crate::workers;
 
@@ -50,20 +50,12 @@ struct Memory {
 
 impl Runner {
     /// Runs for ever; does something while `own` says that we lead.
-    pub async fn run(self, mut own: watch::Receiver<Option<Leadership>>) {
-        loop {
-            let leader = own.borrow_and_update().clone();
-            let changed = match leader {
-                None => own.changed().await,
-                Some(leader) => tokio::select! {
-                    changed = own.changed() => changed,
-                    () = self.lead(&leader) => return,
-                },
-            };
-            if changed.is_err() {
-                return;
-            }
-        }
+    pub async fn run(self, own: watch::Receiver<Option<Leadership>>) {
+        let lead = |leader| {
+            let this = &self;
+            async move { this.lead(&leader).await }
+        };
+        while_leading(own, lead, || ()).await;
     }
 
     /// Leads until it is dropped.

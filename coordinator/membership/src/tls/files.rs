@@ -4,21 +4,19 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tracing::{info, warn};
+use tracing::warn;
 
+use super::pem;
 use super::server::Named;
 
-/// How often the files are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two lines of the log about callers that were refused.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 /// Peers whose last trouble is kept in mind, so that it is told once.
@@ -58,8 +56,20 @@ impl Tls {
         let seen = files.contents();
         let (troubles, told) = (Mutex::default(), Mutex::default());
         let tls = Arc::new(Self { files, name, configs, troubles, told });
-        tokio::spawn(refresh(Arc::downgrade(&tls), seen));
+        let (weak, flags) = (Arc::downgrade(&tls), tls.files.flags);
+        let look = move || {
+            let tls = weak.upgrade()?;
+            let contents = tls.files.contents();
+            Some((tls, contents))
+        };
+        tokio::spawn(pem::follow(flags, seen, look, |tls: &Arc<Self>| tls.read_again()));
         Ok(tls)
+    }
+
+    fn read_again(&self) -> Result<(), String> {
+        let configs = self.files.read(self.name.as_ref())?;
+        self.configs.store(Arc::new(configs));
+        Ok(())
     }
 
     pub(super) fn client(&self) -> Arc<ClientConfig> {
@@ -97,33 +107,6 @@ impl Tls {
     }
 }
 
-/// Reads the files again whenever they have changed.
-async fn refresh(tls: Weak<Tls>, mut seen: Vec<Option<Vec<u8>>>) {
-    let mut told = None;
-    loop {
-        tokio::time::sleep(LOOK_EVERY).await;
-        let Some(tls) = tls.upgrade() else { return };
-        let contents = tls.files.contents();
-        if contents == seen {
-            continue;
-        }
-        let flags = tls.files.flags;
-        match tls.files.read(tls.name.as_ref()) {
-            Ok(configs) => {
-                info!(flags, "certificates have changed, and are used from now on");
-                tls.configs.store(Arc::new(configs));
-                (seen, told) = (contents, None);
-            }
-            // Perhaps one file is new and the other not yet: looked at again until it is well.
-            Err(error) if told.as_ref() != Some(&error) => {
-                warn!(error, "certificates have changed, but cannot be used; the old ones stay");
-                told = Some(error);
-            }
-            Err(_) => {}
-        }
-    }
-}
-
 impl Files {
     /// What the files hold: they are small, and a time of change may not tell.
     fn contents(&self) -> Vec<Option<Vec<u8>>> {
@@ -133,12 +116,7 @@ impl Files {
 
     fn read(&self, name: Option<&ServerName<'static>>) -> Result<Configs, String> {
         let provider = Arc::new(ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        for certificate in self.certificates("ca", &self.ca)? {
-            let added = roots.add(certificate);
-            added.map_err(|error| self.at("ca", &self.ca, format!("cannot be used: {error}")))?;
-        }
-        let roots = Arc::new(roots);
+        let roots = Arc::new(pem::roots(&self.flag("ca"), &self.ca)?);
         let builder = ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
@@ -167,9 +145,10 @@ impl Files {
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
     ) -> Result<Arc<ServerConfig>, String> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
-            .build()
-            .map_err(|error| self.at("ca", &self.ca, format!("cannot be used: {error}")))?;
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(roots, provider.clone()).build().map_err(
+                |error| pem::at(&self.flag("ca"), &self.ca, format!("cannot be used: {error}")),
+            )?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
@@ -184,33 +163,19 @@ impl Files {
         &self,
     ) -> Result<Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>, String> {
         let Some((certificate, key)) = &self.identity else { return Ok(None) };
-        let chain = self.certificates("cert", certificate)?;
-        let key = PrivateKeyDer::from_pem_file(key)
-            .map_err(|error| self.at("key", key, format!("holds no private key: {error}")))?;
+        let chain = pem::certificates(&self.flag("cert"), certificate)?;
+        let key = pem::private_key(&self.flag("key"), key)?;
         Ok(Some((chain, key)))
-    }
-
-    fn certificates(
-        &self,
-        flag: &str,
-        file: &Path,
-    ) -> Result<Vec<CertificateDer<'static>>, String> {
-        let read =
-            CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let all = read.map_err(|error| self.at(flag, file, format!("cannot be read: {error}")))?;
-        match all.is_empty() {
-            true => Err(self.at(flag, file, "holds no certificate in PEM")),
-            false => Ok(all),
-        }
     }
 
     fn unfit(&self, error: &rustls::Error) -> String {
         let key = self.identity.as_ref().map_or(Path::new(""), |(_, key)| key);
-        self.at("key", key, format!("does not go with {}-cert: {error}", self.flags))
+        let problem = format!("does not go with {}: {error}", self.flag("cert"));
+        pem::at(&self.flag("key"), key, problem)
     }
 
-    fn at(&self, flag: &str, file: &Path, problem: impl fmt::Display) -> String {
-        format!("{}-{flag} {} {problem}", self.flags, file.display())
+    fn flag(&self, file: &str) -> String {
+        format!("{}-{file}", self.flags)
     }
 }
 

@@ -4,6 +4,7 @@
 //! * [`connect`], [`connect_lazy`]: how all processes call each other; without an identity in
 //!   plain text.
 //! * [`incoming`]: whom a server listens to.
+//! * [`pem`]: certificates and keys in files, and files that change.
 //! * [`files`](Files): certificates are read again when they change; connections that are made
 //!   from then on use them, and those that are there stay.
 //!
@@ -12,6 +13,7 @@
 
 mod client;
 mod files;
+pub mod pem;
 mod server;
 
 use std::io;
