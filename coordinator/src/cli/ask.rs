@@ -61,9 +61,7 @@ impl Coordinator {
             Err(_) => Err(silent(&format_args!("nothing within {ANSWER_WITHIN:?}"))),
         }
     }
-}
 
-impl Coordinator {
     /// The one that leads.
     ///
     /// # Errors
@@ -85,6 +83,10 @@ impl Coordinator {
     ) -> Result<T, Failure> {
         match tokio::time::timeout(ANSWER_WITHIN, call(self.client.clone())).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
+            // Not said by the coordinator: the connection broke, such as in plain text to TLS.
+            Ok(Err(status)) if std::error::Error::source(&status).is_some() => {
+                Err(silent(&self.url, &status.message()))
+            }
             Ok(Err(status)) => Err(match status.code() {
                 Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
                     silent(&self.url, &status.message())
