@@ -117,14 +117,27 @@ impl CoordinatorService {
         })
     }
 
-    /// The model that a request means: the one that it names, or else the pool's only one.
-    fn model(&self, pool: InstanceRole, name: String) -> Result<String, Status> {
+    /// The models that a pool has or can have.
+    fn models(&self, pool: InstanceRole) -> Vec<String> {
         let offered = self.launcher.iter().flat_map(|launcher| launcher.models(pool));
         let membership = self.membership();
         let served = membership.instances.values().filter(|it| it.role == pool);
         let mut models: Vec<String> = offered.chain(served.map(|it| it.model.clone())).collect();
         models.sort();
         models.dedup();
+        models
+    }
+
+    /// The model that a request means: the one that it names, or else the pool's only one.
+    async fn model(&self, pool: InstanceRole, name: String) -> Result<String, Status> {
+        let mut models = self.models(pool);
+        if let Some(launcher) = &self.launcher
+            && (models.is_empty() || (!name.is_empty() && !models.contains(&name)))
+        {
+            // Its pool may have been made a moment ago.
+            launcher.look_anew().await;
+            models = self.models(pool);
+        }
         let list = models.join(", ");
         match models.len() {
             0 => Err(Status::invalid_argument(format!(
@@ -176,7 +189,7 @@ impl Coordinator for CoordinatorService {
             given => given.min(longest),
         };
         let pool = self.pool(&pool)?;
-        let model = self.model(pool, model)?;
+        let model = self.model(pool, model).await?;
         let request = Record::new(pool, model, size, drain_timeout_ms);
         let until = Instant::now() + GIVE_WAY;
         loop {

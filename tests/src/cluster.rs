@@ -422,13 +422,7 @@ impl Cluster {
         for worker in &self.workers {
             let what = format!("{} is at rest", worker.process.name());
             eventually(&what, Duration::from_secs(5), async || {
-                let status = worker.status().await;
-                let busy = u64::from(status.running + status.waiting);
-                if busy + grpc::owned_blocks(&status) == 0 {
-                    Ok(())
-                } else {
-                    Err(format!("{status:?}"))
-                }
+                grpc::at_rest(&worker.address).await
             })
             .await;
         }

@@ -22,8 +22,27 @@ pub async fn worker(address: &str) -> WorkerClient {
 
 /// The worker's status as of now.
 pub async fn status(address: &str) -> WorkerStatus {
-    let mut stream = watch(address, Duration::from_secs(60)).await;
-    next(&mut stream).await
+    look(address).await.unwrap_or_else(|error| panic!("the status of {address}: {error}"))
+}
+
+/// The same, of a worker that may be dead.
+pub async fn look(address: &str) -> Result<WorkerStatus, String> {
+    let look = async {
+        let channel = dial(address).await.map_err(|error| error.to_string())?;
+        let request = WatchStatusRequest { interval_ms: 60_000 };
+        let reply = WorkerClient::new(channel).watch_status(request).await;
+        let message = reply.map_err(|error| error.to_string())?.into_inner().message().await;
+        message.map_err(|error| error.to_string())?.ok_or_else(|| "no status".to_owned())
+    };
+    let status = tokio::time::timeout(CALL_WITHIN, look).await;
+    status.unwrap_or_else(|_| Err("no status in time".into()))
+}
+
+/// Whether a worker has no request and no KV block; its status if it has.
+pub async fn at_rest(address: &str) -> Result<(), String> {
+    let status = look(address).await?;
+    let busy = u64::from(status.running + status.waiting) + owned_blocks(&status);
+    if busy == 0 { Ok(()) } else { Err(format!("{status:?}")) }
 }
 
 /// The worker's status, over and over.
@@ -64,8 +83,11 @@ pub fn handoff_bytes(status: &WorkerStatus) -> u64 {
 }
 
 async fn connect(address: &str) -> Channel {
+    dial(address).await.unwrap_or_else(|e| panic!("connect to {address}: {e}"))
+}
+
+async fn dial(address: &str) -> Result<Channel, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(address.to_owned()).expect("an address");
     // As one of the cluster, where the test has an identity.
-    let channel = tls::connect(&endpoint.connect_timeout(CALL_WITHIN)).await;
-    channel.unwrap_or_else(|e| panic!("connect to {address}: {e}"))
+    tls::connect(&endpoint.connect_timeout(CALL_WITHIN)).await
 }

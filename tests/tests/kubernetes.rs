@@ -109,6 +109,18 @@ async fn watches_that_are_cut_or_forgotten_miss_nothing() {
     cluster.finish().await;
 }
 
+/// What was applied a moment ago can be scaled.
+#[tokio::test]
+async fn a_pool_is_found_before_a_watch_tells_of_it() {
+    let mut cluster = cluster(1, &[], 1).await;
+    cluster.kubernetes().tell_late(Duration::from_secs(3));
+    let works = Behaviour::works(&worker("prefill", &cluster.etcd), Duration::ZERO);
+    cluster.kubernetes().add_pool("prefill", MODEL_NAME, works);
+    cluster.scaled("prefill", 1).await;
+    assert_eq!(cluster.kubernetes().pods(), ["decode-0", "prefill-0"]);
+    cluster.finish().await;
+}
+
 /// Pods are slow, the API server goes away and comes back, and the leader dies meanwhile.
 #[tokio::test]
 async fn another_coordinator_finishes_although_the_api_server_was_away() {

@@ -157,6 +157,9 @@ pub trait Launcher: Send + Sync {
     /// A coordinator begins to lead: what it is told from here on must not be older than this.
     fn lead(&self) {}
 
+    /// Learns what can be launched as of now, where `models` may not know it yet.
+    async fn look_anew(&self) {}
+
     /// The served names of the models that workers of a pool can be launched for.
     fn models(&self, pool: InstanceRole) -> Vec<String>;
 

@@ -230,12 +230,17 @@ impl Bed {
     /// KV blocks of all workers that requests own, and hand-offs.
     pub async fn owned_blocks(&self) -> u64 {
         let mut owned = 0;
-        for record in self.etcd.instances() {
-            if POOLS.contains(&record.role.as_str()) {
-                owned += grpc::owned_blocks(&grpc::status(&record.address).await);
-            }
+        for address in self.registered() {
+            owned += grpc::owned_blocks(&grpc::status(&address).await);
         }
         owned
+    }
+
+    /// The addresses of the workers that are registered.
+    fn registered(&self) -> Vec<String> {
+        let mut all = self.etcd.instances();
+        all.retain(|record| POOLS.contains(&record.role.as_str()));
+        all.into_iter().map(|record| record.address).collect()
     }
 
     /// Which coordinator leads, by position.
@@ -274,6 +279,10 @@ impl Bed {
                     return Err(format!("{count} workers of {pool} are registered"));
                 }
             }
+            // One that was killed is registered until its lease ends.
+            for address in self.registered() {
+                grpc::look(&address).await.map_err(|error| format!("{address}: {error}"))?;
+            }
             for gateway in &self.gateways {
                 let metrics = Api::new(&gateway.address, None).get("/metrics").await;
                 let up = Scrape::parse(&metrics.text)?.sum("baton_workers", &[("state", "up")]);
@@ -297,19 +306,13 @@ impl Bed {
     /// Ends everything: no request and no KV block may be left on a worker, and nothing at all
     /// after the end.
     pub async fn finish(mut self) {
-        for record in self.etcd.instances() {
-            if !POOLS.contains(&record.role.as_str()) {
-                continue;
+        eventually("all workers are at rest", Duration::from_secs(30), async || {
+            for address in self.registered() {
+                grpc::at_rest(&address).await?;
             }
-            let what = format!("{} is at rest", record.address);
-            eventually(&what, Duration::from_secs(30), async || {
-                let status = grpc::status(&record.address).await;
-                let busy = u64::from(status.running + status.waiting);
-                let busy = busy + grpc::owned_blocks(&status);
-                if busy == 0 { Ok(()) } else { Err(format!("{status:?}")) }
-            })
-            .await;
-        }
+            Ok(())
+        })
+        .await;
         self.proxy.kill();
         for daemon in self.gateways.iter_mut().chain(&mut self.coordinators).chain(&mut self.far) {
             daemon.process.stop().await;

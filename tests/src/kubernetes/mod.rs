@@ -189,6 +189,11 @@ impl Kubernetes {
         self.objects().conflicts = count;
     }
 
+    /// From now on watches tell of changes so long after them; lists have them at once.
+    pub fn tell_late(&self, lag: Duration) {
+        self.objects().lag = lag;
+    }
+
     /// Cuts all watches in the middle of an event.
     pub fn cut_watches(&self) {
         self.objects().cut();

@@ -1,9 +1,11 @@
 //! What the scripted API server holds.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::{Behaviour, End, NAMESPACE};
 
@@ -33,6 +35,7 @@ impl Resource {
 /// A change that watches tell of.
 #[derive(Clone, Debug)]
 pub(super) struct Change {
+    pub(super) at: Instant,
     pub(super) version: u64,
     pub(super) resource: Resource,
     pub(super) kind: &'static str,
@@ -47,6 +50,8 @@ pub(super) struct Objects {
     pub(super) log: Vec<Change>,
     /// Versions before this are forgotten.
     pub(super) forgotten: u64,
+    /// Watches tell of changes so long after them.
+    pub(super) lag: Duration,
     /// How often watches were cut.
     pub(super) cuts: u64,
     pub(super) conflicts: u32,
@@ -67,6 +72,7 @@ impl Default for Objects {
             pods: BTreeMap::new(),
             log: Vec::new(),
             forgotten: 0,
+            lag: Duration::ZERO,
             cuts: 0,
             conflicts: 0,
             forbidden: None,
@@ -90,8 +96,8 @@ impl Objects {
     fn note(&mut self, resource: Resource, kind: &'static str, mut object: Value) -> Value {
         self.version += 1;
         object["metadata"]["resourceVersion"] = self.version.to_string().into();
-        let (version, told) = (self.version, object.clone());
-        self.log.push(Change { version, resource, kind, object: told });
+        let (at, version, told) = (Instant::now(), self.version, object.clone());
+        self.log.push(Change { at, version, resource, kind, object: told });
         self.news.send_replace(());
         object
     }

@@ -197,7 +197,7 @@ impl Watch {
             Some(Ok(Bytes::from(line)))
         };
         loop {
-            let mut news = {
+            let (mut news, due) = {
                 let objects = self.shared.lock().expect("nobody panicked");
                 if objects.cuts > self.cuts {
                     self.broken = true;
@@ -216,12 +216,20 @@ impl Watch {
                         && it.version > self.from
                         && selected(&it.object, &self.query)
                 });
-                if let Some(change) = next {
+                let due = next.map(|change| change.at + objects.lag);
+                if let Some(change) = next.filter(|it| it.at + objects.lag <= Instant::now()) {
                     self.from = change.version;
                     return line(change.kind, &change.object);
                 }
-                objects.news.subscribe()
+                (objects.news.subscribe(), due)
             };
+            if let Some(due) = due {
+                tokio::time::sleep_until(due.min(self.until)).await;
+                if due <= self.until {
+                    continue;
+                }
+                return None;
+            }
             tokio::select! {
                 _ = news.changed() => {}
                 () = tokio::time::sleep_until(self.until) => return None,

@@ -311,6 +311,12 @@ impl Launcher for Kubernetes {
         self.pods.list_anew();
     }
 
+    async fn look_anew(&self) {
+        self.sets.list_anew();
+        // Why it cannot see them is in the log.
+        let _ = self.sets.all().await;
+    }
+
     fn models(&self, pool: InstanceRole) -> Vec<String> {
         let pools = self.last_pools().into_iter().filter(|set| set.pool == pool);
         pools.map(|set| set.model).collect()
