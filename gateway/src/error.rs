@@ -147,7 +147,13 @@ impl ApiError {
         Self { retry_after: Some(seconds), ..error }
     }
 
-    /// 503: nobody can serve this now.
+    /// 502: the workers that had the request are gone. Unlike with 503, it may have begun.
+    pub fn given_up(message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::BAD_GATEWAY, "BadGatewayError", message);
+        Self { retry_after: Some(1), ..error }
+    }
+
+    /// 503: nobody can serve this now, and nothing of it was begun: balancers ask another gateway.
     pub fn unavailable(message: impl Into<String>) -> Self {
         let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailableError", message);
         Self { retry_after: Some(1), ..error }
@@ -178,7 +184,12 @@ impl ApiError {
 
     /// Whether the same request may be served a little later.
     pub fn passes(&self) -> bool {
-        matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+        matches!(
+            self.status,
+            StatusCode::TOO_MANY_REQUESTS
+                | StatusCode::BAD_GATEWAY
+                | StatusCode::SERVICE_UNAVAILABLE
+        )
     }
 
     /// The field at fault.

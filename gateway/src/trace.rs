@@ -146,7 +146,7 @@ impl State {
     fn fail(&mut self, status: u16) {
         if status >= 500 && !std::mem::replace(&mut self.failed, true) {
             self.span.fail(match status {
-                503 => "unavailable",
+                502 | 503 => "unavailable",
                 504 => "timeout",
                 _ => "internal",
             });

@@ -93,6 +93,7 @@ ELSEWHERE = {
     ("*", 413): "a body of megabytes: bad_input.rs",
     ("*", 429): "a queue that is full: access.rs, slow_clients.rs",
     ("*", 500): "a failure of the server, which no request may cause",
+    ("*", 502): "workers that die: membership.rs",
     ("*", 503): "no worker: access.rs, responses.rs",
     ("*", 504): "a request that takes too long: cancel.rs",
     ("POST /v1/load_lora_adapter", 200): "needs an adapter: lora.rs",

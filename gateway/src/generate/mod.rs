@@ -216,6 +216,7 @@ impl Generation {
                     avoid.clear();
                     tokio::time::sleep(LOOK_EVERY).await;
                 }
+                Err(Failure::Absent(_)) if failures > 0 => return Err(gone()),
                 Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
                     return Err(error);
                 }
@@ -376,9 +377,8 @@ impl Generation {
                     self.avoid.clear();
                     tokio::time::sleep(LOOK_EVERY).await;
                 }
-                Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
-                    return Err(error);
-                }
+                Err(Failure::Absent(_)) => return Err(gone()),
+                Err(Failure::Final(error) | Failure::Full(error)) => return Err(error),
             }
         }
     }
@@ -537,7 +537,7 @@ fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) ->
             warn!(id = worker.record.id, %status, "a worker does not answer a request");
             worker.mark_down();
             avoid.push(worker.record.id.clone());
-            Failure::Retry(ApiError::unavailable(
+            Failure::Retry(ApiError::given_up(
                 "The worker that served the request is gone, and others failed too; try again.",
             ))
         }
@@ -546,6 +546,13 @@ fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) ->
 
 fn nobody(model: &str) -> ApiError {
     ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
+}
+
+/// Like [`nobody`], of a request that has begun.
+fn gone() -> ApiError {
+    ApiError::given_up(
+        "The worker that served the request is gone, and there is no other; try again.",
+    )
 }
 
 fn full() -> ApiError {

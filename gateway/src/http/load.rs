@@ -31,6 +31,11 @@ impl Load {
         self.now.load(Relaxed)
     }
 
+    /// Requests that there may be.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
     /// Takes a place.
     pub fn enter(self: &Arc<Self>) -> Result<Place, ApiError> {
         // The place exists before the check, so that two cannot take the last one.

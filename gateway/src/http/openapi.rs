@@ -180,6 +180,7 @@ fn finish(path: &str, method: &str, operation: &mut Operation) {
         (413, takes_body && !path.starts_with("/v1/audio/"), "The body is too large."),
         (429, !open && !admin, "Too many requests; `retry-after` says when to come again."),
         (500, of_model || stored, "A failure of the server."),
+        (502, generates, "The workers that had the request are gone, with what they had begun."),
         (
             503,
             of_model || stored || path == "/is_scaling_elastic_ep",

@@ -73,7 +73,7 @@ pub(super) async fn load(shared: web::Data<Shared>) -> HttpResponse {
 pub(super) async fn metrics(shared: web::Data<Shared>) -> Result<HttpResponse, ApiError> {
     let text = shared
         .metrics
-        .scrape(&shared.registry)
+        .scrape(&shared.registry, &shared.load)
         .map_err(|error| ApiError::internal(format!("The metrics cannot be written: {error}.")))?;
     Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text))
 }

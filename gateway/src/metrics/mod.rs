@@ -14,10 +14,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_proto::InstanceRole;
 use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerStatus};
 use parking_lot::{Mutex, RwLock};
 use prometheus::{Encoder as _, HistogramVec, Opts, Registry, TextEncoder};
 
+use crate::http::Load;
 use crate::metrics::lora::LoraRequests;
 use crate::workers::Registry as Workers;
 use families::{
@@ -36,6 +38,15 @@ const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
 const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_transfer"];
 /// Where the KV of a sequence came from that went on with another worker.
 const MIGRATED_KV: [&str; 3] = ["pulled", "cached", "computed"];
+
+/// Workers' roles.
+const ROLES: [InstanceRole; 5] = [
+    InstanceRole::Prefill,
+    InstanceRole::Decode,
+    InstanceRole::Unified,
+    InstanceRole::Pooling,
+    InstanceRole::Audio,
+];
 
 /// What the store of responses is asked to do.
 const STORE_OPERATIONS: [&str; 11] = [
@@ -111,6 +122,8 @@ pub struct Metrics {
     workers: GaugeVec,
     kv_blocks: GaugeVec,
     etcd: GaugeVec,
+    inflight: GaugeVec,
+    inflight_limit: GaugeVec,
     kv_index: GaugeVec,
     heard: prometheus::CounterVec,
     pub(crate) lora: LoraRequests,
@@ -372,6 +385,18 @@ impl Metrics {
                 "Whether etcd answers this gateway; without it the last view is used.",
                 &[],
             )?,
+            inflight: gauge(
+                &r,
+                "baton_inflight_requests",
+                "Generation requests in progress at this gateway.",
+                &[],
+            )?,
+            inflight_limit: gauge(
+                &r,
+                "baton_inflight_requests_limit",
+                "Generation requests that it serves at once; more are answered 429.",
+                &[],
+            )?,
             heard: families::register(
                 &r,
                 prometheus::CounterVec::new(
@@ -505,9 +530,11 @@ impl Metrics {
     }
 
     /// The text that Prometheus reads, with what workers last said.
-    pub fn scrape(&self, workers: &Workers) -> Result<Vec<u8>, prometheus::Error> {
+    pub fn scrape(&self, workers: &Workers, load: &Load) -> Result<Vec<u8>, prometheus::Error> {
         // One scrape at a time: growth must be counted once, and gauges seen whole.
         let mut seen = self.seen.lock();
+        self.inflight.with_label_values::<&str>(&[]).set(load.now() as f64);
+        self.inflight_limit.with_label_values::<&str>(&[]).set(load.most() as f64);
         self.take_in(workers, &mut seen);
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
@@ -524,6 +551,12 @@ impl Metrics {
             &self.kv_blocks,
         ];
         gauges.iter().for_each(|gauge| gauge.reset());
+        // No worker is a number too: an alert must see it.
+        for role in ROLES {
+            for state in ["up", "down"] {
+                self.workers.with_label_values(&[role.as_str(), state]);
+            }
+        }
         let indexed = workers.kv.read().len() as f64;
         self.kv_index.with_label_values::<&str>(&[]).set(indexed);
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());

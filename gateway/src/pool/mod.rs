@@ -208,7 +208,7 @@ async fn call(
             }
             failures += 1;
             if failures >= MAX_FAILURES {
-                return Err(ApiError::unavailable(
+                return Err(ApiError::given_up(
                     "The workers that had the texts failed; try again.",
                 ));
             }

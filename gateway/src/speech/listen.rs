@@ -371,7 +371,7 @@ impl Listener {
             Some(status) if status.code() == Code::ResourceExhausted => {
                 ApiError::overloaded("All workers' queues are full; try again soon.")
             }
-            _ => ApiError::unavailable("No worker that times words is running; try again soon."),
+            _ => ApiError::given_up("No worker that times words is running; try again soon."),
         })
     }
 }

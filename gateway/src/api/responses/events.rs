@@ -144,7 +144,7 @@ impl Writer {
             "stop" => self.response.complete(),
             "length" => self.response.cut(),
             _ => {
-                self.response.fail(&ApiError::unavailable("The answer was given up by its worker."))
+                self.response.fail(&ApiError::given_up("The answer was given up by its worker."))
             }
         }
     }
