@@ -21,6 +21,7 @@
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
 //! * [`authority`]: a certificate authority of the test.
+//! * [`balancer`]: a real HAProxy or nginx before gateways.
 //! * [`bench`]: what the benchmarks of whole clusters share.
 //! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
 //! * [`sim`]: a simulated cluster that drives the planner.
@@ -30,6 +31,7 @@
 #![forbid(unsafe_code)]
 
 pub mod authority;
+pub mod balancer;
 pub mod bench;
 pub mod binaries;
 pub mod chaos;

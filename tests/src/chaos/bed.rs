@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use reqwest::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::disk::SmallDisk;
 use super::link::Link;
-use super::traffic::GATEWAY;
+use crate::balancer::{Balancer, Kind};
 use crate::binaries::{MODEL_NAME, model, program};
 use crate::etcd::Etcd;
 use crate::http::Api;
@@ -85,8 +84,7 @@ pub struct Bed {
     pub disk: Option<SmallDisk>,
     sizes: BTreeMap<&'static str, usize>,
     far: Vec<Daemon>,
-    proxy: Process,
-    url: String,
+    proxy: Balancer,
     clock: Option<PathBuf>,
     owner: File,
     // Last, so that the processes end before their folder goes.
@@ -152,7 +150,8 @@ impl Bed {
             let spec = daemon(&format!("gateway-{n}"), "baton-gateway", &listen);
             gateways.push(Daemon::start(spec, &logs).await);
         }
-        let (proxy, url) = proxy(&host, &gateways, dir.path());
+        let addresses = [0, 1].map(|n: usize| &*gateways[n].address);
+        let proxy = Balancer::start(Kind::Haproxy, &host, addresses, dir.path());
 
         let (far, sizes) = (Vec::new(), BTreeMap::new());
         let mut bed = Self {
@@ -165,7 +164,6 @@ impl Bed {
             sizes,
             far,
             proxy,
-            url,
             clock,
             owner,
             dir,
@@ -195,7 +193,7 @@ impl Bed {
 
     /// The address that clients use.
     pub fn url(&self) -> &str {
-        &self.url
+        self.proxy.url()
     }
 
     /// Has the coordinators make a pool this large, as an operator does.
@@ -290,17 +288,9 @@ impl Bed {
                     return Err(format!("{} has {up:?} of {all} workers", gateway.address));
                 }
             }
-            self.balanced().await
+            self.proxy.found_both().await
         })
         .await;
-    }
-
-    /// Whether HAProxy has found both gateways.
-    async fn balanced(&self) -> Result<(), String> {
-        let table = Api::new(&self.url, None).send(Method::GET, "/haproxy;csv", None, "").await;
-        let table = table.map_err(|error| format!("{error:?}"))?.text;
-        let up = |name: &str| table.lines().any(|line| server_is_up(line, name));
-        if up("gateway-0") && up("gateway-1") { Ok(()) } else { Err(table) }
     }
 
     /// Ends everything: no request and no KV block may be left on a worker, and nothing at all
@@ -344,38 +334,4 @@ fn worker(pool: &str) -> [&str; 12] {
     let (model, drain) = (["--model", &MODEL], ["--drain-timeout", "5"]);
     let flags = [role, name, threads, memory, model, drain];
     std::array::from_fn(|n| flags[n / 2][n % 2])
-}
-
-/// Starts HAProxy before the gateways; its address.
-fn proxy(host: &str, gateways: &[Daemon], dir: &Path) -> (Process, String) {
-    let bind = format!("{host}:{}", ports::free());
-    let servers: String = gateways
-        .iter()
-        .enumerate()
-        .map(|(n, gateway)| {
-            let address = gateway.address.trim_start_matches("http://");
-            format!("  server gateway-{n} {address}\n")
-        })
-        .collect();
-    let config = format!(
-        "defaults\n  mode http\n  timeout connect 1s\n  timeout client 5m\n  timeout server 5m\n\
-         \x20 timeout check 1s\n  timeout queue 5s\n  retries 3\n  option redispatch 1\n\
-         \x20 # A request that no byte of an answer has come for may go to another gateway.\n\
-         \x20 option http-buffer-request\n  retry-on conn-failure empty-response\n\
-         \x20 option httpchk GET /health\n\
-         \x20 default-server check inter 300ms fall 3 rise 1 on-marked-down shutdown-sessions\n\
-         listen gateways\n  bind {bind}\n  balance leastconn\n{servers}\
-         \x20 http-response set-header {GATEWAY} %s\n  stats enable\n  stats uri /haproxy\n"
-    );
-    let file = dir.join("haproxy.cfg");
-    fs::write(&file, config).expect("write HAProxy's configuration");
-    let args = [OsString::from("-db"), "-f".into(), file.into()];
-    let spec = Spec::new("haproxy", "haproxy".into(), args);
-    (Process::start(&spec, dir), format!("http://{bind}"))
-}
-
-/// Whether a line of HAProxy's table says that this server is up.
-fn server_is_up(line: &str, name: &str) -> bool {
-    let mut fields = line.split(',');
-    fields.nth(1) == Some(name) && fields.nth(15) == Some("UP")
 }

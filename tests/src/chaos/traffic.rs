@@ -308,13 +308,14 @@ async fn whole(reply: reqwest::Response) -> Reply {
     Reply { status, headers, text }
 }
 
-/// An error is clear when it has the API's form. HAProxy's own says that a gateway was lost.
+/// An error is clear when it has the API's form. HAProxy's own, which names no gateway, says that
+/// one was lost.
 fn refused(reply: Reply) -> Ending {
     match reply.error(reply.status.as_u16()) {
-        Ok(error) => Ending::Refused(format!("{}: {error}", reply.status)),
-        Err(_) if reply.header("content-type").starts_with("text/html") => {
+        Ok(_) if reply.header(GATEWAY).is_empty() => {
             Ending::Cut(format!("HAProxy: {}", reply.status))
         }
+        Ok(error) => Ending::Refused(format!("{}: {error}", reply.status)),
         Err(why) => Ending::Wrong(why),
     }
 }
