@@ -17,6 +17,7 @@
 //! * [`lora`]: adapters of random weights.
 //! * [`postgres`]: a real PostgreSQL.
 //! * [`python`]: clients in Python, with pinned packages.
+//! * [`monitor`]: a real Prometheus.
 //! * [`prometheus`]: a strict reader of the Prometheus text format.
 //! * [`mod@reference`]: outputs of an independent implementation on the same weights.
 //! * [`poll`]: waiting for a condition, never for a time.
@@ -45,6 +46,7 @@ pub mod kubernetes;
 pub mod leftovers;
 pub mod load;
 pub mod lora;
+pub mod monitor;
 pub mod poll;
 pub mod ports;
 pub mod postgres;

@@ -283,3 +283,25 @@ async fn an_etcd_that_lost_its_data_is_filled_again() {
     cluster.still_serves().await;
     cluster.finish().await;
 }
+
+/// Whoever is told 503 may ask another gateway at once: nothing has begun. Here it had.
+#[tokio::test]
+async fn an_answer_that_nobody_can_go_on_with_is_given_up_as_one_that_had_begun() {
+    let mut cluster = Cluster::unified().await;
+    let (api, request) = (cluster.api.clone(), requests(1, 2000).remove(0));
+    let call = tokio::spawn(async move { api.post("/v1/completions", &request).await });
+    eventually("it is under way", Duration::from_secs(10), async || {
+        let status = cluster.workers[0].status().await;
+        if status.generation_tokens > 4 { Ok(()) } else { Err(format!("{status:?}")) }
+    })
+    .await;
+    cluster.kill_worker(0);
+    let reply = call.await.expect("a reply");
+    let error = reply.error(502).expect("given up");
+    assert_eq!(error["type"], "BadGatewayError");
+    assert_eq!(reply.header("retry-after"), "1");
+    let body = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 2});
+    let reply = cluster.api.post("/v1/completions", &body).await;
+    assert!([404, 503].contains(&reply.status.as_u16()), "{}", reply.text);
+    cluster.finish().await;
+}

@@ -48,6 +48,9 @@ const ROLES: [InstanceRole; 5] = [
     InstanceRole::Audio,
 ];
 
+/// Whether a worker is sent requests, ends those that it has, or does not answer.
+const STATES: [&str; 3] = ["up", "draining", "down"];
+
 /// What the store of responses is asked to do.
 const STORE_OPERATIONS: [&str; 11] = [
     "append",
@@ -364,7 +367,7 @@ impl Metrics {
             workers: gauge(
                 &r,
                 "baton_workers",
-                "Workers known, by role and by whether they answer.",
+                "Workers known, by role and by whether they take requests, drain or do not answer.",
                 &["role", "state"],
             )?,
             kv_blocks: gauge(
@@ -553,7 +556,7 @@ impl Metrics {
         gauges.iter().for_each(|gauge| gauge.reset());
         // No worker is a number too: an alert must see it.
         for role in ROLES {
-            for state in ["up", "down"] {
+            for state in STATES {
                 self.workers.with_label_values(&[role.as_str(), state]);
             }
         }
@@ -565,7 +568,12 @@ impl Metrics {
         let mut layouts: BTreeMap<(u32, &str), u64> = BTreeMap::new();
         for worker in workers.workers() {
             let role = worker.record.role.as_str();
-            let state = if worker.alive() { "up" } else { "down" };
+            let [up, draining, down] = STATES;
+            let state = match (worker.alive(), worker.answers()) {
+                (true, _) => up,
+                (false, true) => draining,
+                (false, false) => down,
+            };
             self.workers.with_label_values(&[role, state]).inc();
             let (Some(served), Some(status)) = (worker.served(), worker.status()) else { continue };
             let model = served.card.name.as_str();

@@ -143,9 +143,7 @@ impl Writer {
         match end.reason {
             "stop" => self.response.complete(),
             "length" => self.response.cut(),
-            _ => {
-                self.response.fail(&ApiError::given_up("The answer was given up by its worker."))
-            }
+            _ => self.response.fail(&ApiError::given_up("The answer was given up by its worker.")),
         }
     }
 
