@@ -86,7 +86,7 @@ fn metrics(query: &str) -> BTreeSet<String> {
     let mut rest = bare.as_str();
     while let Some(start) = rest.find(part_of_name) {
         let word = &rest[start..];
-        let end = word.find(|char| !part_of_name(char)).unwrap_or(word.len());
+        let end = word.find(|char: char| !part_of_name(char)).unwrap_or(word.len());
         let (word, after) = word.split_at(end);
         rest = after;
         let function = after.trim_start().starts_with('(');
@@ -224,7 +224,9 @@ async fn prometheus_finds_every_series_that_dashboard_and_alerts_ask_for() {
     let rules = monitor.get("rules").await;
     let rules = rules["groups"][0]["rules"].as_array().expect("rules");
     let found: BTreeSet<&str> = rules.iter().filter_map(|rule| rule["name"].as_str()).collect();
-    assert_eq!(found, alerts().iter().map(String::as_str).collect());
+    let expected = alerts();
+    let expected: BTreeSet<&str> = expected.iter().map(String::as_str).collect();
+    assert_eq!(found, expected);
     let dashboard = dashboard();
     let mut queries = queries(&dashboard);
     // Nothing failed, and nobody drains.
