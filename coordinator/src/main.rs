@@ -18,15 +18,18 @@ use baton_coordinator::scale::machine::Limits;
 use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
+use baton_membership::config;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
-use clap::Parser as _;
 use tokio::net::TcpListener;
 use tracing::info;
 
+/// Of the file of settings: it tells what settings other programs have.
+const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
+
 fn main() -> ExitCode {
-    let settings = Settings::parse();
+    let settings: Settings = config::parse(SCHEMA);
     if let Some(dir) = settings.supervises() {
         // Without a runtime: the kernel ties the worker's life to the thread that starts it.
         let ended = supervise::run(dir);

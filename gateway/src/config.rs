@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use baton_membership::config::without_password;
 use baton_membership::daemon::ClusterArgs;
 use clap::{Args, Parser};
 use serde_json::{Value, json};
@@ -297,6 +298,7 @@ impl Settings {
         });
         shown["max_audio_filesize_mb"] = audio.max_audio_filesize_mb.into();
         shown["max_audio_seconds"] = audio.max_audio_seconds.into();
+        shown["config"] = json!(cluster.file.config);
         shown["routing_policy"] = format!("{:?}", self.routing_policy).into();
         shown["max_recordings"] = audio.max_recordings.into();
         shown["cluster_tls_ca"] = json!(cluster.tls.cluster_tls_ca);
@@ -311,16 +313,6 @@ impl Settings {
         let endpoint = cluster.traces.endpoint();
         shown["otlp_traces_endpoint"] = endpoint.map(|url| without_password(&url)).into();
         shown
-    }
-}
-
-/// A URL as it may be shown: who logs in is nobody's business.
-pub fn without_password(url: &str) -> String {
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
-    let host = rest.find('/').unwrap_or(rest.len());
-    match rest[..host].rfind('@') {
-        Some(at) => format!("{scheme}://***{}", &rest[at..]),
-        None => url.to_owned(),
     }
 }
 

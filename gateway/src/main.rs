@@ -20,10 +20,10 @@ use baton_gateway::quota::Quota;
 use baton_gateway::store::Store;
 use baton_gateway::tls::Tls;
 use baton_gateway::workers::Registry;
+use baton_membership::config;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::traces::Traces;
 use baton_membership::{AdapterStore, ClusterWatch, InstanceRole, Registration};
-use clap::Parser as _;
 use mimalloc::MiMalloc;
 use tracing::info;
 
@@ -32,13 +32,16 @@ use tracing::info;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// Of the file of settings: it tells what settings other programs have.
+const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
+
 /// How long the workers that are registered may take to answer before the gateway serves without
 /// those that did not.
 const FIND_WITHIN: Duration = Duration::from_secs(1);
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
-    let settings = Settings::parse();
+    let settings: Settings = config::parse(SCHEMA);
     settings.cluster.init_log();
     daemon::exit(run(settings).await)
 }

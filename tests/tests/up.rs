@@ -170,6 +170,29 @@ async fn an_embedder_runs_beside_the_model_that_chats() {
 }
 
 #[tokio::test]
+async fn a_file_has_settings_of_up_and_of_what_it_starts() {
+    let operator = Operator::new();
+    let text = "etcd = ['http://127.0.0.1:1']\n\
+                [gateway]\nmax-logprobs = 3\n\
+                [worker]\nmax-running = 7\nrole = 'pooling'\n\
+                [up]\nprefill = 0\ndecode = 0\nunified = 1\nkv-memory = '64MiB'\n";
+    std::fs::write(operator.dir().join("baton.toml"), text).expect("write a file");
+    let file = operator.dir().join("baton.toml");
+    let file = file.to_str().expect("a path in UTF-8");
+    let (mut up, printed, _) = operator.up(&["--config", file]).await;
+    assert!(paste(&printed)["choices"].is_array());
+    let url = format!("http://127.0.0.1:{}/server_info?config_format=json", operator.port);
+    let info = paste(&format!("curl -s '{url}'"));
+    assert_eq!(info["vllm_config"]["max_logprobs"], 3, "{info}");
+    assert_eq!(info["baton"]["workers"][0]["role"], "unified", "{info}");
+    assert_eq!(info["baton"]["workers"].as_array().map(Vec::len), Some(1), "{info}");
+    up.interrupt();
+    let ended = up.end(STOP_WITHIN).await;
+    assert!(ended.success(), "{ended}: {}", up.stderr());
+    operator.nothing_left().await;
+}
+
+#[tokio::test]
 async fn nothing_outlives_a_killed_up() {
     let operator = Operator::new();
     let (mut up, _, _) = operator.up(&["--prefill", "0", "--decode", "0", "--unified", "1"]).await;

@@ -65,7 +65,7 @@ pub struct Settings {
 
     /// Memory for the KV cache, such as 512MiB or 2GiB. Touched only as it fills.
     #[arg(long, env = "BATON_KV_MEMORY", default_value = "1GiB", value_parser = parse_bytes)]
-    pub kv_memory: usize,
+    pub kv_memory: Bytes,
 
     /// Tokens in a KV block: 16, 32, 48 and so on, equal on all workers.
     #[arg(long, env = "BATON_BLOCK_SIZE", default_value = "16", value_parser = parse_block_size)]
@@ -142,6 +142,10 @@ pub struct Settings {
     #[arg(long, env = "BATON_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
 }
+
+/// A size in bytes. Its own type, as its flag takes a text and no number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub usize);
 
 /// A LoRA adapter to serve from the start.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -278,7 +282,7 @@ impl From<Transport> for v1::Transport {
     }
 }
 
-fn parse_bytes(text: &str) -> Result<usize, String> {
+fn parse_bytes(text: &str) -> Result<Bytes, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,
@@ -291,7 +295,7 @@ fn parse_bytes(text: &str) -> Result<usize, String> {
         other => return Err(format!("`{other}` is no unit; use KiB, MiB or GiB")),
     };
     let count: usize = digits.parse().map_err(|_| format!("`{text}` is no size such as 512MiB"))?;
-    count.checked_mul(unit).ok_or_else(|| format!("`{text}` is too much"))
+    count.checked_mul(unit).map(Bytes).ok_or_else(|| format!("`{text}` is too much"))
 }
 
 fn parse_lora_modules(text: &str) -> Result<LoraModules, String> {
@@ -357,9 +361,9 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        assert_eq!(parse_bytes("512MiB"), Ok(512 << 20));
-        assert_eq!(parse_bytes("2g"), Ok(2 << 30));
-        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("512MiB"), Ok(Bytes(512 << 20)));
+        assert_eq!(parse_bytes("2g"), Ok(Bytes(2 << 30)));
+        assert_eq!(parse_bytes("4096"), Ok(Bytes(4096)));
         for bad in ["", "MiB", "1.5GiB", "-1", "1XB", "99999999999GiB"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
         }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_membership::config;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::traces::Traces;
 use baton_membership::{InstanceRecord, Registration};
@@ -19,13 +20,15 @@ use baton_worker::model;
 use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Parts, PoolingParts, WorkerService};
-use clap::Parser as _;
 use tokio::net::TcpListener;
 use tracing::info;
 
+/// Of the file of settings: it tells what settings other programs have.
+const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
+
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
-    let settings = Settings::parse();
+    let settings: Settings = config::parse(SCHEMA);
     settings.cluster.init_log();
     daemon::exit(run(settings).await)
 }
@@ -118,7 +121,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         return Err(Failure::new(Exit::Config, message));
     }
     let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
-    let blocks = settings.kv_memory / layout.block_bytes as usize;
+    let blocks = settings.kv_memory.0 / layout.block_bytes as usize;
     if blocks < 2 {
         let message = format!(
             "--kv-memory holds {blocks} blocks of {} bytes; give at least {} bytes",

@@ -12,6 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
+use crate::config::FileArgs;
 use crate::tls::{ClusterTlsArgs, Files, Tls};
 use crate::traces::TraceArgs;
 use crate::{EtcdAccess, EtcdSettings, MembershipError};
@@ -19,6 +20,10 @@ use crate::{EtcdAccess, EtcdSettings, MembershipError};
 /// Flags that every daemon has.
 #[derive(Clone, Debug, Args)]
 pub struct ClusterArgs {
+    /// The file of settings.
+    #[command(flatten)]
+    pub file: FileArgs,
+
     /// etcd endpoints.
     #[arg(
         long,

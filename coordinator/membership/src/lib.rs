@@ -3,6 +3,7 @@
 //! * [`Registration`]: keeps this process's [`InstanceRecord`] in etcd, whatever etcd does.
 //! * [`ClusterWatch`]: keeps a [`Membership`], the last view known, whatever etcd does.
 //! * [`AdapterStore`]: the LoRA adapters that the cluster serves.
+//! * [`config`]: the file that may hold any program's settings.
 //! * [`daemon`]: the flags, logs, signals and exit codes that all daemons share.
 //! * [`tls`]: how processes call each other, unheard by others if the operator wants it so.
 //! * [`traces`]: spans of what a process does for a request, and their export.
@@ -14,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod adapters;
+pub mod config;
 pub mod daemon;
 mod registration;
 mod settings;

@@ -5,11 +5,14 @@
 use std::process::ExitCode;
 
 use baton_coordinator::cli::{self, Command};
-use baton_membership::daemon;
-use clap::Parser as _;
+use baton_membership::{config, daemon};
+
+/// Of the file of settings: it tells what settings the programs have.
+const SCHEMA: &str = include_str!("../../../deploy/baton.schema.json");
 
 // One thread: children are tied to the life of the thread that starts them.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    daemon::exit(cli::run(Command::parse()).await)
+    let command: Command = config::parse_subcommand(cli::UP, SCHEMA);
+    daemon::exit(cli::run(command, SCHEMA).await)
 }

@@ -4,12 +4,14 @@
 //!   the workers, which are the coordinator's.
 //! * [`model`]: the default model, fetched and checked.
 //! * [`state`]: what a running `baton up` leaves for the other commands to find.
+//! * [`config`]: settings in force, and the schema of the file that may hold them.
 //! * [`ask`]: calls of the coordinator.
 //! * [`status`]: who is there, as a table; [`top`]: how busy they are, over and over.
 //! * [`scale`]: changes a pool's size; [`drain`]: takes one worker out of service; [`plan`]: what the
 //!   planner decided.
 
 pub mod ask;
+pub mod config;
 pub mod drain;
 pub mod model;
 pub mod plan;
@@ -33,6 +35,9 @@ Start a whole cluster on this machine, ask it something, look at it, stop it:
   baton scale 3            # three decode workers
   baton down               # or Ctrl-C";
 
+/// The subcommand that has a table of the file of settings.
+pub const UP: &str = "up";
+
 /// Runs and inspects Baton, a serving cluster for language models.
 #[derive(Debug, Parser)]
 #[command(name = "baton", version, after_help = EXAMPLES)]
@@ -45,6 +50,10 @@ pub struct Command {
 enum Action {
     /// Starts a cluster on this machine and runs it until Ctrl-C.
     Up(up::UpArgs),
+    /// Shows the settings in force, as a file that can be used again.
+    ///
+    /// Each says where it is from: a variable, the file, or the default. Flags are unknown here.
+    Config(config::ConfigArgs),
     /// Shows what runs, where, and how busy it is.
     Status(status::StatusArgs),
     /// Shows how busy each worker is, over and over.
@@ -77,10 +86,11 @@ enum ModelAction {
     },
 }
 
-/// Runs the command.
-pub async fn run(command: Command) -> Result<(), Failure> {
+/// Runs the command. `schema` is that of the file of settings.
+pub async fn run(command: Command, schema: &'static str) -> Result<(), Failure> {
     match command.action {
         Action::Up(args) => up::run(args).await,
+        Action::Config(args) => config::run(&args, schema),
         Action::Status(args) => status::run(args).await,
         Action::Top(args) => top::run(args).await,
         Action::Scale(args) => scale::run(args).await,

@@ -1,4 +1,4 @@
-//! One process of a local cluster.
+//! One process of a local cluster, and where its program is.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,6 +11,21 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
+
+/// The folder of Baton's programs: all lie beside this one.
+pub(super) fn programs() -> Result<PathBuf, Failure> {
+    let own = std::env::current_exe().map_err(|error| Failure::new(Exit::Failure, error))?;
+    let programs = own.parent().unwrap_or(Path::new(".")).to_path_buf();
+    for program in ["baton-coordinator", "baton-gateway", "baton-worker"] {
+        let program = programs.join(program);
+        if !program.is_file() {
+            let build = "build it with `cargo build --release`";
+            let message = format!("{} is missing; {build}", program.display());
+            return Err(Failure::new(Exit::Failure, message));
+        }
+    }
+    Ok(programs)
+}
 
 /// What a process is started with.
 #[derive(Clone, Debug)]

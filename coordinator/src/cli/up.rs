@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use baton_membership::config::FileArgs;
 use baton_membership::daemon::{Exit, Failure, StopSignals};
 use baton_membership::tls::ClusterTlsArgs;
 use baton_membership::traces::TraceArgs;
@@ -15,7 +16,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 
 use super::model;
-use super::process::{Process, Spec};
+use super::process::{Process, Spec, programs};
 use super::state::{self, Lock, State};
 use super::status::new_table;
 use super::up_workers::{Served, launch_failed, listed, tell_of_crashes, templates, workers_ready};
@@ -37,10 +38,14 @@ const RESTART: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 /// A process that ran this long is not in a crash loop.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
 
-/// Flags of `baton up`. Settings of the processes beyond these are taken from the environment:
-/// see `baton-gateway --help` and `baton-worker --help`.
+/// Flags of `baton up`. Settings of the processes beyond these are taken from the environment and
+/// the file of --config: see `baton-gateway --help` and `baton-worker --help`.
 #[derive(Clone, Debug, Args)]
 pub struct UpArgs {
+    /// The file of settings: its table `up` is for these flags, the others are for the processes.
+    #[command(flatten)]
+    file: FileArgs,
+
     /// Prefill workers: they compute prompts for decode workers.
     #[arg(long, default_value_t = 1)]
     prefill: usize,
@@ -83,7 +88,7 @@ pub struct UpArgs {
     pub(super) threads: Option<usize>,
 
     /// A key that clients must send; may be repeated.
-    #[arg(long = "api-key", value_name = "KEY")]
+    #[arg(long = "api-key", value_name = "KEY", hide_env_values = true)]
     api_keys: Vec<String>,
 
     /// Traces of all processes.
@@ -189,17 +194,7 @@ impl Cluster {
         embedder: Option<&Served>,
     ) -> Result<Self, Failure> {
         let failed = |error: std::io::Error| Failure::new(Exit::Failure, error);
-        let own = std::env::current_exe().map_err(failed)?;
-        let programs = own.parent().unwrap_or(Path::new(".")).to_path_buf();
-        for program in ["baton-coordinator", "baton-gateway", "baton-worker"] {
-            if !programs.join(program).is_file() {
-                let message = format!(
-                    "{} is missing; build it with `cargo build --release`",
-                    programs.join(program).display()
-                );
-                return Err(Failure::new(Exit::Failure, message));
-            }
-        }
+        let programs = programs()?;
         let [client, peer, coordinator] = free_ports(args.port)?;
         let etcd = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
         let templates = templates(args, &programs, &etcd[0], model, embedder);
@@ -447,7 +442,7 @@ impl Cluster {
 pub(super) fn shared_flags(args: &UpArgs) -> Vec<String> {
     let endpoint = args.traces.endpoint().into_iter();
     let traces = endpoint.flat_map(|url| ["--otlp-traces-endpoint".to_owned(), url]);
-    traces.chain(args.tls.flags()).collect()
+    traces.chain(args.tls.flags()).chain(args.file.flags()).collect()
 }
 
 /// Waits for a signal that is not an echo of the first: some shells and wrappers send it twice.

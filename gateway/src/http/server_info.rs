@@ -4,11 +4,11 @@
 //! is an operator's business all the same, and guarded as such.
 
 use actix_web::{HttpRequest, HttpResponse, web};
+use baton_membership::config::without_password;
 use serde_json::{Map, Value, json};
 
 use super::Shared;
 use crate::api::schema::ConfigFormat;
-use crate::config::without_password;
 use crate::error::ApiError;
 use crate::workers::{Registry, Worker};
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use baton_membership::config::without_password;
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
@@ -13,7 +14,6 @@ use sqlx::{ConnectOptions as _, SqlSafeStr as _};
 use tokio::sync::OnceCell;
 
 use super::{Pool, Store, StoreError};
-use crate::config::without_password;
 
 /// How long to wait for a connection.
 const ACQUIRE: Duration = Duration::from_secs(3);
