@@ -49,16 +49,20 @@ pub struct CoordinatorService {
 }
 
 impl CoordinatorService {
-    /// Serves until `shutdown` resolves.
+    /// Serves until `shutdown` resolves. `grpc.health.v1.Health` is for probes: without etcd the
+    /// last view is still shown, so whoever answers serves.
     pub async fn serve(
         self,
         listener: TcpListener,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_serving::<CoordinatorServer<Self>>().await;
         tonic::transport::Server::builder()
             .timeout(Duration::from_secs(5))
             .http2_keepalive_interval(Some(Duration::from_secs(5)))
             .add_service(CoordinatorServer::new(self))
+            .add_service(health)
             .serve_with_incoming_shutdown(incoming(listener), shutdown)
             .await
     }

@@ -13,12 +13,12 @@ use crate::error::ApiError;
 
 /// Routes that answer without a key. `/` is the chat page: it is the same for all, holds nothing
 /// of the cluster, and asks its user for a key.
-const OPEN: [&str; 8] =
-    ["/", "/health", "/ping", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
+const OPEN: [&str; 9] =
+    ["/", "/health", "/ping", "/live", "/load", "/version", "/metrics", "/docs", "/openapi.json"];
 
 /// Routes that answer without a key whatever is set: a probe has none to send, and learns no more
-/// than whether the gateway serves.
-const PROBES: [&str; 2] = ["/health", "/ping"];
+/// than whether the gateway serves, or answers.
+const PROBES: [&str; 3] = ["/health", "/ping", "/live"];
 
 /// Routes for operators. A route that is not served yet may be listed: it is guarded from its
 /// first day.

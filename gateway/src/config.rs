@@ -152,8 +152,8 @@ pub struct AccessArgs {
     #[arg(long, env = "BATON_ADMIN_KEY_FILE")]
     pub admin_key_file: Option<PathBuf>,
 
-    /// Wants a key for /metrics, /load, /version, /docs, /openapi.json and / as well; only /health
-    /// and /ping stay open.
+    /// Wants a key for /metrics, /load, /version, /docs, /openapi.json and / as well; only /health,
+    /// /ping and /live stay open.
     #[arg(long, env = "BATON_GUARD_ALL")]
     pub guard_all: bool,
 

@@ -2,7 +2,8 @@
 
 Usage: validate.py PROGRAMS FILE...
 
-PROGRAMS is the folder of the programs; each FILE is what `kubectl kustomize` made of an overlay.
+PROGRAMS is the folder of the programs; each FILE is what `kubectl kustomize` made of an overlay, or,
+as RELEASE=FILE, what Helm made of the chart.
 """
 
 import subprocess
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import kubernetes_validate
-import yaml
+from objects import load, without_release
 
 # What the launcher asks of the API server: coordinator/src/launch/kubernetes.
 NEEDS = {("apps", "statefulsets"): {"list", "watch"}, ("apps", "statefulsets/scale"): {"get", "patch"}, ("", "pods"): {"list", "watch"}}
@@ -37,11 +38,37 @@ def flag(args, name):
     return next(arg.split("=", 1)[1] for arg in args if arg.startswith(f"{name}="))
 
 
+def monitors(monitor, services):
+    """The one kind that is not Kubernetes' own: that it finds a port to read from."""
+    spec, group = monitor["spec"], monitor["apiVersion"]
+    assert group == "monitoring.coreos.com/v1" and spec.keys() == {"selector", "endpoints"}, monitor
+    found = [it for it in services if matches(spec["selector"], it["metadata"]["labels"])]
+    (ports,) = [{port["name"] for port in it["spec"]["ports"]} for it in found]
+    for endpoint in spec["endpoints"]:
+        assert endpoint.keys() == {"port", "path", "interval"} and endpoint["port"] in ports, endpoint
+
+
+def probe(container, kind, ports):
+    """The port that a probe asks, and how."""
+    asked = container[kind]
+    (how,) = asked.keys() & {"grpc", "httpGet", "tcpSocket"}
+    port = asked[how]["port"]
+    assert port in ports or port in ports.values(), f"{kind} asks {port}"
+    return how, asked[how]
+
+
 def check(path, programs):
-    objects = list(yaml.safe_load_all(Path(path).read_text()))
+    release, _, file = path.rpartition("=")
+    objects = load(file)
+    services = [thing for thing in objects if thing["kind"] == "Service"]
     for thing in objects:
+        if thing["kind"] == "ServiceMonitor":
+            monitors(thing, services)
+            continue
         for version in VERSIONS:
             kubernetes_validate.validate(thing, version, strict=True)
+    if release:
+        objects = [without_release(thing, release) for thing in objects]
     kinds = lambda *names: [thing for thing in objects if thing["kind"] in names]
     name = lambda thing: thing["metadata"]["name"]
     workloads = kinds("Deployment", "StatefulSet")
@@ -64,9 +91,15 @@ def check(path, programs):
             volumes |= {it["metadata"]["name"] for it in it["spec"].get("volumeClaimTemplates", [])}
             assert mounted <= volumes, f"{who}: {mounted - volumes} are no volumes"
         main = spec["containers"][0]
-        assert "readinessProbe" in main and "livenessProbe" in main, who
         ports[who] = {port["name"]: port["containerPort"] for port in main["ports"]}
         program = main["command"][0]
+        (ready, asked), (live, _) = [probe(main, kind, ports[who]) for kind in ["readinessProbe", "livenessProbe"]]
+        # A connection says nothing of the program behind it, except by TLS, which kubelets do not speak.
+        tls = any(it["name"] == "BATON_CLUSTER_TLS_CA" for it in main.get("env", []))
+        assert tls or "tcpSocket" not in [ready, live], f"{who} is not asked whether it answers"
+        if ready == "grpc":
+            service = {"baton-worker": "baton.v1.Worker", "baton-coordinator": "baton.v1.Coordinator"}
+            assert asked["service"] == service[program], who
         if program.startswith("baton"):
             # Flags that it does not have, or values that it does not take, are refused before.
             command = [str(programs / program), *main["args"], "--help"]
@@ -108,6 +141,9 @@ def check(path, programs):
         for rule in role["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
     }
     assert allowed == NEEDS, f"the Role allows {allowed}"
+    for rule in role["rules"]:
+        pools = {who for who in pods if "baton.dev/pool" in pods[who]}
+        assert set(rule.get("resourceNames", pools)) == pools, rule
     coordinator = next(it for it in workloads if name(it) == "coordinator")
     account = coordinator["spec"]["template"]["spec"]["serviceAccountName"]
     assert [it["name"] for it in binding["subjects"]] == [account] == [name(it) for it in kinds("ServiceAccount")]
@@ -122,7 +158,7 @@ def check(path, programs):
             for policy in policies for rule in policy["spec"].get("ingress", [])
         )
 
-    workers = ["prefill", "decode"]
+    workers = [who for who in pods if "baton.dev/pool" in pods[who]]
     wanted = {(None, "gateway", 8000), ("gateway", "coordinator", 7700), ("coordinator", "coordinator", 7700), ("etcd", "etcd", 2380)}
     wanted |= {(client, server, 7000) for server in workers for client in ["gateway", "coordinator", *workers]}
     wanted |= {(client, "etcd", 2379) for client in pods}

@@ -7,6 +7,7 @@
 //! * [`cluster`]: starts, changes and stops a cluster.
 //! * [`chaos`]: faults in a running cluster, injected and counted.
 //! * [`collector`]: a receiver of traces.
+//! * [`contract`]: the gRPC contract as data, compared, and spoken by an earlier peer.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
 //! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
@@ -38,6 +39,7 @@ pub mod binaries;
 pub mod chaos;
 pub mod cluster;
 pub mod collector;
+pub mod contract;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;

@@ -71,6 +71,7 @@ async fn with_everything_guarded_probes_alone_need_no_key() {
     for path in ["/health", "/ping"] {
         assert_eq!(open.get(path).await.status, 503, "{path}: there is no worker");
     }
+    assert_eq!(open.get("/live").await.status, 200, "it answers all the same");
     assert_eq!(cluster.api.get("/version").await.status, 200);
     cluster.finish().await;
 }

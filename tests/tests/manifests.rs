@@ -1,20 +1,88 @@
-//! The manifests of `deploy/kubernetes`: rendered as an operator does it, and held against
-//! Kubernetes' own schemas, against each other, and against the programs' flags.
+//! The manifests of `deploy/kubernetes` and the chart of `deploy/helm`: rendered as an operator does
+//! it, and held against Kubernetes' own schemas, against each other, and against the programs' flags.
 
+use std::path::Path;
 use std::process::Command;
 
 use baton_tests::binaries::{build_dir, program, repository};
 use baton_tests::python;
+use tempfile::TempDir;
 
 /// The schemas' release that this test was written against.
 const SCHEMAS: &str = "kubernetes-validate==1.37.0";
+/// Helm 4.2.3 as a library.
+const HELM: &str = "helm-python-sdk==0.2.2";
+/// The release's name.
+const RELEASE: &str = "demo";
 
-fn render(overlay: &str) -> String {
-    let folder = repository().join("deploy/kubernetes/overlays").join(overlay);
-    let output = Command::new("kubectl").arg("kustomize").arg(&folder).output();
+/// What Kustomize makes of a folder, and the values by which the chart makes the same.
+const KUSTOMIZED: [(&str, &str, &str); 5] = [
+    ("base", "deploy/kubernetes/base", ""),
+    (
+        "cpu-single-node",
+        "deploy/kubernetes/overlays/cpu-single-node",
+        "values-cpu-single-node.yaml",
+    ),
+    ("ha", "deploy/kubernetes/overlays/ha", "values-ha.yaml"),
+    ("gpu-pools", "deploy/kubernetes/overlays/gpu-pools", "values-gpu-pools.yaml"),
+    (
+        "monitored",
+        "tests/manifests/monitored",
+        r#"values-ha.yaml+{"serviceMonitor": {"enabled": true}}"#,
+    ),
+];
+
+/// What the chart can do besides.
+const VALUES: [(&str, &str); 3] = [
+    ("tls", r#"{"clusterTlsSecret": "baton-tls"}"#),
+    (
+        "elsewhere",
+        r#"{"etcd": {"enabled": false, "urls": ["https://etcd.example:2379"]}, "cluster": "second",
+            "extraEnv": [{"name": "BATON_ETCD_CA", "value": "/etcd/ca.crt"}],
+            "extraVolumes": [{"name": "etcd", "secret": {"secretName": "etcd-ca"}}],
+            "extraVolumeMounts": [{"name": "etcd", "mountPath": "/etcd"}],
+            "networkPolicies": {"enabled": true}}"#,
+    ),
+    (
+        "unified",
+        r#"{"pools": {"prefill": null, "decode": null, "chat": {"role": "unified", "threads": 8,
+            "model": {"name": "big", "path": "big.gguf", "fetch": [], "claim": "models"},
+            "extraArgs": ["--max-running=8"]}},
+            "coordinator": {"extraArgs": ["--planner=dry-run", "--planner-pool=unified=1..4"]}}"#,
+    ),
+];
+
+/// Values that mean nothing, and what Helm says of them.
+const REFUSED: [(&str, &str); 8] = [
+    (r#"{"gateway": {"replicas": 3}}"#, "'replicas' not allowed"),
+    (r#"{"pools": {"decode": {"role": "decoder"}}}"#, "at '/pools/decode/role'"),
+    (r#"{"pools": {"etcd": {"role": "decode"}}}"#, "invalid propertyName 'etcd'"),
+    (r#"{"etcd": {"enabled": false}}"#, "at '/etcd/urls'"),
+    (r#"{"etcd": {"replicas": 2}}"#, "at '/etcd/replicas'"),
+    (r#"{"worker": {"kvMemory": "1 GB"}}"#, "at '/worker/kvMemory'"),
+    (r#"{"worker": {"extraArgs": ["--kv-memory 1GiB", "x"]}}"#, "at '/worker/extraArgs/1'"),
+    (r#"{"model": {"path": "/models/m.gguf"}}"#, "at '/model/path'"),
+];
+
+fn kustomize(folder: &str) -> String {
+    let output = Command::new("kubectl").arg("kustomize").arg(repository().join(folder)).output();
     let output = output.expect("run kubectl, 1.21 or later");
-    assert!(output.status.success(), "{overlay}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{folder}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// Writes what Helm makes of each case to the folder.
+async fn helm(dir: &TempDir, cases: &[(String, &str)]) {
+    let chart = repository().join("deploy/helm/baton");
+    let cases: Vec<String> =
+        cases.iter().map(|(name, values)| format!("{name}={values}")).collect();
+    let mut arguments = vec![text(&chart), RELEASE, text(dir.path())];
+    arguments.extend(cases.iter().map(String::as_str));
+    println!("{}", python::drive(HELM, "manifests/render.py", &arguments).await);
 }
 
 #[tokio::test]
@@ -23,21 +91,65 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
     for name in ["baton-gateway", "baton-worker", "baton-coordinator", "baton"] {
         program(name);
     }
-    let mut arguments = vec![build_dir().to_str().expect("UTF-8").to_owned()];
-    for (overlay, expected) in [
-        ("cpu-single-node", &["--kv-memory=256MiB", "--threads=2", "maxReplicas: 1"][..]),
-        ("ha", &["etcd-2=http://etcd-2.etcd:2380", "name: baton-postgres", "minReplicas: 2"]),
-    ] {
-        let rendered = render(overlay);
+    let cases = KUSTOMIZED.iter().map(|(name, _, values)| (format!("{name}-chart"), *values));
+    let cases = cases.chain(VALUES.map(|(name, values)| (name.to_owned(), values)));
+    helm(&dir, &cases.collect::<Vec<_>>()).await;
+
+    let programs = build_dir();
+    let mut valid = vec![text(&programs).to_owned()];
+    let mut equal = vec![RELEASE.to_owned()];
+    for (name, folder, _) in KUSTOMIZED {
+        let rendered = kustomize(folder);
         // Patches go by position: each must have met what it was meant for.
+        let expected: &[&str] = match name {
+            "cpu-single-node" => &["--kv-memory=256MiB", "--threads=2", "maxReplicas: 1"],
+            "ha" => &["etcd-2=http://etcd-2.etcd:2380", "name: baton-postgres", "minReplicas: 2"],
+            "gpu-pools" => &["nvidia.com/gpu: 1", "nvidia.com/gpu.present: \"true\""],
+            _ => &[],
+        };
         for text in expected {
-            assert!(rendered.contains(text), "{overlay} lacks {text}:\n{rendered}");
+            assert!(rendered.contains(text), "{name} lacks {text}:\n{rendered}");
         }
-        assert!(!rendered.contains("- null"), "{overlay}");
-        let path = dir.path().join(format!("{overlay}.yaml"));
-        std::fs::write(&path, rendered).expect("write it");
-        arguments.push(path.to_str().expect("UTF-8").to_owned());
+        assert!(!rendered.contains("- null"), "{name}");
+        let (ours, chart) = (dir.path().join(format!("{name}.yaml")), format!("{name}-chart.yaml"));
+        std::fs::write(&ours, rendered).expect("write it");
+        let chart = dir.path().join(chart);
+        equal.push(format!("{}={}", ours.display(), chart.display()));
+        valid.extend([text(&ours).to_owned(), format!("{RELEASE}={}", chart.display())]);
     }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    println!("{}", python::drive(SCHEMAS, "manifests/validate.py", &arguments).await);
+    for (name, _) in VALUES {
+        valid.push(format!("{RELEASE}={}", dir.path().join(format!("{name}.yaml")).display()));
+    }
+    for (script, arguments) in [("manifests/validate.py", &valid), ("manifests/compare.py", &equal)]
+    {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        println!("{}", python::drive(SCHEMAS, script, &arguments).await);
+    }
+}
+
+/// Image, chart and programs are of one version.
+#[test]
+fn the_version_is_the_same_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    for (file, line) in [
+        ("deploy/helm/baton/Chart.yaml", format!("\nversion: {version}\n")),
+        ("deploy/helm/baton/Chart.yaml", format!("\nappVersion: {version}\n")),
+        ("deploy/kubernetes/base/kustomization.yaml", format!("newTag: {version}\n")),
+    ] {
+        let text = std::fs::read_to_string(repository().join(file)).expect("a file");
+        assert!(text.contains(&line), "{file} has no line {line:?}");
+    }
+}
+
+#[tokio::test]
+async fn values_that_mean_nothing_are_refused_by_name() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let cases = REFUSED.iter().enumerate();
+    let cases: Vec<_> = cases.map(|(n, (values, _))| (format!("bad-{n}"), *values)).collect();
+    helm(&dir, &cases).await;
+    for (n, (values, expected)) in REFUSED.iter().enumerate() {
+        let said = std::fs::read_to_string(dir.path().join(format!("bad-{n}.txt")));
+        let said = said.expect("what Helm said");
+        assert!(said.contains(expected), "{values}: {said}");
+    }
 }

@@ -437,9 +437,12 @@ async fn the_chat_template_agrees_with_the_reference() {
 async fn operational_routes_answer() {
     let cluster = Cluster::unified().await;
     let api = &cluster.api;
-    for (method, path) in
-        [(Method::GET, "/health"), (Method::GET, "/ping"), (Method::POST, "/ping")]
-    {
+    for (method, path) in [
+        (Method::GET, "/health"),
+        (Method::GET, "/ping"),
+        (Method::POST, "/ping"),
+        (Method::GET, "/live"),
+    ] {
         let reply = api.send(method.clone(), path, None, "").await.expect("a reply");
         assert_eq!((reply.status.as_u16(), &*reply.text), (200, ""), "{method} {path}");
     }
@@ -567,7 +570,7 @@ async fn a_key_guards_what_the_contract_says() {
             assert!(reply.header("www-authenticate").starts_with("Bearer"), "{:?}", reply.headers);
         }
     }
-    let open = ["/health", "/ping", "/version", "/metrics", "/load"];
+    let open = ["/health", "/ping", "/live", "/version", "/metrics", "/load"];
     for path in open {
         let reply = cluster.api.with_key(None).get(path).await;
         assert_eq!(reply.status, 200, "{path}");

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::io;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,11 +22,13 @@ use baton_worker::model;
 use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Parts, PoolingParts, WorkerService};
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tracing::info;
 
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
+/// Connections that wait to be taken, as `TcpListener::bind` has it.
+const BACKLOG: u32 = 1024;
 
 #[tokio::main(worker_threads = 2)]
 async fn main() -> ExitCode {
@@ -35,11 +39,11 @@ async fn main() -> ExitCode {
 
 async fn run(settings: Settings) -> Result<(), Failure> {
     baton_membership::tls::install(&settings.cluster.tls)?;
-    // Before anything slow, so that a bad address is told at once.
-    let listener = TcpListener::bind(settings.listen)
-        .await
-        .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
-    let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
+    // Before anything slow, so that a bad address is told at once. Connections are taken once it
+    // serves: whoever looks whether it does, by TCP alone, must not find it while it loads.
+    let cannot_listen = |error| Failure::listen("--listen", settings.listen, &error);
+    let socket = bind(settings.listen).map_err(cannot_listen)?;
+    let address = socket.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     if address.ip().is_unspecified() && settings.advertise.is_none() {
         let message = format!(
             "--listen {address} takes any address, so others need one to call: set --advertise \
@@ -67,6 +71,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let cluster = &settings.cluster;
     let traces = Traces::start(&cluster.traces, &cluster.cluster, &instance)?;
     let drain = service.drain();
+    let listener = socket.listen(BACKLOG).map_err(cannot_listen)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -98,6 +103,18 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
     traces.stop().await;
     Ok(())
+}
+
+/// The address is taken, and nobody is let in yet.
+fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // As `TcpListener::bind` does: connections of the worker before may linger.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {

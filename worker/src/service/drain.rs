@@ -76,6 +76,11 @@ impl Drain {
         self.computes.undrain();
     }
 
+    /// Until when it drains, now and whenever that changes; `None` while the worker serves.
+    pub(super) fn changes(&self) -> watch::Receiver<Option<Instant>> {
+        self.until.subscribe()
+    }
+
     /// Whether nothing is left to do.
     pub fn done(&self) -> bool {
         let status = self.computes.status();

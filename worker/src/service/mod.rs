@@ -12,6 +12,7 @@ mod blocks;
 mod drain;
 mod fetch;
 mod generate;
+mod health;
 mod pool;
 mod prefill;
 mod spans;
@@ -208,17 +209,23 @@ impl WorkerService {
         listener: TcpListener,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
+        let (reporter, health) = tonic_health::server::health_reporter();
+        let drain = self.drain();
         let service = WorkerServer::new(self)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        tonic::transport::Server::builder()
+        let server = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(5)))
             .http2_keepalive_timeout(Some(Duration::from_secs(5)))
             .initial_stream_window_size(4 * 1024 * 1024)
             .initial_connection_window_size(16 * 1024 * 1024)
             .add_service(service)
-            .serve_with_incoming_shutdown(incoming(listener), shutdown)
-            .await
+            .add_service(health)
+            .serve_with_incoming_shutdown(incoming(listener), shutdown);
+        tokio::select! {
+            ended = server => ended,
+            never = health::tell(&reporter, &drain) => match never {},
+        }
     }
 }
 
