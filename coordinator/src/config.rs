@@ -204,13 +204,15 @@ fn percentage(text: &str) -> Result<f64, String> {
 }
 
 impl PlannerArgs {
-    /// What they mean, given the models that can be launched in each pool.
+    /// What they mean, given the models that can be launched in each pool, and whether workers can
+    /// change their role.
     ///
     /// # Errors
     /// [`Exit::Config`], naming the flag and the fix.
     pub fn settings(
         &self,
         models: impl Fn(InstanceRole) -> Vec<String>,
+        convert: bool,
     ) -> Result<PlannerSettings, Failure> {
         let wrong = |message: String| Failure::new(Exit::Config, message);
         let mut pools = BTreeMap::new();
@@ -254,6 +256,7 @@ impl PlannerArgs {
             startup: self.startup as f64,
             down_window: self.down_window as f64,
             cooldown: self.cooldown as f64,
+            convert,
             ..PlannerSettings::new(slo, pools)
         })
     }

@@ -66,7 +66,9 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         }
         (mode, Some(launcher)) => Some(Planning {
             mode,
-            settings: settings.planner.settings(|pool| launcher.models(pool))?,
+            settings: settings
+                .planner
+                .settings(|pool| launcher.models(pool), launcher.keeps_roles().is_none())?,
             every: Duration::from_secs(settings.planner.interval),
             hold: Duration::from_secs(settings.planner.hold),
             store: store.clone(),

@@ -92,6 +92,10 @@ impl Supervisor<'_> {
     fn supervise(&mut self) -> io::Result<()> {
         loop {
             let started = Instant::now();
+            // It may have been given to another pool since the last start.
+            if let Ok(order) = read_json(self.dir, "command.json") {
+                self.order = order;
+            }
             self.tell(State::Starting, 0, "");
             match self.start() {
                 Ok(child) => match self.follow(child)? {
