@@ -96,6 +96,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     };
     let running = tokio::spawn(runner.run(service.election.own()));
     let planning = planning.map(|planning| tokio::spawn(planning.run(service.election.own())));
+    let resignation = service.election.resignation();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -108,7 +109,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     info!("stopping");
     running.abort();
     planning.iter().for_each(tokio::task::JoinHandle::abort);
-    registration.withdraw().await;
+    tokio::join!(registration.withdraw(), resignation.hand_in());
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
     traces.stop().await;

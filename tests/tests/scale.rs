@@ -224,6 +224,25 @@ async fn a_change_of_role_that_is_not_made_is_taken_back() {
     cluster.finish().await;
 }
 
+/// One that is told to end does not leave the others to wait for its lease.
+#[tokio::test]
+async fn a_leader_that_is_stopped_hands_over_at_once() {
+    let mut cluster = Elastic::start(2, &[], both).await;
+    let leader = cluster.leader().await;
+    eventually("the other stands too", Duration::from_secs(10), async || {
+        let standing = cluster.etcd.candidates();
+        if standing.len() == 2 { Ok(()) } else { Err(format!("{standing:?}")) }
+    })
+    .await;
+    let standing = cluster.etcd.candidates();
+    cluster.coordinators[leader].0.stop().await;
+    assert_eq!(cluster.etcd.candidates(), standing[1..], "gone before its process is");
+    cluster.coordinators.remove(leader);
+    assert_eq!(cluster.leader().await, 0);
+    cluster.scaled("decode", 1).await;
+    cluster.finish().await;
+}
+
 /// The leader is killed while workers start, and the next one while they drain.
 #[tokio::test]
 async fn another_coordinator_finishes_what_a_killed_leader_began() {
