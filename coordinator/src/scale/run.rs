@@ -298,8 +298,8 @@ struct Observation {
 }
 
 /// What is seen of launched workers, by name.
-async fn look_at(
-    launched: impl Iterator<Item = &Launched>,
+async fn look_at<'a>(
+    launched: impl Iterator<Item = &'a Launched>,
     membership: &Membership,
 ) -> BTreeMap<String, Seen> {
     let looks = launched.map(|launched| async {
