@@ -18,6 +18,8 @@ use serde_json::json;
 
 /// Clients that fill the cluster, to see what it can do, and for how long.
 const FILL: (usize, Duration) = (16, Duration::from_secs(30));
+/// How long each gateway alone has as many.
+const WARMING: Duration = Duration::from_secs(15);
 /// Between two samples.
 const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 /// Of the time, the part after which caches are full: growth is counted from there.
@@ -54,6 +56,13 @@ struct Sample {
 async fn main() -> ExitCode {
     let args = Args::parse();
     let bed = Bed::start(Needs::default()).await;
+    // A gateway's threads keep what the most requests at a time have needed: each has had them
+    // before growth is counted.
+    for gateway in &bed.gateways {
+        let warming = Traffic::learn(&gateway.address).await.clients(FILL.0, 0..1);
+        tokio::time::sleep(WARMING).await;
+        warming.stop().await;
+    }
     let filling = Traffic::learn(bed.url()).await.clients(FILL.0, 0..1);
     tokio::time::sleep(FILL.1).await;
     let capacity = filling.so_far().0 as f64 / FILL.1.as_secs_f64();
