@@ -296,7 +296,7 @@ mod tests {
             _ => Vec::new(),
         };
         let given = args(&["--planner-pool", "decode=1..4,unified/b=2..3"]).unwrap();
-        let settings = given.settings(models).unwrap();
+        let settings = given.settings(models, true).unwrap();
         let pool = |role, model: &str| PoolId { role, model: model.into() };
         assert_eq!(settings.pools[&pool(InstanceRole::Decode, "a")], Limits { min: 1, max: 4 });
         assert_eq!(settings.pools[&pool(InstanceRole::Unified, "b")], Limits { min: 2, max: 3 });
@@ -308,7 +308,7 @@ mod tests {
             (&["--planner-pool", "decode=1..2,decode=1..3"], "twice"),
             (&["--planner-pool", "decode=2..3", "--planner-budget", "1"], "at least 2"),
         ] {
-            let error = args(flags).unwrap().settings(models).unwrap_err().to_string();
+            let error = args(flags).unwrap().settings(models, true).unwrap_err().to_string();
             assert!(error.contains(part), "{flags:?}: {error}");
         }
         for bad in

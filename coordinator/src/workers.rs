@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use baton_membership::tls::connect;
-use baton_proto::{InstanceRole, endpoint};
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::v1::{
     DrainRequest, Role, SetRoleRequest, UndrainRequest, WatchStatusRequest, WorkerStatus,
 };
+use baton_proto::{InstanceRole, endpoint};
 use tonic::Status;
 use tonic::transport::Channel;
 

@@ -261,7 +261,9 @@ fn line(run: &Run) -> String {
     let Run { workload, policy, good, good_ttft, good_itl, worker_hours, most, .. } = run;
     let Run { changes, converted, .. } = run;
     let setting = match policy.as_str() {
-        "utilization" | "planner" | "planner, launching only" => format!(" {:.0} %", run.setting * 100.0),
+        "utilization" | "planner" | "planner, launching only" => {
+            format!(" {:.0} %", run.setting * 100.0)
+        }
         "static" => format!(", {} × mean", run.setting),
         _ => String::new(),
     };

@@ -320,12 +320,7 @@ impl Launcher for LocalProcesses {
         .await
     }
 
-    async fn assign(
-        &self,
-        fence: i64,
-        name: &str,
-        pool: InstanceRole,
-    ) -> Result<(), LaunchError> {
+    async fn assign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError> {
         let name = name.to_owned();
         self.blocking(move |this| this.reassign(fence, &name, pool)).await
     }

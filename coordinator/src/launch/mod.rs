@@ -151,12 +151,7 @@ pub trait Launcher: Send + Sync {
 
     /// Has a worker be one of another pool from its next start on. Its process goes on as it is:
     /// it is told by whoever asks for this.
-    async fn assign(
-        &self,
-        fence: i64,
-        name: &str,
-        pool: InstanceRole,
-    ) -> Result<(), LaunchError>;
+    async fn assign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError>;
 
     /// Why no worker can be one of another pool, if so.
     fn keeps_roles(&self) -> Option<&'static str> {

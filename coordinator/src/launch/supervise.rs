@@ -64,8 +64,15 @@ pub enum State {
 pub fn run(dir: &Path) -> io::Result<()> {
     let order: Order = read_json(dir, "command.json")?;
     let orphaned = order.owner.as_deref().map(watch_owner).transpose()?;
-    let mut supervisor =
-        Supervisor { dir, order, orphaned, crashes: 0, wait: RESTART.0, exit_code: None, untold: None };
+    let mut supervisor = Supervisor {
+        dir,
+        order,
+        orphaned,
+        crashes: 0,
+        wait: RESTART.0,
+        exit_code: None,
+        untold: None,
+    };
     supervisor.supervise()?;
     std::fs::remove_dir_all(dir)
 }

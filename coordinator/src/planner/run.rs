@@ -215,9 +215,8 @@ impl Planning {
         let workers = statuses.iter().filter(|(_, status)| !status.draining);
         let workers = workers
             .map(|(id, status)| WorkerSeen { id: id.clone(), counters: Counters::from(status) });
-        let of_pool = |it: &&Record| {
-            it.model == pool.model && it.pools().any(|role| role == pool.role)
-        };
+        let of_pool =
+            |it: &&Record| it.model == pool.model && it.pools().any(|role| role == pool.role);
         let ended: Vec<&Record> = operations.ended.iter().filter(of_pool).collect();
         let launch =
             ended.iter().rev().find(|it| !it.launched.is_empty() && it.phase == Phase::Done);

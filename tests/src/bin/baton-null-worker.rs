@@ -17,8 +17,8 @@ use baton_proto::v1::{
     DrainResponse, FetchBlocksRequest, FetchTokenizerRequest, FinishReason, Finished,
     GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
     PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, SetRoleRequest, SetRoleResponse,
-    Started, Token, Tokens, UndrainRequest, UndrainResponse, UnloadAdapterRequest, WatchBlocksRequest, WatchStatusRequest,
-    WorkerDescription, WorkerStatus,
+    Started, Token, Tokens, UndrainRequest, UndrainResponse, UnloadAdapterRequest,
+    WatchBlocksRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;

@@ -71,10 +71,8 @@ impl Policy for Planned {
 
     fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size> {
         let decision = self.0.observe((now * 1e3) as u64, pools);
-        let size = |pool: &PoolDecision| Size {
-            target: pool.target,
-            converts: pool.donor.is_some(),
-        };
+        let size =
+            |pool: &PoolDecision| Size { target: pool.target, converts: pool.donor.is_some() };
         decision.pools.iter().map(size).collect()
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_membership::traces::Span;
-use baton_proto::v1::prefill_event::Event as Out;
 use baton_proto::InstanceRole;
+use baton_proto::v1::prefill_event::Event as Out;
 use baton_proto::v1::{self, KvLayout, PrefillEvent, PrefillFinished, PrefillRequest};
 use tokio::sync::mpsc;
 use tonic::Status;
