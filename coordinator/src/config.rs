@@ -204,13 +204,15 @@ fn percentage(text: &str) -> Result<f64, String> {
 }
 
 impl PlannerArgs {
-    /// What they mean, given the models that can be launched in each pool.
+    /// What they mean, given the models that can be launched in each pool, and whether workers can
+    /// change their role.
     ///
     /// # Errors
     /// [`Exit::Config`], naming the flag and the fix.
     pub fn settings(
         &self,
         models: impl Fn(InstanceRole) -> Vec<String>,
+        convert: bool,
     ) -> Result<PlannerSettings, Failure> {
         let wrong = |message: String| Failure::new(Exit::Config, message);
         let mut pools = BTreeMap::new();
@@ -254,6 +256,7 @@ impl PlannerArgs {
             startup: self.startup as f64,
             down_window: self.down_window as f64,
             cooldown: self.cooldown as f64,
+            convert,
             ..PlannerSettings::new(slo, pools)
         })
     }
@@ -293,7 +296,7 @@ mod tests {
             _ => Vec::new(),
         };
         let given = args(&["--planner-pool", "decode=1..4,unified/b=2..3"]).unwrap();
-        let settings = given.settings(models).unwrap();
+        let settings = given.settings(models, true).unwrap();
         let pool = |role, model: &str| PoolId { role, model: model.into() };
         assert_eq!(settings.pools[&pool(InstanceRole::Decode, "a")], Limits { min: 1, max: 4 });
         assert_eq!(settings.pools[&pool(InstanceRole::Unified, "b")], Limits { min: 2, max: 3 });
@@ -305,7 +308,7 @@ mod tests {
             (&["--planner-pool", "decode=1..2,decode=1..3"], "twice"),
             (&["--planner-pool", "decode=2..3", "--planner-budget", "1"], "at least 2"),
         ] {
-            let error = args(flags).unwrap().settings(models).unwrap_err().to_string();
+            let error = args(flags).unwrap().settings(models, true).unwrap_err().to_string();
             assert!(error.contains(part), "{flags:?}: {error}");
         }
         for bad in

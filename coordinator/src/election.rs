@@ -7,6 +7,7 @@ use baton_proto::instance::election_name;
 use etcd_client::Client;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 /// Wait after a failure.
@@ -27,7 +28,25 @@ pub struct Leadership {
 pub struct Election {
     leader: watch::Receiver<String>,
     own: watch::Receiver<Option<Leadership>>,
+    stop: CancellationToken,
     tasks: [JoinHandle<()>; 2],
+}
+
+/// The way out of an election.
+#[derive(Debug)]
+pub struct Resignation {
+    own: watch::Receiver<Option<Leadership>>,
+    stop: CancellationToken,
+}
+
+impl Resignation {
+    /// Leads no more, and has the next one lead at once. Takes a few seconds at most, also when
+    /// etcd is away.
+    pub async fn hand_in(mut self) {
+        self.stop.cancel();
+        // The task that stands ends; its own last call is bounded.
+        while self.own.changed().await.is_ok() {}
+    }
 }
 
 impl Election {
@@ -36,11 +55,16 @@ impl Election {
         let (sender, leader) = watch::channel(String::new());
         let (elected, own) = watch::channel(None);
         let observer = settings.clone();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
         let tasks = [
             tokio::spawn(async move {
                 loop {
-                    let ended = stand(&settings, &id, &elected).await;
+                    let ended = stand(&settings, &id, &elected, &stopped).await;
                     elected.send_replace(None);
+                    if stopped.is_cancelled() {
+                        return;
+                    }
                     if let Err(error) = ended {
                         warn!(%error, "out of the election; trying again");
                     }
@@ -55,12 +79,17 @@ impl Election {
                 }
             }),
         ];
-        Self { leader, own, tasks }
+        Self { leader, own, stop, tasks }
     }
 
     /// Our own leadership, as far as we know: etcd knows better.
     pub fn own(&self) -> watch::Receiver<Option<Leadership>> {
         self.own.clone()
+    }
+
+    /// How it is left before the process ends.
+    pub fn resignation(&self) -> Resignation {
+        Resignation { own: self.own.clone(), stop: self.stop.clone() }
     }
 
     /// The id of the leader as last heard; empty before there was one.
@@ -98,13 +127,17 @@ impl Drop for Election {
     }
 }
 
-/// Waits to be elected and leads until the lease is lost.
+/// Waits to be elected and leads until the lease is lost, or until it is to `stop`: then the lease
+/// is given back.
 async fn stand(
     settings: &EtcdSettings,
     id: &str,
     elected: &watch::Sender<Option<Leadership>>,
+    stop: &CancellationToken,
 ) -> Result<(), MembershipError> {
-    let mut client = connect(settings).await?;
+    let connected = stop.run_until_cancelled(connect(settings)).await;
+    let Some(client) = connected else { return Ok(()) };
+    let mut client = client?;
     let ttl = settings.lease_ttl;
     let seconds = ttl.as_secs().max(1) as i64;
     let lease = within(CALL_TIMEOUT, client.lease_grant(seconds, None)).await?.id();
@@ -119,9 +152,11 @@ async fn stand(
         std::future::pending::<Result<(), MembershipError>>().await
     };
     tokio::select! {
-        lost = keep_alive(&mut client, lease, ttl) => lost,
-        failed = lead => failed,
+        lost = keep_alive(&mut client, lease, ttl) => return lost,
+        failed = lead => return failed,
+        () = stop.cancelled() => {}
     }
+    within(CALL_TIMEOUT, client.lease_revoke(lease)).await.map(drop)
 }
 
 /// Listens to who leads.

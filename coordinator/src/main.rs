@@ -69,7 +69,9 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         }
         (mode, Some(launcher)) => Some(Planning {
             mode,
-            settings: settings.planner.settings(|pool| launcher.models(pool))?,
+            settings: settings
+                .planner
+                .settings(|pool| launcher.models(pool), launcher.keeps_roles().is_none())?,
             every: Duration::from_secs(settings.planner.interval),
             hold: Duration::from_secs(settings.planner.hold),
             store: store.clone(),
@@ -97,6 +99,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     };
     let running = tokio::spawn(runner.run(service.election.own()));
     let planning = planning.map(|planning| tokio::spawn(planning.run(service.election.own())));
+    let resignation = service.election.resignation();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
@@ -109,7 +112,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     info!("stopping");
     running.abort();
     planning.iter().for_each(tokio::task::JoinHandle::abort);
-    registration.withdraw().await;
+    tokio::join!(registration.withdraw(), resignation.hand_in());
     let _ = stop.send(());
     let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
     traces.stop().await;

@@ -115,10 +115,22 @@ impl CoordinatorService {
             InstanceRole::Pooling,
             InstanceRole::Audio,
         ];
-        roles.into_iter().find(|role| role.as_str() == name).ok_or_else(|| {
-            let names = roles.map(InstanceRole::as_str).join(", ");
-            Status::invalid_argument(format!("`pool` is `{name}`; it must be one of {names}"))
-        })
+        named("pool", name, &roles)
+    }
+
+    /// The pool that new workers of another come from.
+    fn donor(pool: InstanceRole, name: &str) -> Result<Option<InstanceRole>, Status> {
+        if name.is_empty() {
+            return Ok(None);
+        }
+        let changeable = [InstanceRole::Prefill, InstanceRole::Decode, InstanceRole::Unified];
+        if !changeable.contains(&pool) {
+            return Err(Status::invalid_argument(format!(
+                "`from_pool` is `{name}`, but no worker can become one of pool `{pool}`"
+            )));
+        }
+        let others: Vec<_> = changeable.into_iter().filter(|it| *it != pool).collect();
+        named("from_pool", name, &others).map(Some)
     }
 
     /// The models that a pool has or can have.
@@ -161,6 +173,15 @@ impl CoordinatorService {
     }
 }
 
+/// The role of a field's value.
+fn named(field: &str, value: &str, roles: &[InstanceRole]) -> Result<InstanceRole, Status> {
+    roles.iter().copied().find(|role| role.as_str() == value).ok_or_else(|| {
+        let names: Vec<_> = roles.iter().map(|role| role.as_str()).collect();
+        let names = names.join(", ");
+        Status::invalid_argument(format!("`{field}` is `{value}`; it must be one of {names}"))
+    })
+}
+
 #[tonic::async_trait]
 impl Coordinator for CoordinatorService {
     async fn get_cluster(
@@ -182,7 +203,7 @@ impl Coordinator for CoordinatorService {
         &self,
         request: Request<ScaleRequest>,
     ) -> Result<Response<ScaleOperation>, Status> {
-        let ScaleRequest { pool, model, size, drain_timeout_ms } = request.into_inner();
+        let ScaleRequest { pool, model, size, drain_timeout_ms, from_pool } = request.into_inner();
         if size > MAX_SIZE {
             let message = format!("`size` is {size}; it must be at most {MAX_SIZE}");
             return Err(Status::invalid_argument(message));
@@ -194,7 +215,8 @@ impl Coordinator for CoordinatorService {
         };
         let pool = self.pool(&pool)?;
         let model = self.model(pool, model).await?;
-        let request = Record::new(pool, model, size, drain_timeout_ms);
+        let donor = Self::donor(pool, &from_pool)?;
+        let request = Record { donor, ..Record::new(pool, model, size, drain_timeout_ms) };
         let until = Instant::now() + GIVE_WAY;
         loop {
             let request = request.clone();
@@ -237,7 +259,7 @@ impl Coordinator for CoordinatorService {
         // The leader may move it between our look and our write.
         for _ in 0..20 {
             let operations = self.operations().await?;
-            let meant = |it: &Record| it.id == id || Some(it.pool) == pool;
+            let meant = |it: &Record| it.id == id || it.pools().any(|it| Some(it) == pool);
             let Some(stored) = operations.running.iter().find(|it| meant(&it.record)) else {
                 let over = operations.ended.iter().find(|it| it.id == id);
                 return Err(match (over, pool) {

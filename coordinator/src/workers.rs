@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use baton_membership::tls::connect;
-use baton_proto::endpoint;
 use baton_proto::v1::worker_client::WorkerClient;
-use baton_proto::v1::{DrainRequest, UndrainRequest, WatchStatusRequest, WorkerStatus};
+use baton_proto::v1::{
+    DrainRequest, Role, SetRoleRequest, UndrainRequest, WatchStatusRequest, WorkerStatus,
+};
+use baton_proto::{InstanceRole, endpoint};
 use tonic::Status;
 use tonic::transport::Channel;
 
@@ -32,6 +34,14 @@ pub async fn drain(address: &str, limit: Duration) -> Result<(), Status> {
 /// Puts the worker back to service.
 pub async fn undrain(address: &str) -> Result<(), Status> {
     ask(address, async |mut client| client.undrain(UndrainRequest {}).await).await?;
+    Ok(())
+}
+
+/// Has the worker do what a pool does, and give up after `limit` what it has not got rid of.
+pub async fn set_role(address: &str, pool: InstanceRole, limit: Duration) -> Result<(), Status> {
+    let role = Role::from(pool).into();
+    let request = SetRoleRequest { role, drain_timeout_ms: limit.as_millis() as u64 };
+    ask(address, async |mut client| client.set_role(request).await).await?;
     Ok(())
 }
 

@@ -91,6 +91,9 @@ struct Worker {
     started_ms: u64,
     /// Of the launch that the operation made.
     new: bool,
+    /// The pool that it is listed in, and what it really does.
+    pool: InstanceRole,
+    role: InstanceRole,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -115,11 +118,27 @@ impl World {
                 silent: false,
                 started_ms: u64::from(n),
                 new: false,
+                pool: InstanceRole::Decode,
+                role: InstanceRole::Decode,
             };
             (format!("decode-{}", n + 1), worker)
         };
         let workers = (0..count).map(worker).collect();
         Self { now_ms: 1_000, workers, others, launches, row: false }
+    }
+
+    /// With workers of another pool, `prefill-1` and on, with so many requests each.
+    fn with_donors(mut self, requests: &[u32]) -> Self {
+        for (n, &requests) in requests.iter().enumerate() {
+            let (pool, role) = (InstanceRole::Prefill, InstanceRole::Prefill);
+            let ready = (Process::Ready, true, false, n as u64);
+            let (process, registered, new, started_ms) = ready;
+            let starting = self.starting();
+            let worker =
+                Worker { process, registered, new, started_ms, requests, pool, role, ..starting };
+            self.workers.insert(format!("prefill-{}", n + 1), worker);
+        }
+        self
     }
 
     /// The number of a row's last worker that is not ending.
@@ -138,6 +157,8 @@ impl World {
             silent: false,
             started_ms: self.now_ms,
             new: true,
+            pool: InstanceRole::Decode,
+            role: InstanceRole::Decode,
         }
     }
 
@@ -147,7 +168,7 @@ impl World {
             let load = Load {
                 requests: worker.requests,
                 draining: worker.draining,
-                registered: worker.registered,
+                registered: worker.registered && worker.role == worker.pool,
             };
             Seen {
                 process: worker.process,
@@ -156,10 +177,15 @@ impl World {
                 said: "said".into(),
             }
         };
-        let all = self.workers.iter().map(|(name, worker)| (name.clone(), seen(worker)));
+        let of = |pool: InstanceRole| -> BTreeMap<String, Seen> {
+            let all = self.workers.iter().filter(|(_, worker)| worker.pool == pool && !blind);
+            all.map(|(name, worker)| (name.clone(), seen(worker))).collect()
+        };
         Observed {
             now_ms: self.now_ms,
-            workers: if blind { BTreeMap::new() } else { all.collect() },
+            workers: of(InstanceRole::Decode),
+            donors: of(InstanceRole::Prefill),
+            cannot_convert: (!self.launches).then(|| "no template".to_owned()),
             others: self.others,
             taken: self.workers.keys().cloned().collect(),
             cannot_launch: (!self.launches).then(|| "no template".to_owned()),
@@ -192,6 +218,15 @@ impl World {
                 let worker = self.workers.get_mut(name).expect("it was seen");
                 if worker.process == Process::Ready && !worker.silent {
                     worker.draining = false;
+                }
+            }
+            Effect::Assign(name, pool) => {
+                assert!(record.converted.contains(name), "recorded before it is done");
+                let worker = self.workers.get_mut(name).expect("it was seen");
+                worker.pool = *pool;
+                if worker.process == Process::Ready && !worker.silent {
+                    // It changes when its requests are gone; see `What::Progress`.
+                    worker.draining = worker.role != *pool;
                 }
             }
             Effect::Retire(name) => {
@@ -237,8 +272,14 @@ impl World {
             (What::Progress, Process::Starting) => {
                 (worker.process, worker.registered) = (Process::Ready, true);
                 (worker.draining, worker.silent, worker.requests) = (false, false, 0);
+                worker.role = worker.pool;
             }
-            (What::Progress, Process::Ready) => worker.requests = worker.requests.saturating_sub(1),
+            (What::Progress, Process::Ready) => {
+                worker.requests = worker.requests.saturating_sub(1);
+                if worker.requests == 0 && worker.role != worker.pool {
+                    (worker.role, worker.draining, worker.registered) = (worker.pool, false, true);
+                }
+            }
             (What::Requests, Process::Ready) if !worker.draining => worker.requests += 2,
             (What::Crash | What::CrashForGood, Process::Starting | Process::Ready) => {
                 worker.crashes += 1;
@@ -259,8 +300,17 @@ impl World {
 }
 
 /// Runs an operation through the ticks, and then through calm ones, to its end.
-fn run(mut world: World, size: u32, ticks: &[Tick]) -> (World, Record) {
-    let mut record = Record::new(InstanceRole::Decode, "m".into(), size, DRAIN_MS);
+fn run(world: World, size: u32, ticks: &[Tick]) -> (World, Record) {
+    run_record(world, Record::new(InstanceRole::Decode, "m".into(), size, DRAIN_MS), ticks)
+}
+
+/// One that takes new workers from the other pool.
+fn run_converting(world: World, size: u32, ticks: &[Tick]) -> (World, Record) {
+    let record = Record::new(InstanceRole::Decode, "m".into(), size, DRAIN_MS);
+    run_record(world, Record { donor: Some(InstanceRole::Prefill), ..record }, ticks)
+}
+
+fn run_record(mut world: World, mut record: Record, ticks: &[Tick]) -> (World, Record) {
     record.phase_ms = world.now_ms;
     let calm = Tick {
         lost: u8::MAX,
@@ -342,6 +392,44 @@ proptest! {
         prop_assert!(record.ended_ms > 0);
     }
 
+    /// Workers that change their role do so all or, where undoing works, none; nobody is lost.
+    #[test]
+    fn whatever_happens_workers_are_of_one_pool_or_the_other(
+        (count, size) in (0u32..4, 0u32..6),
+        requests in prop::collection::vec(0u32..6, 1..4),
+        donors in prop::collection::vec(0u32..6, 0..5),
+        launches in prop::bool::weighted(0.9),
+        ticks in prop::collection::vec(tick(false), 0..150),
+    ) {
+        let before = World::new(count, 0, &requests, launches).with_donors(&donors);
+        let names: BTreeSet<String> = before.workers.keys().cloned().collect();
+        let (world, record) = run_converting(before, size, &ticks);
+        let after: BTreeSet<String> = world.workers.keys().cloned().collect();
+        prop_assert_eq!(names, after, "nobody is launched or ended");
+        let of = |pool| world.workers.values().filter(|it| it.pool == pool).count() as u32;
+        prop_assert!(record.converted.is_empty() || of(InstanceRole::Prefill) > 0, "one stays");
+        for (name, worker) in &world.workers {
+            let named = record.converted.contains(name);
+            prop_assert!(named || !worker.draining, "{} drains", name);
+            prop_assert!(named || worker.role == worker.pool, "{} has changed", name);
+        }
+        match &record.phase {
+            Phase::Done => prop_assert_eq!(of(InstanceRole::Decode), size),
+            Phase::Cancelled | Phase::Failed(_) => {
+                let told = match &record.phase {
+                    Phase::Failed(failure) => {
+                        prop_assert!(!failure.reason.is_empty());
+                        failure.reason.contains("could not be put back")
+                            || failure.reason.contains("cannot be read")
+                    }
+                    _ => false,
+                };
+                prop_assert!(told || of(InstanceRole::Decode) == count, "{:?}", record);
+            }
+            phase => prop_assert!(false, "{:?}", phase),
+        }
+    }
+
     /// Somebody else changes a row meanwhile: it ends all the same, and still ends nobody who has
     /// requests ([`World::apply`] looks).
     #[test]
@@ -380,6 +468,38 @@ proptest! {
             prop_assert_eq!(record.from, count + others);
         }
     }
+}
+
+#[test]
+fn workers_with_the_least_to_do_change_their_role_and_one_stays() {
+    let progress = |i: usize| Tick {
+        lost: u8::MAX,
+        twice: u8::MAX,
+        who: i as u8,
+        what: What::Progress,
+        cancel: false,
+        dies: false,
+        blind: false,
+    };
+    let ticks: Vec<Tick> = (0..200).map(progress).collect();
+    let world = World::new(1, 0, &[0], true).with_donors(&[2, 0, 1]);
+    let (world, record) = run_converting(world, 3, &ticks);
+    assert_eq!(record.phase, Phase::Done);
+    assert_eq!(record.converted, ["prefill-2", "prefill-3"]);
+    let decodes = |name: &str| {
+        let worker = &world.workers[name];
+        worker.role == InstanceRole::Decode && !worker.draining
+    };
+    assert!(decodes("prefill-2") && decodes("prefill-3") && !decodes("prefill-1"));
+
+    let world = World::new(1, 0, &[0], true).with_donors(&[0]);
+    let (_, record) = run_converting(world, 2, &ticks);
+    let Phase::Failed(failure) = record.phase else { panic!("{record:?}") };
+    assert!(failure.reason.contains("one must stay"), "{}", failure.reason);
+    let world = World::new(3, 0, &[0], true).with_donors(&[0, 0]);
+    let (_, record) = run_converting(world, 2, &ticks);
+    let Phase::Failed(failure) = record.phase else { panic!("{record:?}") };
+    assert!(failure.reason.contains("without `from_pool`"), "{}", failure.reason);
 }
 
 fn observed(world: &World) -> Observed {

@@ -7,6 +7,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::v1;
+
 /// What a process does in the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -54,6 +56,19 @@ impl InstanceRole {
     /// Whether it is a worker, of whatever kind.
     pub fn is_worker(self) -> bool {
         !matches!(self, Self::Gateway | Self::Coordinator)
+    }
+}
+
+impl From<InstanceRole> for v1::Role {
+    fn from(role: InstanceRole) -> Self {
+        match role {
+            InstanceRole::Prefill => Self::Prefill,
+            InstanceRole::Decode => Self::Decode,
+            InstanceRole::Unified => Self::Unified,
+            InstanceRole::Pooling => Self::Pooling,
+            InstanceRole::Audio => Self::Audio,
+            InstanceRole::Gateway | InstanceRole::Coordinator => Self::Unspecified,
+        }
     }
 }
 

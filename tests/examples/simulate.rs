@@ -105,6 +105,7 @@ struct Run {
     good_itl: f64,
     worker_hours: f64,
     changes: u32,
+    converted: u32,
     most: u32,
     /// Sizes of the prefill and the decode pool, each so many minutes; of a few runs.
     every_minutes: usize,
@@ -197,7 +198,9 @@ fn policies(
         let pool = |role| (PoolId { role, model: "m".into() }, Limits { min: 1, max: 100_000 });
         let slo = Slo { attainment: *attainment, ..*slo };
         let settings = PlannerSettings::new(slo, [pool(Prefill), pool(Decode)]);
+        let launching = PlannerSettings { convert: false, ..settings.clone() };
         run("planner", *attainment, mean, &mut Planned::new(settings));
+        run("planner, launching only", *attainment, mean, &mut Planned::new(launching));
     }
     if !quick {
         for factor in [0.9, 1.2, 1.5, 2.0] {
@@ -247,6 +250,7 @@ fn summary(workload: &str, policy: &str, setting: f64, outcomes: &Outcomes, slo:
         good_itl,
         worker_hours: outcomes.worker_seconds / 3600.0,
         changes: outcomes.changes,
+        converted: outcomes.converted,
         most: outcomes.sizes.iter().map(|sizes| sizes.iter().sum()).max().unwrap_or(0),
         every_minutes,
         sizes: sizes.collect(),
@@ -254,15 +258,18 @@ fn summary(workload: &str, policy: &str, setting: f64, outcomes: &Outcomes, slo:
 }
 
 fn line(run: &Run) -> String {
-    let Run { workload, policy, good, good_ttft, good_itl, worker_hours, changes, most, .. } = run;
+    let Run { workload, policy, good, good_ttft, good_itl, worker_hours, most, .. } = run;
+    let Run { changes, converted, .. } = run;
     let setting = match policy.as_str() {
-        "utilization" | "planner" => format!(" {:.0} %", run.setting * 100.0),
+        "utilization" | "planner" | "planner, launching only" => {
+            format!(" {:.0} %", run.setting * 100.0)
+        }
         "static" => format!(", {} × mean", run.setting),
         _ => String::new(),
     };
     format!(
         "| {workload} | {policy}{setting} | {:.1} % | {:.1} % | {:.1} % | {worker_hours:.1} | {most} \
-         | {changes} |",
+         | {changes} | {converted} |",
         good * 100.0,
         good_ttft * 100.0,
         good_itl * 100.0,
@@ -278,7 +285,7 @@ fn markdown(settings: &Settings, slo: &Slo, runs: &[Run]) -> String {
          and {} ms for each sequence and {} ms for each prompt token in it; a worker starts in {:.0} \
          s. Traces come at {} times their rate, the day at {} requests a second in the mean.\n\n\
          | workload | policy | both kept | TTFT kept | ITL kept | worker-hours | most workers | \
-         changes |\n| {} |\n",
+         changes | changed role |\n| {} |\n",
         slo.ttft * 1e3,
         slo.itl * 1e3,
         settings.step_ms[0],
@@ -287,7 +294,7 @@ fn markdown(settings: &Settings, slo: &Slo, runs: &[Run]) -> String {
         settings.startup,
         settings.rate,
         settings.day_rate,
-        ["---"; 8].join(" | ")
+        ["---"; 9].join(" | ")
     );
     for run in runs {
         let _ = writeln!(text, "{}", line(run));

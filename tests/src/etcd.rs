@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use baton_proto::InstanceRecord;
-use baton_proto::instance::instances_prefix;
+use baton_proto::instance::{election_name, instances_prefix};
 use serde_json::Value;
 
 use crate::poll::eventually;
@@ -126,6 +126,16 @@ impl Etcd {
         assert!(good, "etcdctl get failed");
         let records = serde_json::Deserializer::from_str(&records).into_iter();
         records.map(|record| record.expect("an instance record")).collect()
+    }
+
+    /// The ids of the coordinators that stand for election, the leader first.
+    pub fn candidates(&self) -> Vec<String> {
+        let name = election_name("default") + "/";
+        let oldest_first = ["--sort-by=CREATE", "--order=ASCEND"];
+        let args = [["get", "--prefix"], ["--print-value-only", &name], oldest_first].concat();
+        let (good, ids) = self.ctl(&args);
+        assert!(good, "etcdctl get failed");
+        ids.lines().filter(|id| !id.is_empty()).map(str::to_owned).collect()
     }
 
     /// Runs etcdctl: whether that went well, and what it printed.

@@ -46,6 +46,11 @@ struct Load {
 
 impl Load {
     async fn start(cluster: &Elastic) -> Self {
+        Self::of_answers(cluster, 4).await
+    }
+
+    /// With answers of so many tokens.
+    async fn of_answers(cluster: &Elastic, tokens: u32) -> Self {
         let body = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 1});
         eventually("the gateway has found the worker", PATIENCE, async || {
             let reply = cluster.api.post("/v1/completions", &body).await;
@@ -59,8 +64,11 @@ impl Load {
                 let mut answered = 0;
                 while !stop.load(Relaxed) {
                     // Nothing of it is in a cache.
-                    let text = format!("{client} {answered} ").repeat(60);
-                    let body = json!({"model": MODEL_NAME, "prompt": text, "max_tokens": 4});
+                    let text = format!("{client} {answered} ").repeat(240 / tokens as usize);
+                    let body = json!({
+                        "model": MODEL_NAME, "prompt": text, "max_tokens": tokens,
+                        "ignore_eos": true,
+                    });
                     api.ok("/v1/completions", &body).await;
                     answered += 1;
                 }
@@ -132,6 +140,50 @@ async fn load_makes_a_pool_grow_and_its_end_makes_it_shrink() {
     let last = &decisions.last().expect("a decision")["decision"]["pools"][0];
     let reason = last["reason"].as_str().expect("a reason");
     assert!(reason.contains("an operator has set the size"), "{last}");
+    cluster.finish().await;
+}
+
+/// Decode workers have no room for what is asked, and a prefill worker too little to do.
+#[tokio::test]
+async fn a_pool_grows_by_what_another_has_to_spare() {
+    let pools = |etcd: &baton_tests::etcd::Etcd| {
+        let mut decode = worker("decode", etcd);
+        for arg in decode["args"].as_array_mut().expect("arguments") {
+            // A sequence or two.
+            if *arg == "128MiB" {
+                *arg = "4MiB".into();
+            }
+        }
+        vec![worker("prefill", etcd), decode]
+    };
+    let mut flags = vec!["--planner", "on", "--planner-hold", "0", "--planner-down-window", "600"];
+    flags.extend(["--planner-ttft-ms", "60000", "--planner-itl-ms", "10000"]);
+    flags.extend(["--planner-interval", "1", "--planner-startup", "5", "--planner-cooldown", "2"]);
+    flags.extend(["--planner-pool", "prefill=1..2", "--planner-pool", "decode=1..2"]);
+    let cluster = Elastic::start(1, &flags, pools).await;
+    eventually("each pool has a worker", PATIENCE, async || {
+        let there = [cluster.registered("prefill").len(), cluster.registered("decode").len()];
+        if there == [1, 1] { Ok(()) } else { Err(format!("{there:?}")) }
+    })
+    .await;
+    cluster.scaled("prefill", 2).await;
+    let load = Load::of_answers(&cluster, 40).await;
+    eventually("a worker changes its role", PATIENCE, async || {
+        let operations = cluster.operations().await;
+        match operations.iter().find(|it| it.from_pool == "prefill") {
+            Some(it) if it.phase == "done" => Ok(()),
+            _ => Err(format!("{operations:#?}")),
+        }
+    })
+    .await;
+    let answered = load.stop().await;
+    println!("{answered} requests answered");
+    let operations = cluster.operations().await;
+    let changed = operations.iter().find(|it| it.from_pool == "prefill").expect("it was there");
+    assert!(changed.planned && changed.launched.is_empty(), "{changed:?}");
+    assert_eq!((changed.pool.as_str(), changed.from, changed.size), ("decode", 1, 2));
+    assert_eq!(cluster.registered("decode").len(), 2);
+    assert_eq!(cluster.registered("prefill").len(), 1);
     cluster.finish().await;
 }
 

@@ -133,6 +133,116 @@ async fn pools_grow_and_shrink_under_load_and_every_token_is_right() {
     cluster.finish().await;
 }
 
+/// Workers go from one pool to the other and back, under load, and stay the processes that they
+/// are. One that dies afterwards is started as what it has become.
+#[tokio::test]
+async fn workers_change_their_role_under_load_and_keep_their_model() {
+    let cluster = Elastic::start(1, &[], both).await;
+    cluster.scaled("decode", 1).await;
+    cluster.scaled("prefill", 3).await;
+    let pids = ["prefill-1", "prefill-2", "prefill-3"].map(|name| cluster.pid(name));
+    let load = Load::start(&cluster.api).await;
+    let convert = async |pool: &str, from: &str, size: u32| {
+        let body = json!({"new_data_parallel_size": size, "pool": pool, "from_pool": from});
+        let since = Instant::now();
+        cluster.api.ok("/scale_elastic_ep", &body).await;
+        println!("{from} to {pool}: {:?}", since.elapsed());
+        let operation = cluster.operations().await.pop().expect("a history");
+        assert_eq!((operation.from_pool.as_str(), operation.launched.len()), (from, 0));
+        operation.converted
+    };
+    let converted = convert("decode", "prefill", 3).await;
+    assert_eq!(converted.len(), 2);
+    assert_eq!((cluster.registered("prefill").len(), cluster.registered("decode").len()), (1, 3));
+    // New instances, with counts of their own.
+    for record in cluster.registered("decode") {
+        assert!(record.id.starts_with("decode-"), "{record:?}");
+        let status = grpc::status(&record.address).await;
+        assert!(!status.draining, "{status:?}");
+    }
+    let killed = converted[0].as_str();
+    kill(Pid::from_raw(cluster.pid(killed)), Signal::SIGKILL).expect("it runs");
+    eventually("it is started as a decode worker", Duration::from_secs(60), async || {
+        let there = cluster.registered("decode");
+        let ours = cluster.status(killed)["address"].as_str().unwrap_or_default().to_owned();
+        match there.iter().any(|it| it.address == ours) {
+            true => Ok(()),
+            false => Err(format!("{there:?}")),
+        }
+    })
+    .await;
+    let back = convert("prefill", "decode", 2).await;
+    assert_eq!((cluster.registered("prefill").len(), cluster.registered("decode").len()), (2, 2));
+    let answered = load.stop().await;
+    println!("{answered} requests meanwhile; {converted:?}, then {back:?}");
+    assert!(answered > 8, "there was traffic: {answered}");
+    let now = ["prefill-1", "prefill-2", "prefill-3"].map(|name| cluster.pid(name));
+    let restarted = pids.iter().zip(now).filter(|(before, now)| **before != *now).count();
+    assert_eq!(restarted, 1, "only the one that was killed: {pids:?}, {now:?}");
+
+    let body = json!({"new_data_parallel_size": 4, "pool": "prefill", "from_pool": "decode"});
+    let error = cluster.api.post("/scale_elastic_ep", &body).await.error(500).expect("one stays");
+    assert!(error["message"].as_str().is_some_and(|it| it.contains("one must stay")), "{error}");
+    let body = json!({"new_data_parallel_size": 3, "pool": "prefill", "from_pool": "audio"});
+    let error = cluster.api.post("/scale_elastic_ep", &body).await.error(400).expect("refused");
+    assert_eq!(error["param"], "from_pool", "{error}");
+    cluster.finish().await;
+}
+
+/// A change of role that takes too long, or that somebody takes back, leaves workers as they were.
+#[tokio::test]
+async fn a_change_of_role_that_is_not_made_is_taken_back() {
+    let cluster = Elastic::start(1, &[], both).await;
+    cluster.scaled("decode", 1).await;
+    cluster.scaled("prefill", 2).await;
+    // They cannot be told anything.
+    let pids = ["prefill-1", "prefill-2"].map(|name| Pid::from_raw(cluster.pid(name)));
+    let api = cluster.api.clone();
+    let body = json!({"new_data_parallel_size": 2, "pool": "decode", "from_pool": "prefill"});
+    let asked = tokio::spawn(async move { api.post("/scale_elastic_ep", &body).await });
+    let operation = cluster.phase("convert").await;
+    for pid in pids {
+        kill(pid, Signal::SIGSTOP).expect("it runs");
+    }
+    let mut client = grpc::coordinator(&cluster.coordinators[0].1).await;
+    let request = CancelScaleRequest { id: operation.id, pool: String::new() };
+    let cancelled = client.cancel_scale(request).await;
+    for pid in pids {
+        kill(pid, Signal::SIGCONT).expect("it runs");
+    }
+    let reply = asked.await.expect("a reply");
+    // It may have been done before.
+    let expected = if cancelled.is_ok() { (2, 1) } else { (1, 2) };
+    assert_eq!(reply.status, if cancelled.is_ok() { 409 } else { 200 }, "{}", reply.text);
+    eventually("each is of its pool", Duration::from_secs(20), async || {
+        let there = (cluster.registered("prefill").len(), cluster.registered("decode").len());
+        if there == expected { Ok(()) } else { Err(format!("{there:?}")) }
+    })
+    .await;
+    let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});
+    cluster.api.ok("/v1/completions", &body).await;
+    cluster.finish().await;
+}
+
+/// One that is told to end does not leave the others to wait for its lease.
+#[tokio::test]
+async fn a_leader_that_is_stopped_hands_over_at_once() {
+    let mut cluster = Elastic::start(2, &[], both).await;
+    let leader = cluster.leader().await;
+    eventually("the other stands too", Duration::from_secs(10), async || {
+        let standing = cluster.etcd.candidates();
+        if standing.len() == 2 { Ok(()) } else { Err(format!("{standing:?}")) }
+    })
+    .await;
+    let standing = cluster.etcd.candidates();
+    cluster.coordinators[leader].0.stop().await;
+    assert_eq!(cluster.etcd.candidates(), standing[1..], "gone before its process is");
+    cluster.coordinators.remove(leader);
+    assert_eq!(cluster.leader().await, 0);
+    cluster.scaled("decode", 1).await;
+    cluster.finish().await;
+}
+
 /// The leader is killed while workers start, and the next one while they drain.
 #[tokio::test]
 async fn another_coordinator_finishes_what_a_killed_leader_began() {

@@ -260,15 +260,14 @@ impl Settings {
     }
 }
 
-impl Role {
-    /// In the gRPC contract and in etcd.
-    pub fn names(self) -> (v1::Role, InstanceRole) {
-        match self {
-            Self::Prefill => (v1::Role::Prefill, InstanceRole::Prefill),
-            Self::Decode => (v1::Role::Decode, InstanceRole::Decode),
-            Self::Unified => (v1::Role::Unified, InstanceRole::Unified),
-            Self::Pooling => (v1::Role::Pooling, InstanceRole::Pooling),
-            Self::Audio => (v1::Role::Audio, InstanceRole::Audio),
+impl From<Role> for InstanceRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Prefill => Self::Prefill,
+            Role::Decode => Self::Decode,
+            Role::Unified => Self::Unified,
+            Role::Pooling => Self::Pooling,
+            Role::Audio => Self::Audio,
         }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use baton_membership::config;
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::traces::Traces;
-use baton_membership::{InstanceRecord, Registration};
+use baton_membership::{Backoff, EtcdSettings, InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
 use baton_worker::checkpoint::{LoadError, WhisperFolder};
 use baton_worker::config::{Role, Settings};
@@ -21,9 +21,9 @@ use baton_worker::lora::{self, AdapterError, Adapters};
 use baton_worker::model;
 use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
-use baton_worker::service::{Computes, Parts, PoolingParts, WorkerService};
+use baton_worker::service::{Computes, Identity, Member, Parts, PoolingParts, WorkerService};
 use tokio::net::TcpSocket;
-use tracing::info;
+use tracing::{info, warn};
 
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
@@ -70,18 +70,21 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let service = service.map_err(|error| Failure::new(Exit::BadModel, error))?;
     let cluster = &settings.cluster;
     let traces = Traces::start(&cluster.traces, &cluster.cluster, &instance)?;
-    let drain = service.drain();
+    let (drain, member) = (service.drain(), service.member());
     let listener = socket.listen(BACKLOG).map_err(cannot_listen)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;
     }));
     let etcd = settings.cluster.etcd_settings()?;
-    let registration = Registration::start(&etcd, instance.clone()).await?;
+    let mut registration = Some(Registration::start(&etcd, instance.clone()).await?);
     println!("ready {} {}", instance.role, instance.address);
     info!(id = instance.id, address = instance.address, "serving");
 
-    stop_signals.next().await;
+    tokio::select! {
+        () = stop_signals.next() => {}
+        () = change_roles(member, &etcd, &instance, &mut registration) => {}
+    }
     info!("stopping: running requests go elsewhere, or finish");
     drain.begin(None);
     let drained = async {
@@ -91,7 +94,12 @@ async fn run(settings: Settings) -> Result<(), Failure> {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::join!(drained, registration.withdraw());
+        let withdrawn = async {
+            if let Some(registration) = registration {
+                registration.withdraw().await;
+            }
+        };
+        tokio::join!(drained, withdrawn);
     };
     // Whatever is left when its time is up is told so before the process ends.
     let limit = Duration::from_secs(settings.drain_timeout) + Duration::from_secs(1);
@@ -115,6 +123,33 @@ fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     Ok(socket)
+}
+
+/// Has the worker be in the cluster what it is told to be. Never returns.
+async fn change_roles(
+    member: Option<Member>,
+    etcd: &EtcdSettings,
+    first: &InstanceRecord,
+    registration: &mut Option<Registration>,
+) {
+    let Some(member) = member else { return std::future::pending().await };
+    loop {
+        let role = member.next_role().await;
+        let record = daemon::new_record(role, first.address.clone(), first.model.clone());
+        if let Some(registration) = registration.take() {
+            registration.withdraw().await;
+        }
+        member.change(Identity { instance_id: record.id.clone(), role });
+        let mut backoff = Backoff::new();
+        *registration = loop {
+            match Registration::start(etcd, record.clone()).await {
+                Ok(registration) => break Some(registration),
+                Err(error) => warn!(%error, "not registered in the new role; trying again"),
+            }
+            backoff.wait().await;
+        };
+        info!(id = record.id, role = %record.role, "serving");
+    }
 }
 
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
@@ -167,14 +202,14 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     let engine = Engine::start(loaded.model, pool, engine_settings).map_err(|error| {
         Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
     })?;
-    let (role, instance_role) = settings.role.names();
+    let role = settings.role.into();
     let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
     let max_loras = if leading > 0 { 0 } else { settings.max_loras };
     let bounds = lora::Bounds { adapters: max_loras, rank: settings.max_lora_rank };
     let adapters = Adapters::new(config.clone(), names.clone(), bounds);
     let adapters = load_adapters(settings, adapters, &names).await?;
     let (name, aliases) = (names[0].clone(), names[1..].to_vec());
-    let instance = daemon::new_record(instance_role, address, name.clone());
+    let instance = daemon::new_record(role, address, name.clone());
     let model = ModelCard {
         name,
         root: settings.model.display().to_string(),
@@ -190,8 +225,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         speech: loaded.speech,
     };
     let parts = Parts {
-        instance_id: instance.id.clone(),
-        role,
+        identity: Identity { instance_id: instance.id.clone(), role },
         model,
         tokenizer: loaded.tokenizer,
         adapters,
@@ -229,8 +263,7 @@ async fn load_pooling(
     loaded.tokenizer.chat_template = template.or(loaded.tokenizer.chat_template);
     let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
     let (name, aliases) = (names[0].clone(), names[1..].to_vec());
-    let (_, role) = settings.role.names();
-    let instance = daemon::new_record(role, address, name.clone());
+    let instance = daemon::new_record(settings.role.into(), address, name.clone());
     let model = ModelCard {
         name,
         root: settings.model.display().to_string(),

@@ -28,6 +28,11 @@ pub struct ScaleArgs {
     #[arg(long)]
     pool: Option<String>,
 
+    /// Take new workers from this pool: prefill, decode or unified. They change their role and keep
+    /// their model, which is faster than a start.
+    #[arg(long, value_name = "POOL", conflicts_with_all = ["cancel", "list"])]
+    from: Option<String>,
+
     /// The model, where the pool has several.
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -61,7 +66,8 @@ pub async fn run(args: ScaleArgs) -> Result<(), Failure> {
         Some(size) => {
             let model = args.model.clone().unwrap_or_default();
             let drain_timeout_ms = args.drain_timeout * 1000;
-            let request = ScaleRequest { pool, model, size, drain_timeout_ms };
+            let from_pool = args.from.clone().unwrap_or_default();
+            let request = ScaleRequest { pool, model, size, drain_timeout_ms, from_pool };
             coordinator.ask(async |mut client| client.scale(request).await).await?
         }
         None => {
@@ -102,6 +108,7 @@ async fn follow(
             told.clone_from(&operation.phase);
             let names = match told.as_str() {
                 "launch" => operation.launched.join(" "),
+                "convert" => operation.converted.join(" "),
                 "drain" => operation.retired.join(" "),
                 _ => String::new(),
             };

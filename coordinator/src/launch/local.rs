@@ -1,6 +1,7 @@
 //! Workers as processes on this machine.
 //!
-//! A worker is a folder, which is all that is known of it: `command.json`, written at its launch;
+//! A worker is a folder, which is all that is known of it: `command.json`, written at its launch and
+//! when it is given to another pool;
 //! `status.json`, written by its supervisor; `alive`, which the supervisor holds locked, so that
 //! the kernel tells whether it runs; and `retire`, which tells it to end. A coordinator that dies
 //! leaves the folders and the supervisors, and the next one finds them. `fence` is the newest
@@ -145,6 +146,25 @@ impl LocalProcesses {
         // It is to outlive us; but while we live, its end leaves no zombie.
         std::thread::Builder::new().name("reaper".into()).spawn(move || child.wait())?;
         Ok(())
+    }
+
+    /// Has a worker be started from another pool's command from now on.
+    fn reassign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError> {
+        let _lock = self.lock()?;
+        self.check(fence)?;
+        let dir = self.dir(name);
+        let order: Order =
+            read_json(&dir, "command.json").map_err(|error| system("read", &dir, error))?;
+        if order.pool == pool {
+            return Ok(());
+        }
+        let model = order.model.clone();
+        let Some(template) = self.templates.find(pool, &model) else {
+            return Err(LaunchError::NoTemplate { pool, model });
+        };
+        let (program, args) = (template.program.clone(), template.args.clone());
+        let order = Order { pool, program, args, ..order };
+        write_json(&dir, "command.json", &order).map_err(|error| system("write to", &dir, error))
     }
 
     /// Has a worker end, within `grace`.
@@ -298,6 +318,11 @@ impl Launcher for LocalProcesses {
             this.end(&name, this.settings.grace)
         })
         .await
+    }
+
+    async fn assign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError> {
+        let name = name.to_owned();
+        self.blocking(move |this| this.reassign(fence, &name, pool)).await
     }
 
     async fn list(&self) -> Result<Vec<Launched>, LaunchError> {

@@ -94,6 +94,9 @@ pub enum LaunchError {
         /// What is wrong with those that are there.
         more: String,
     },
+    /// Workers stay what they were launched as.
+    #[error("{0}")]
+    KeepsRoles(&'static str),
     /// Another worker would have to end first.
     #[error("{name} cannot be ended before those after it: {told}")]
     NotLast {
@@ -145,6 +148,15 @@ pub trait Launcher: Send + Sync {
 
     /// Has a worker end, gracefully if it can. It is listed until it has.
     async fn retire(&self, fence: i64, name: &str) -> Result<(), LaunchError>;
+
+    /// Has a worker be one of another pool from its next start on. Its process goes on as it is:
+    /// it is told by whoever asks for this.
+    async fn assign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError>;
+
+    /// Why no worker can be one of another pool, if so.
+    fn keeps_roles(&self) -> Option<&'static str> {
+        None
+    }
 
     /// All workers.
     async fn list(&self) -> Result<Vec<Launched>, LaunchError>;

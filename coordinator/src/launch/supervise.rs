@@ -64,8 +64,15 @@ pub enum State {
 pub fn run(dir: &Path) -> io::Result<()> {
     let order: Order = read_json(dir, "command.json")?;
     let orphaned = order.owner.as_deref().map(watch_owner).transpose()?;
-    let mut supervisor =
-        Supervisor { dir, order, orphaned, crashes: 0, wait: RESTART.0, exit_code: None };
+    let mut supervisor = Supervisor {
+        dir,
+        order,
+        orphaned,
+        crashes: 0,
+        wait: RESTART.0,
+        exit_code: None,
+        untold: None,
+    };
     supervisor.supervise()?;
     std::fs::remove_dir_all(dir)
 }
@@ -85,6 +92,8 @@ struct Supervisor<'a> {
     crashes: u32,
     wait: Duration,
     exit_code: Option<i32>,
+    /// A status that could not be written yet.
+    untold: Option<Status>,
 }
 
 impl Supervisor<'_> {
@@ -92,6 +101,10 @@ impl Supervisor<'_> {
     fn supervise(&mut self) -> io::Result<()> {
         loop {
             let started = Instant::now();
+            // It may have been given to another pool since the last start.
+            if let Ok(order) = read_json(self.dir, "command.json") {
+                self.order = order;
+            }
             self.tell(State::Starting, 0, "");
             match self.start() {
                 Ok(child) => match self.follow(child)? {
@@ -115,6 +128,7 @@ impl Supervisor<'_> {
                 if self.end().is_some() {
                     return Ok(());
                 }
+                self.tell_again();
                 std::thread::sleep(LOOK_EVERY);
             }
             self.wait = (self.wait * 2).min(RESTART.1);
@@ -137,7 +151,7 @@ impl Supervisor<'_> {
     }
 
     /// Watches over a worker until it ends: by itself, or, with `None`, because it was to.
-    fn follow(&self, mut child: Child) -> io::Result<Option<ExitStatus>> {
+    fn follow(&mut self, mut child: Child) -> io::Result<Option<ExitStatus>> {
         let (announce, address) = channel();
         let stdout = child.stdout.take();
         // Reads on after the `ready` line, so that the pipe never fills.
@@ -177,6 +191,7 @@ impl Supervisor<'_> {
                 }
                 None => {}
             }
+            self.tell_again();
             std::thread::sleep(LOOK_EVERY);
         }
     }
@@ -192,8 +207,9 @@ impl Supervisor<'_> {
         Some(End::Retired(Duration::from_millis(grace)))
     }
 
-    /// Writes the worker's status. Without room for it the worker still goes on.
-    fn tell(&self, state: State, pid: u32, address: &str) {
+    /// Writes the worker's status. Without room for it the worker still goes on, and it is written
+    /// when there is some again.
+    fn tell(&mut self, state: State, pid: u32, address: &str) {
         let status = Status {
             state,
             pid,
@@ -204,7 +220,14 @@ impl Supervisor<'_> {
         };
         if let Err(error) = write_json(self.dir, "status.json", &status) {
             self.log(format_args!("error: cannot tell of {}: {error}", self.order.name));
+            self.untold = Some(status);
+        } else {
+            self.untold = None;
         }
+    }
+
+    fn tell_again(&mut self) {
+        self.untold.take_if(|status| write_json(self.dir, "status.json", status).is_ok());
     }
 
     /// A line of the worker's log; on a full disk it is lost. (`eprintln!` would panic, and the

@@ -23,6 +23,7 @@ pub mod steady;
 
 use std::collections::BTreeMap;
 
+use baton_proto::InstanceRole;
 use serde::Serialize;
 
 pub use observed::{Counters, PoolId, PoolSeen, WorkerSeen};
@@ -72,6 +73,9 @@ impl Planner {
             planner.decide(now_ms, seen, limits, wish, size, &self.settings)
         });
         let mut pools: Vec<PoolDecision> = decided.collect();
+        if self.settings.convert {
+            convert(&mut pools);
+        }
         if let Some(budget) = self.settings.budget {
             hold_back(&mut pools, budget);
         }
@@ -79,11 +83,38 @@ impl Planner {
     }
 }
 
+/// Has a pool that is to grow take what the other of prefill and decode has to spare. They serve in
+/// seconds, where new workers have to start; the rest is launched when they do, if still needed.
+fn convert(pools: &mut [PoolDecision]) {
+    for i in 0..pools.len() {
+        let other = match pools[i].pool.role {
+            InstanceRole::Prefill => InstanceRole::Decode,
+            InstanceRole::Decode => InstanceRole::Prefill,
+            _ => continue,
+        };
+        let from = PoolId { role: other, model: pools[i].pool.model.clone() };
+        let Some(donor) = pools.iter().position(|it| it.pool == from) else { continue };
+        let count = pools[i].target.saturating_sub(pools[i].size).min(pools[donor].spare);
+        if count == 0 {
+            continue;
+        }
+        let pool = &mut pools[i];
+        pool.target = pool.size + count;
+        pool.reason += &format!("; {count} of them from {from}, which can spare them");
+        pool.donor = Some(from);
+        let (to, donor) = (pool.pool.clone(), &mut pools[donor]);
+        donor.target = donor.size;
+        donor.spare -= count;
+        donor.reason = format!("{count} go to {to}");
+    }
+}
+
 /// Lets pools grow only by what is left of the budget now: others may shrink later than they grow.
 fn hold_back(pools: &mut [PoolDecision], budget: u32) {
     let used: u32 = pools.iter().map(|pool| pool.size).sum();
     let mut left = budget.saturating_sub(used);
-    for pool in pools.iter_mut().filter(|pool| pool.target > pool.size) {
+    let grows = |pool: &&mut PoolDecision| pool.target > pool.size && pool.donor.is_none();
+    for pool in pools.iter_mut().filter(grows) {
         let more = (pool.target - pool.size).min(left);
         if more < pool.target - pool.size {
             pool.target = pool.size + more;

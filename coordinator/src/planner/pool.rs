@@ -70,6 +70,10 @@ pub struct PoolDecision {
     pub granted: u32,
     /// The size to go to now; that which it has, when nothing is to be done.
     pub target: u32,
+    /// The pool whose workers are to be the new ones; `None` when they are launched.
+    pub donor: Option<PoolId>,
+    /// Workers that it could do without now, and could for some time.
+    pub spare: u32,
     /// Why.
     pub reason: String,
     /// From what it was decided.
@@ -286,8 +290,10 @@ impl PoolPlanner {
             reason += "; more is not allowed";
         }
         let mut target = next.clamp(limits.min, limits.max);
+        let lately = self.steady.highest_since(now_ms.saturating_sub(times.1));
+        let mut spare = seen.size.saturating_sub(lately.max(limits.min));
         if let Some(held) = &seen.held {
-            (target, reason) = (seen.size, held.clone());
+            (target, spare, reason) = (seen.size, 0, held.clone());
         }
         PoolDecision {
             pool: seen.pool.clone(),
@@ -295,6 +301,8 @@ impl PoolPlanner {
             wanted: wish.size,
             granted,
             target,
+            donor: None,
+            spare,
             reason,
             inputs: wish.inputs,
         }

@@ -157,8 +157,9 @@ impl Planning {
         for pool in decision.pools.iter().filter(|pool| pool.target != pool.size) {
             let (role, model) = (pool.pool.role, pool.pool.model.clone());
             let timeout = DRAIN_TIMEOUT.as_millis() as u64;
-            let request =
-                Record { planned: true, ..Record::new(role, model, pool.target, timeout) };
+            let donor = pool.donor.as_ref().map(|donor| donor.role);
+            let new = Record::new(role, model, pool.target, timeout);
+            let request = Record { planned: true, donor, ..new };
             let id = request.id.clone();
             match self.store.propose(leader, request).await {
                 Ok(true) => asked.push(id),
@@ -214,7 +215,8 @@ impl Planning {
         let workers = statuses.iter().filter(|(_, status)| !status.draining);
         let workers = workers
             .map(|(id, status)| WorkerSeen { id: id.clone(), counters: Counters::from(status) });
-        let of_pool = |it: &&Record| (it.pool, &it.model) == (pool.role, &pool.model);
+        let of_pool =
+            |it: &&Record| it.model == pool.model && it.pools().any(|role| role == pool.role);
         let ended: Vec<&Record> = operations.ended.iter().filter(of_pool).collect();
         let launch =
             ended.iter().rev().find(|it| !it.launched.is_empty() && it.phase == Phase::Done);
@@ -242,7 +244,8 @@ impl Planning {
         memory: &mut Memory,
     ) -> Option<String> {
         // One at a time for all models of a pool.
-        let running = operations.running.iter().find(|it| it.record.pool == pool.role);
+        let touches = |record: &Record| record.pools().any(|role| role == pool.role);
+        let running = operations.running.iter().find(|it| touches(&it.record));
         if let Some(stored) = running {
             return Some(format!("operation {} runs", stored.record.describe()));
         }

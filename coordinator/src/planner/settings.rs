@@ -39,6 +39,8 @@ pub struct PlannerSettings {
     pub down_window: f64,
     /// Seconds between two steps down.
     pub cooldown: f64,
+    /// Whether workers can go from prefill to decode and back.
+    pub convert: bool,
 }
 
 impl PlannerSettings {
@@ -51,6 +53,7 @@ impl PlannerSettings {
             startup: 30.0,
             down_window: 300.0,
             cooldown: 30.0,
+            convert: true,
         }
     }
 

@@ -67,6 +67,13 @@ impl Steady {
         let least = size - of_size(DOWN_STEP).max(1);
         if highest < least { (least, "down by the largest step") } else { (highest, "down") }
     }
+
+    /// The largest size that was comfortable since a time.
+    pub fn highest_since(&self, since_ms: u64) -> u32 {
+        // Each is larger than all after it.
+        let wanted = self.wanted.iter().find(|(at, _)| *at >= since_ms);
+        wanted.map_or(0, |(_, highest)| *highest)
+    }
 }
 
 #[cfg(test)]

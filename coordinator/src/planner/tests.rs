@@ -141,6 +141,38 @@ fn a_pool_that_is_held_or_has_no_limits_is_left_alone() {
     assert_eq!(decision.pools[0].target, 3, "its least size, whatever is known");
 }
 
+/// First prompts are long and answers short, then it is the other way round.
+#[test]
+fn what_one_pool_has_to_spare_goes_to_the_other_at_once() {
+    let play = |convert: bool| {
+        let mut planner = Planner::new(PlannerSettings { convert, ..settings(1, 100) });
+        let mut prefill = Fake::new(InstanceRole::Prefill, 8);
+        let mut decode = Fake::new(InstanceRole::Decode, 2);
+        let mut moved = Vec::new();
+        for i in 0..60u64 {
+            let (prompts, answers) = if i < 30 { (30.0, 10.0) } else { (4.0, 80.0) };
+            prefill.run(prompts);
+            decode.run(answers);
+            let decision = planner.observe(i * 10_000, &[prefill.seen(), decode.seen()]);
+            let [before, after] = [&decision.pools[0], &decision.pools[1]];
+            if let Some(donor) = &after.donor {
+                assert_eq!(*donor, pool(InstanceRole::Prefill));
+                assert_eq!(before.target, before.size, "it is not scaled down too: {before:?}");
+                moved.push((i, after.target - after.size));
+                prefill.size -= after.target - after.size;
+            } else {
+                prefill.size = before.target;
+            }
+            decode.size = after.target;
+        }
+        moved
+    };
+    let moved = play(true);
+    assert!(moved.iter().any(|(at, _)| (30..45).contains(at)), "{moved:?}");
+    assert!(moved.iter().all(|(at, _)| *at >= 30), "not while both have enough to do: {moved:?}");
+    assert_eq!(play(false), []);
+}
+
 #[test]
 fn a_budget_is_divided_and_never_exceeded() {
     assert_eq!(within_budget(&[(1, 5), (1, 7)], None), [5, 7]);

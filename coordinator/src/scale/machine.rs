@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use baton_proto::InstanceRole;
+
 use super::record::{Failure, Outcome, Phase, Record};
 
 /// What the cluster looks like to an operation.
@@ -17,6 +19,10 @@ pub struct Observed {
     pub workers: BTreeMap<String, Seen>,
     /// Workers of the pool and the model that serve, but that no launcher has.
     pub others: u32,
+    /// The workers of the same model that a launcher has in the pool that new ones come from.
+    pub donors: BTreeMap<String, Seen>,
+    /// Why workers of that pool cannot be given another role, if so.
+    pub cannot_convert: Option<String>,
     /// Names that a new worker cannot have.
     pub taken: BTreeSet<String>,
     /// Why no worker of the pool and the model can be launched, if so.
@@ -100,7 +106,7 @@ pub struct Load {
     pub requests: u32,
     /// Whether it refuses new ones.
     pub draining: bool,
-    /// Whether it is registered, so that gateways find it.
+    /// Whether it is registered as one of the pool that it is listed in, so that gateways find it.
     pub registered: bool,
 }
 
@@ -115,6 +121,9 @@ pub enum Effect {
     Undrain(String),
     /// End the worker's process.
     Retire(String),
+    /// Have the worker do what a pool does, once it has got rid of its requests, and again
+    /// whenever it is started.
+    Assign(String, InstanceRole),
 }
 
 /// How long the phases may take, in milliseconds.
@@ -153,7 +162,7 @@ pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<E
     if record.cancel {
         match record.phase {
             Phase::Plan => return next.to(Phase::Cancelled),
-            Phase::Launch | Phase::Join | Phase::Rebalance | Phase::Drain => {
+            Phase::Launch | Phase::Join | Phase::Convert | Phase::Rebalance | Phase::Drain => {
                 return next.to(Phase::Undo(Outcome::Cancelled));
             }
             _ => {}
@@ -168,6 +177,7 @@ pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<E
         Phase::Plan => next.plan(),
         Phase::Launch => next.launch(),
         Phase::Join => next.join(),
+        Phase::Convert => next.convert(),
         Phase::Rebalance => next.rebalance(),
         Phase::Drain => next.drain(),
         Phase::Retire => next.retire(),
@@ -228,7 +238,21 @@ impl Next<'_> {
             let failure = Failure { reason, drain_timed_out: false };
             (Record { from, ..self.moved(Phase::Failed(failure)) }, Vec::new())
         };
-        if size > from {
+        if let Some(donor) = self.record.donor.filter(|_| size != from) {
+            let told = match size > from {
+                true => self.choose_donors(donor, size - from),
+                false => Err(format!(
+                    "pool `{}` has {from} workers: it is made smaller without `from_pool`",
+                    self.record.pool
+                )),
+            };
+            match told {
+                Err(why) => return failed(why),
+                Ok(converted) => {
+                    record = Record { from, converted, ..self.moved(Phase::Convert) };
+                }
+            }
+        } else if size > from {
             if let Some(why) = &self.seen.cannot_launch {
                 return failed(why.clone());
             }
@@ -291,6 +315,31 @@ impl Next<'_> {
         all.into_iter().take(count).map(|(name, _)| name.clone()).collect()
     }
 
+    /// Which workers of the other pool are missed least there; one must stay that serves.
+    fn choose_donors(&self, donor: InstanceRole, count: u32) -> Result<Vec<String>, String> {
+        if let Some(why) = &self.seen.cannot_convert {
+            return Err(why.clone());
+        }
+        let mut serving: Vec<_> = self
+            .seen
+            .donors
+            .iter()
+            .filter_map(|(name, worker)| Some((name, worker, worker.load?)))
+            .filter(|(_, worker, _)| worker.serves())
+            .collect();
+        if serving.len() as u32 <= count {
+            return Err(format!(
+                "{count} of the {} workers that serve in pool `{donor}` would change their role, \
+                 but one must stay: scale it up first, or ask for less",
+                serving.len()
+            ));
+        }
+        serving.sort_by_key(|(name, worker, load)| {
+            (load.requests, std::cmp::Reverse(worker.started_ms), (*name).clone())
+        });
+        Ok(serving.into_iter().take(count as usize).map(|(name, ..)| name.clone()).collect())
+    }
+
     fn launch(&self) -> Step {
         // One that is ending had the name before.
         let there = |name: &String| self.kept().any(|(kept, _)| kept == name);
@@ -335,6 +384,44 @@ impl Next<'_> {
             )),
             Some(_) => self.act(Vec::new()),
         }
+    }
+
+    /// Workers of the other pool get rid of their requests and register in this one.
+    fn convert(&self) -> Step {
+        let mut late = Vec::new();
+        let mut requests = 0;
+        for name in &self.record.converted {
+            let ours = self.seen.workers.get(name);
+            let Some(worker) = ours.or_else(|| self.seen.donors.get(name)) else {
+                return self.fail(format!("{name} was taken away while it changed its role"));
+            };
+            match worker.process {
+                Process::Crashed { times, hopeless }
+                    if hopeless || times >= self.limits.crashes =>
+                {
+                    return self.fail(format!("{name} does not start: {}", worker.said));
+                }
+                _ if ours.is_some_and(Seen::serves) => {}
+                _ => {
+                    late.push(name);
+                    requests += worker.load.map_or(0, |load| load.requests);
+                }
+            }
+        }
+        let Some(first) = late.first() else { return self.to(Phase::Done) };
+        let drain_ms = self.record.drain_timeout_ms;
+        if requests > 0 && self.over(drain_ms) {
+            let reason = format!("{first} still had {requests} requests");
+            let failure = Failure { reason, drain_timed_out: true };
+            return self.to(Phase::Undo(Outcome::Failed(failure)));
+        }
+        if self.over(drain_ms.saturating_add(self.limits.launch_ms)) {
+            let pool = self.record.pool;
+            let trouble = self.trouble("it has not registered");
+            return self.fail(format!("{first} does not serve as {pool}: {trouble}"));
+        }
+        let assign = |name: &&String| Effect::Assign((*name).clone(), self.record.pool);
+        self.act(late.iter().map(assign).collect())
     }
 
     /// Nobody is drained before those who stay have shown that they serve.
@@ -430,14 +517,26 @@ impl Next<'_> {
             .filter(|name| !self.record.held.contains(name))
             .filter(|name| self.seen.workers.get(*name).is_some_and(Seen::draining))
             .collect();
-        if launched.is_none() && draining.is_empty() {
+        // Those that have not been told, or have not done it, to be again what they were.
+        let changed: Vec<&String> = self
+            .record
+            .converted
+            .iter()
+            .filter(|name| {
+                let back = self.seen.donors.get(*name);
+                let waits = |it: &Seen| it.process == Process::Ready && !it.serves();
+                self.seen.workers.contains_key(*name) || back.is_some_and(waits)
+            })
+            .collect();
+        if launched.is_none() && draining.is_empty() && changed.is_empty() {
             return self.to(match outcome.clone() {
                 Outcome::Failed(failure) => Phase::Failed(failure),
                 Outcome::Cancelled => Phase::Cancelled,
             });
         }
         if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
-            let left = launched.or(draining.first().copied()).map_or("", String::as_str);
+            let first = draining.first().or(changed.first()).copied();
+            let left = launched.or(first).map_or("", String::as_str);
             let trouble = self.trouble("no answer");
             let mut failure = match outcome.clone() {
                 Outcome::Failed(failure) => failure,
@@ -452,6 +551,9 @@ impl Next<'_> {
         // The last first: of a row, no other can be ended.
         let newest_first: Vec<String> = self.record.launched.iter().rev().cloned().collect();
         effects.extend(self.ends(&newest_first));
+        if let Some(donor) = self.record.donor {
+            effects.extend(changed.into_iter().map(|name| Effect::Assign(name.clone(), donor)));
+        }
         self.act(effects)
     }
 }

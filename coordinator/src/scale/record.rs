@@ -33,6 +33,12 @@ pub struct Record {
     /// Names of workers that it retires.
     #[serde(default)]
     pub retired: Vec<String>,
+    /// The pool that the new workers are taken from; `None` when they are launched.
+    #[serde(default)]
+    pub donor: Option<InstanceRole>,
+    /// Names of workers that it gives another role.
+    #[serde(default)]
+    pub converted: Vec<String>,
     /// Those of `retired` that an operator had drained before: they are left so when it fails.
     #[serde(default)]
     pub held: Vec<String>,
@@ -61,6 +67,8 @@ pub enum Phase {
     Launch,
     /// Workers that were started must register and answer.
     Join,
+    /// Workers of another pool get rid of their requests and serve in this one.
+    Convert,
     /// All who are to serve afterwards must answer.
     Rebalance,
     /// Workers that are to go get rid of their requests.
@@ -104,6 +112,7 @@ impl Phase {
             Self::Plan => "plan",
             Self::Launch => "launch",
             Self::Join => "join",
+            Self::Convert => "convert",
             Self::Rebalance => "rebalance",
             Self::Drain => "drain",
             Self::Retire => "retire",
@@ -121,10 +130,7 @@ impl Phase {
 
     /// Whether the operation may still be taken back.
     pub fn cancellable(&self) -> bool {
-        matches!(
-            self,
-            Self::Plan | Self::Launch | Self::Join | Self::Rebalance | Self::Drain | Self::Undo(_)
-        )
+        !self.ended() && *self != Self::Retire
     }
 }
 
@@ -143,6 +149,8 @@ impl Record {
             phase: Phase::Plan,
             launched: Vec::new(),
             retired: Vec::new(),
+            donor: None,
+            converted: Vec::new(),
             held: Vec::new(),
             started_ms: now,
             phase_ms: now,
@@ -155,7 +163,13 @@ impl Record {
     /// Whether a request asks for what this operation does.
     pub fn is_asked_by(&self, request: &Self) -> bool {
         let same_model = request.model.is_empty() || request.model == self.model;
-        self.size == request.size && same_model && !self.cancel
+        let same_pools = (self.pool, self.donor) == (request.pool, request.donor);
+        self.size == request.size && same_pools && same_model && !self.cancel
+    }
+
+    /// The pools that it changes: its own first.
+    pub fn pools(&self) -> impl Iterator<Item = InstanceRole> {
+        std::iter::once(self.pool).chain(self.donor)
     }
 
     /// One line for people.
@@ -186,6 +200,8 @@ impl From<&Record> for v1::ScaleOperation {
             launched: record.launched.clone(),
             retired: record.retired.clone(),
             planned: record.planned,
+            from_pool: record.donor.map(|pool| pool.to_string()).unwrap_or_default(),
+            converted: record.converted.clone(),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use baton_membership::traces::Parent;
 use baton_membership::{ClusterWatch, Membership, MembershipError};
+use baton_proto::InstanceRole;
 use futures::future::join_all;
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -83,7 +84,7 @@ impl Runner {
             let operations = self.store.list().await?;
             self.store.forget(leader, &operations.ended).await?;
             if memory.mended.is_none_or(|last| last.elapsed() >= IDLE) {
-                self.mend(leader).await;
+                self.mend(leader, &operations.running).await;
                 memory.mended = Some(Instant::now());
             }
             if operations.running.is_empty() {
@@ -187,6 +188,12 @@ impl Runner {
                 let drained = workers::drain(&address(name)?, limit).await;
                 drained.map_err(|status| lasts(format!("{name}: {}", status.message())))
             }
+            Effect::Assign(name, pool) => {
+                launcher.assign(leader.revision, name, *pool).await.map_err(told)?;
+                let limit = Duration::from_millis(record.drain_timeout_ms) + BEYOND;
+                let assigned = workers::set_role(&address(name)?, *pool, limit).await;
+                assigned.map_err(|status| lasts(format!("{name}: {}", status.message())))
+            }
             Effect::Undrain(name) => {
                 let undrained = workers::undrain(&address(name)?).await;
                 undrained.map_err(|status| lasts(format!("{name}: {}", status.message())))
@@ -203,13 +210,15 @@ impl Runner {
                 Err(error) => (Survey::default(), Some(error.to_string())),
             },
         };
-        let ours = |it: &&Launched| (it.spec.pool, &it.spec.model) == (record.pool, &record.model);
-        let workers = all.iter().filter(ours).map(|launched| async {
-            let load = load(launched, &membership).await;
-            let Launched { process, started_ms, said, .. } = launched.clone();
-            (launched.spec.name.clone(), Seen { process, load, started_ms, said })
-        });
-        let workers: BTreeMap<String, Seen> = join_all(workers).await.into_iter().collect();
+        let of_pool = |pool: InstanceRole| {
+            move |it: &&Launched| (it.spec.pool, &it.spec.model) == (pool, &record.model)
+        };
+        let ours = of_pool(record.pool);
+        let workers = look_at(all.iter().filter(ours), &membership).await;
+        let donors = match record.donor {
+            Some(donor) => look_at(all.iter().filter(of_pool(donor)), &membership).await,
+            None => BTreeMap::new(),
+        };
         let launched = |address: &String| all.iter().any(|it| it.address == *address);
         let others = membership.instances.values().filter(|it| {
             (it.role, &it.model) == (record.pool, &record.model) && !launched(&it.address)
@@ -225,6 +234,11 @@ impl Runner {
             }
             Some(_) => None,
         };
+        let keeps = |launcher: &Arc<dyn Launcher>| launcher.keeps_roles().map(str::to_owned);
+        let cannot_convert = match &self.launcher {
+            Some(launcher) => keeps(launcher).or_else(|| cannot_launch.clone()),
+            None => cannot_launch.clone(),
+        };
         let row = rows.into_iter().find(|(pool, model, _)| {
             (*pool, model.as_str()) == (record.pool, record.model.as_str())
         });
@@ -233,6 +247,8 @@ impl Runner {
                 now_ms: unix_ms(),
                 others: others.count().saturating_sub(joining) as u32,
                 workers,
+                donors,
+                cannot_convert,
                 taken: all.iter().map(|it| it.spec.name.clone()).collect(),
                 cannot_launch,
                 trouble: memory.trouble.get(&record.id).cloned(),
@@ -243,10 +259,24 @@ impl Runner {
         }
     }
 
-    /// Starts again what supervised workers and was killed.
-    async fn mend(&self, leader: &Leadership) {
+    /// Starts again what supervised workers and was killed, and has workers do what their pool
+    /// does: a change of role may have been given up half-way.
+    async fn mend(&self, leader: &Leadership, running: &[Stored]) {
         let Some(launcher) = &self.launcher else { return };
         let Ok(all) = launcher.list().await else { return };
+        let membership = Arc::clone(&self.watch.subscribe().borrow());
+        let changes = |it: &&Launched| {
+            running.iter().any(|stored| stored.record.converted.contains(&it.spec.name))
+        };
+        for one in all.iter().filter(|it| it.process == Process::Ready && !changes(it)) {
+            let mut here = membership.instances.values().filter(|it| it.address == one.address);
+            if here.next().is_some_and(|it| it.role != one.spec.pool) {
+                let (name, pool) = (&one.spec.name, one.spec.pool);
+                if let Err(error) = workers::set_role(&one.address, pool, BEYOND).await {
+                    warn!(name, %pool, %error, "a worker does not do what its pool does");
+                }
+            }
+        }
         for one in all.iter().filter(|it| matches!(it.process, Process::Crashed { .. })) {
             if let Err(error) = launcher.launch(leader.revision, &one.spec).await {
                 warn!(name = one.spec.name, %error, "a worker cannot be kept running");
@@ -267,6 +297,19 @@ struct Observation {
     addresses: HashMap<String, String>,
 }
 
+/// What is seen of launched workers, by name.
+async fn look_at<'a>(
+    launched: impl Iterator<Item = &'a Launched>,
+    membership: &Membership,
+) -> BTreeMap<String, Seen> {
+    let looks = launched.map(|launched| async {
+        let load = load(launched, membership).await;
+        let Launched { process, started_ms, said, .. } = launched.clone();
+        (launched.spec.name.clone(), Seen { process, load, started_ms, said })
+    });
+    join_all(looks).await.into_iter().collect()
+}
+
 /// What a launched worker says of itself.
 async fn load(launched: &Launched, membership: &Membership) -> Option<Load> {
     let address = &launched.address;
@@ -277,7 +320,10 @@ async fn load(launched: &Launched, membership: &Membership) -> Option<Load> {
     Some(Load {
         requests: status.running + status.waiting,
         draining: status.draining,
-        registered: membership.instances.values().any(|it| it.address == *address),
+        registered: membership
+            .instances
+            .values()
+            .any(|it| it.address == *address && it.role == launched.spec.pool),
     })
 }
 
@@ -309,10 +355,11 @@ fn trace(before: &Record, record: &Record) {
 fn log(record: &Record) {
     let Record { id, pool, model, size, from, .. } = record;
     let (phase, launched, retired) = (record.phase.as_str(), &record.launched, &record.retired);
+    let converted = &record.converted;
     match &record.phase {
         Phase::Failed(failure) => {
             warn!(id, %pool, model, from, size, reason = failure.reason, "a scale operation failed");
         }
-        _ => info!(id, %pool, model, from, size, phase, ?launched, ?retired, "scaling"),
+        _ => info!(id, %pool, model, from, size, phase, ?launched, ?retired, ?converted, "scaling"),
     }
 }

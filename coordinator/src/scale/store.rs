@@ -1,7 +1,8 @@
 //! The records of scale operations in etcd.
 //!
-//! A pool has at most one running operation, under `/baton/<cluster>/scale/running/<pool>`; those
-//! that ended lie under `…/scale/ended/<id>`. Anybody may ask for an operation or take it back;
+//! A pool has at most one running operation, under `/baton/<cluster>/scale/running/<pool>`; one that
+//! moves workers from a pool to another lies under both. Those that ended lie under
+//! `…/scale/ended/<id>`. Anybody may ask for an operation or take it back;
 //! only the leader moves it, in a transaction that holds while the leader's key in the election is
 //! still the one that it was elected with. A leader that has been replaced, and does not know it
 //! yet, is refused by etcd itself.
@@ -93,9 +94,14 @@ impl ScaleStore {
         let mut client = self.client.clone();
         let answer = within(CALL_TIMEOUT, client.get(self.prefix.as_str(), Some(options))).await?;
         let mut operations = Operations::default();
-        for stored in answer.kvs().iter().filter_map(parse) {
+        for kv in answer.kvs() {
+            let Some(stored) = parse(kv) else { continue };
             match stored.record.phase.ended() {
-                false => operations.running.push(stored),
+                // Once, though it lies under all its pools.
+                false if kv.key() == self.running_key(stored.record.pool).as_bytes() => {
+                    operations.running.push(stored);
+                }
+                false => {}
                 true => operations.ended.push(stored.record),
             }
         }
@@ -109,15 +115,30 @@ impl ScaleStore {
         within(CALL_TIMEOUT, client.watch(self.prefix.as_str(), Some(options))).await
     }
 
-    /// Records a request, unless an operation runs for its pool.
+    fn running_keys(&self, record: &Record) -> Vec<String> {
+        record.pools().map(|pool| self.running_key(pool)).collect()
+    }
+
+    /// Writes a running operation under all its pools.
+    fn puts(&self, record: &Record) -> Vec<TxnOp> {
+        let keys = self.running_keys(record).into_iter();
+        keys.map(|key| TxnOp::put(key, json(record), None)).collect()
+    }
+
+    /// Holds while no operation runs for any pool of a request.
+    fn free(&self, request: &Record) -> Vec<Compare> {
+        let keys = self.running_keys(request).into_iter();
+        keys.map(|key| Compare::version(key, CompareOp::Equal, 0)).collect()
+    }
+
+    /// Records a request, unless an operation runs for its pools.
     pub async fn begin(&self, request: Record) -> Result<Begun, MembershipError> {
-        let key = self.running_key(request.pool);
-        let free = Compare::version(key.as_str(), CompareOp::Equal, 0);
-        let put = TxnOp::put(key.as_str(), json(&request), None);
+        let keys = self.running_keys(&request);
+        let gets: Vec<_> = keys.iter().map(|key| TxnOp::get(key.as_str(), None)).collect();
         // A record may end, or not be readable, between two looks.
         for _ in 0..3 {
-            let txn = Txn::new().when([free.clone()]).and_then([put.clone()]);
-            let answer = self.txn(txn.or_else([TxnOp::get(key.as_str(), None)])).await?;
+            let txn = Txn::new().when(self.free(&request)).and_then(self.puts(&request));
+            let answer = self.txn(txn.or_else(gets.clone())).await?;
             if answer.succeeded() {
                 return Ok(Begun::Runs(request));
             }
@@ -128,21 +149,21 @@ impl ScaleStore {
                 });
             }
         }
-        let message = format!("{key} holds a record that cannot be read; delete it");
+        let keys = keys.join(" or ");
+        let message = format!("{keys} holds a record that cannot be read; delete it");
         Err(MembershipError::WatchEnded(message))
     }
 
-    /// Records what the leader itself asks for. False when another operation runs for the pool, or
-    /// another coordinator leads.
+    /// Records what the leader itself asks for. False when another operation runs for one of the
+    /// pools, or another coordinator leads.
     pub async fn propose(
         &self,
         leader: &Leadership,
         request: Record,
     ) -> Result<bool, MembershipError> {
-        let key = self.running_key(request.pool);
-        let free = Compare::version(key.as_str(), CompareOp::Equal, 0);
-        let put = TxnOp::put(key.as_str(), json(&request), None);
-        let answer = self.txn(Txn::new().when([leads(leader), free]).and_then([put])).await?;
+        let mut holds = self.free(&request);
+        holds.push(leads(leader));
+        let answer = self.txn(Txn::new().when(holds).and_then(self.puts(&request))).await?;
         Ok(answer.succeeded())
     }
 
@@ -150,9 +171,8 @@ impl ScaleStore {
     pub async fn cancel(&self, stored: &Stored) -> Result<Advanced, MembershipError> {
         let record = Record { cancel: true, ..stored.record.clone() };
         let key = self.running_key(record.pool);
-        let same = Compare::mod_revision(key.as_str(), CompareOp::Equal, stored.revision);
-        let put = TxnOp::put(key, json(&record), None);
-        let answer = self.txn(Txn::new().when([same]).and_then([put])).await?;
+        let same = Compare::mod_revision(key, CompareOp::Equal, stored.revision);
+        let answer = self.txn(Txn::new().when([same]).and_then(self.puts(&record))).await?;
         Ok(match answer.succeeded() {
             true => Advanced::Written(revision(&answer)),
             false => Advanced::Changed,
@@ -167,13 +187,14 @@ impl ScaleStore {
         next: &Record,
     ) -> Result<Advanced, MembershipError> {
         let key = self.running_key(next.pool);
-        let same = Compare::mod_revision(key.as_str(), CompareOp::Equal, stored.revision);
+        let same = Compare::mod_revision(key, CompareOp::Equal, stored.revision);
         let writes = match next.phase.ended() {
-            false => vec![TxnOp::put(key.as_str(), json(next), None)],
-            true => vec![
-                TxnOp::delete(key.as_str(), None),
-                TxnOp::put(self.ended_key(&next.id), json(next), None),
-            ],
+            false => self.puts(next),
+            true => {
+                let ended = TxnOp::put(self.ended_key(&next.id), json(next), None);
+                let keys = self.running_keys(next).into_iter();
+                keys.map(|key| TxnOp::delete(key, None)).chain([ended]).collect()
+            }
         };
         let txn = Txn::new().when([leads(leader), same]).and_then(writes);
         let answer = self.txn(txn).await?;

@@ -38,6 +38,9 @@ pub(super) struct Fields {
     pool: Option<String>,
     /// Where the pool has several models: which.
     model: Option<String>,
+    /// The pool whose workers are to be the new ones: `prefill`, `decode` or `unified`. They change
+    /// their role and keep their model. Absent: new workers are launched.
+    from_pool: Option<String>,
 }
 
 /// The reply.
@@ -83,6 +86,7 @@ pub(super) async fn scale(
         // The coordinator says what is too much.
         size: u32::try_from(size).unwrap_or(u32::MAX),
         drain_timeout_ms: seconds.saturating_mul(1000),
+        from_pool: fields.from_pool.unwrap_or_default(),
     };
     let asked = ask(&shared.registry, async |mut client| client.scale(wanted.clone()).await);
     let operation = asked.await.map_err(|status| refused(&status))?;
@@ -155,6 +159,9 @@ fn refused(status: &Status) -> ApiError {
         }
         Code::InvalidArgument if message.starts_with("`size`") => {
             ApiError::bad_value("size", message).rename("size", "new_data_parallel_size")
+        }
+        Code::InvalidArgument if message.starts_with("`from_pool`") => {
+            ApiError::bad_value("from_pool", message)
         }
         Code::InvalidArgument => ApiError::bad_value("pool", message),
         Code::AlreadyExists => ApiError::conflict(format!("Scale {message}")),

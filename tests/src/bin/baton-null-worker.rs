@@ -16,9 +16,9 @@ use baton_proto::v1::{
     AdapterList, AlignRequest, AlignResponse, BlockChanges, DescribeRequest, DrainRequest,
     DrainResponse, FetchBlocksRequest, FetchTokenizerRequest, FinishReason, Finished,
     GenerateEvent, GenerateRequest, ListAdaptersRequest, LoadAdapterRequest, ModelChunk,
-    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, Started, Token, Tokens,
-    UndrainRequest, UndrainResponse, UnloadAdapterRequest, WatchBlocksRequest, WatchStatusRequest,
-    WorkerDescription, WorkerStatus,
+    PoolRequest, PoolResponse, PrefillEvent, PrefillRequest, SetRoleRequest, SetRoleResponse,
+    Started, Token, Tokens, UndrainRequest, UndrainResponse, UnloadAdapterRequest,
+    WatchBlocksRequest, WatchStatusRequest, WorkerDescription, WorkerStatus,
 };
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
 use baton_tests::bench::null::TOKEN;
@@ -196,6 +196,13 @@ impl Worker for NullWorker {
         _: Request<UndrainRequest>,
     ) -> Result<Response<UndrainResponse>, Status> {
         Err(Status::unimplemented("this worker is never drained"))
+    }
+
+    async fn set_role(
+        &self,
+        _: Request<SetRoleRequest>,
+    ) -> Result<Response<SetRoleResponse>, Status> {
+        Err(Status::unimplemented("this worker has one role"))
     }
 
     async fn watch_status(

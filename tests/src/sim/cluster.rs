@@ -6,9 +6,13 @@ use std::collections::{BTreeSet, BinaryHeap, VecDeque};
 use baton_coordinator::planner::{PoolId, PoolSeen, Slo, WorkerSeen};
 use baton_proto::InstanceRole;
 
-use super::policy::Policy;
+use super::policy::{Policy, Size};
 use super::worker::{Done, Request, Spec, Worker};
 use super::workload::Arrival;
+
+/// Seconds that a drained worker takes to serve in another role: it withdraws its record and
+/// registers again.
+const CONVERT: f64 = 1.0;
 
 /// What became of a request. Times are in seconds since the beginning.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,6 +43,8 @@ pub struct Outcomes {
     pub worker_seconds: f64,
     /// Changes of a pool's size.
     pub changes: u32,
+    /// Workers that went from one pool to the other.
+    pub converted: u32,
     /// Sizes of all pools, once a minute.
     pub sizes: Vec<Vec<u32>>,
     /// Sequences decoding, in the mean over time.
@@ -105,6 +111,7 @@ pub struct Cluster<'a> {
     left: Vec<f32>,
     unfinished: usize,
     changes: u32,
+    converted: u32,
     decoding: (f64, f64, usize),
 }
 
@@ -125,6 +132,7 @@ impl<'a> Cluster<'a> {
             left: arrivals.iter().map(|it| it.output.saturating_sub(1) as f32).collect(),
             unfinished: arrivals.len(),
             changes: 0,
+            converted: 0,
             decoding: (0.0, 0.0, 0),
         };
         for (role, size) in sizes {
@@ -202,6 +210,7 @@ impl<'a> Cluster<'a> {
             requests: self.outcomes,
             worker_seconds: seconds,
             changes: self.changes,
+            converted: self.converted,
             sizes,
             decoding: self.decoding.0 / self.now.max(1e-9),
         }
@@ -339,7 +348,11 @@ impl<'a> Cluster<'a> {
         };
         if draining && empty && it.retired.is_none() {
             it.retired = Some(now);
+            let converts = it.converts;
             self.pools[pool].draining -= 1;
+            if converts {
+                self.converted(pool, worker);
+            }
         }
         if !draining {
             let pool = &mut self.pools[pool];
@@ -377,12 +390,17 @@ impl<'a> Cluster<'a> {
                 }
             })
             .collect();
-        for (i, target) in policy.decide(now, &seen).into_iter().enumerate() {
+        for (i, Size { target, converts }) in policy.decide(now, &seen).into_iter().enumerate() {
             let size = self.pools[i].size();
             if policy.waits() && self.pools[i].busy() {
                 continue;
             }
             self.changes += u32::from(target != size);
+            if converts {
+                // Of prefill and decode there are two.
+                (size..target).for_each(|_| self.convert(1 - i));
+                continue;
+            }
             for _ in size..target {
                 let worker = self.launch(i);
                 self.pools[i].starting += 1;
@@ -395,13 +413,34 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// Drains the worker with the least to do.
-    fn retire(&mut self, pool: usize) {
+    /// Has the worker with the least to do go to the other pool once it is drained.
+    fn convert(&mut self, pool: usize) {
+        if let Some(worker) = self.retire(pool) {
+            self.converted += 1;
+            self.pools[1 - pool].starting += 1;
+            let it = &mut self.pools[pool].workers[worker as usize];
+            it.converts = true;
+            if it.is_empty() {
+                self.converted(pool, worker);
+            }
+        }
+    }
+
+    /// A worker that goes to the other pool is drained.
+    fn converted(&mut self, pool: usize, worker: u32) {
+        self.pools[pool].workers[worker as usize].converts = false;
+        let (other, at) = (1 - pool, self.now + CONVERT);
+        let worker = self.launch(other);
+        self.at(at, Event::Ready { pool: other, worker });
+    }
+
+    /// Drains the worker with the least to do, and says which it is; the last one stays.
+    fn retire(&mut self, pool: usize) -> Option<u32> {
         let (spec, now) = (self.spec, self.now);
         if self.pools[pool].open.len() < 2 {
-            return;
+            return None;
         }
-        let Some((_, worker)) = self.pools[pool].open.pop_first() else { return };
+        let (_, worker) = self.pools[pool].open.pop_first()?;
         let it = &mut self.pools[pool].workers[worker as usize];
         it.advance(now, &spec);
         it.draining = true;
@@ -413,6 +452,7 @@ impl<'a> Cluster<'a> {
             self.at(now + spec.handoff, Event::Decode { request });
         }
         self.changed(pool, worker);
+        Some(worker)
     }
 }
 

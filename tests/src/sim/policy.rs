@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use baton_coordinator::planner::{Planner, PlannerSettings, PoolSeen, Slo};
+use baton_coordinator::planner::{Planner, PlannerSettings, PoolDecision, PoolSeen, Slo};
 use baton_proto::InstanceRole;
 
 use super::worker::Spec;
@@ -13,8 +13,23 @@ pub trait Policy {
     fn every(&self) -> f64;
     /// Whether a pool's size stays while workers of it start or drain.
     fn waits(&self) -> bool;
-    /// The sizes of all pools, in their order.
-    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<u32>;
+    /// What is to be of all pools, in their order.
+    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size>;
+}
+
+/// What is to be of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Its size.
+    pub target: u32,
+    /// Whether new workers are the other pool's, with another role.
+    pub converts: bool,
+}
+
+impl From<u32> for Size {
+    fn from(target: u32) -> Self {
+        Self { target, converts: false }
+    }
 }
 
 /// Sizes never change.
@@ -29,8 +44,8 @@ impl Policy for Static {
         true
     }
 
-    fn decide(&mut self, _: f64, pools: &[PoolSeen]) -> Vec<u32> {
-        pools.iter().map(|pool| pool.size).collect()
+    fn decide(&mut self, _: f64, pools: &[PoolSeen]) -> Vec<Size> {
+        pools.iter().map(|pool| pool.size.into()).collect()
     }
 }
 
@@ -54,9 +69,11 @@ impl Policy for Planned {
         true
     }
 
-    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<u32> {
+    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size> {
         let decision = self.0.observe((now * 1e3) as u64, pools);
-        decision.pools.iter().map(|pool| pool.target).collect()
+        let size =
+            |pool: &PoolDecision| Size { target: pool.target, converts: pool.donor.is_some() };
+        decision.pools.iter().map(size).collect()
     }
 }
 
@@ -96,7 +113,7 @@ impl Policy for Utilization {
         false
     }
 
-    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<u32> {
+    fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size> {
         let seconds = now - self.last;
         self.last = now;
         self.pools.resize(pools.len(), (0.0, Scaled::default()));
@@ -126,10 +143,11 @@ impl Policy for Utilization {
             scaled.wanted.push_back((now, wanted));
             scaled.wanted.retain(|(at, _)| *at + 300.0 >= now);
             let highest = scaled.wanted.iter().map(|(_, wanted)| *wanted).max().unwrap_or(wanted);
-            match wanted > seen.size {
+            let target = match wanted > seen.size {
                 true => wanted.min((2 * seen.size).max(seen.size + 4)),
                 false => highest.min(seen.size),
-            }
+            };
+            target.into()
         })
         .collect()
     }

@@ -2,13 +2,13 @@
 
 use baton_coordinator::planner::capacity::StepTime;
 use baton_coordinator::planner::sizing::erlang_c;
-use baton_coordinator::planner::{Limits, PlannerSettings, PoolId, Slo};
+use baton_coordinator::planner::{Limits, PlannerSettings, PoolId, PoolSeen, Slo};
 use baton_proto::InstanceRole::{Decode, Prefill, Unified};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::cluster::{Cluster, Outcomes};
-use super::policy::{Planned, Policy, Static};
+use super::policy::{Planned, Policy, Size, Static};
 use super::worker::Spec;
 use super::workload::Arrival;
 
@@ -130,6 +130,38 @@ fn a_unified_worker_slows_its_streams_by_the_prompts_it_computes() {
     near(itl, (alone * 0.0101 + (199.0 - alone) * beside) / 199.0, 0.01);
 }
 
+/// Workers go to the pool that is to grow, back and forth: none is launched and none is lost.
+#[test]
+fn workers_that_change_their_role_go_on_being_paid_for_once() {
+    struct Swap;
+    impl Policy for Swap {
+        fn every(&self) -> f64 {
+            20.0
+        }
+        fn waits(&self) -> bool {
+            true
+        }
+        fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size> {
+            let grows = ((now / 100.0) as usize) % 2;
+            let mut sizes: Vec<Size> = pools.iter().map(|pool| pool.size.into()).collect();
+            if pools.iter().all(|pool| pool.held.is_none()) {
+                sizes[grows] = Size { target: 5, converts: true };
+            }
+            sizes
+        }
+    }
+    let step = StepTime { fixed: 0.01, row: 0.0005, token: 0.0001 };
+    let all = arrivals(6.0, 6000, 5, |rng| (rng.random_range(1..2000), rng.random_range(1..300)));
+    let spec = Spec { chunk: 512.0, slots: 64, ..spec(step) };
+    let pools = [(Prefill, 5), (Decode, 2)];
+    let outcomes = Cluster::new(spec, &pools, &all).run(&mut Swap);
+    assert!(outcomes.converted > 12, "{}", outcomes.converted);
+    assert!(outcomes.requests.iter().all(|it| it.first > it.arrived && it.last >= it.first));
+    assert!(outcomes.sizes.iter().all(|sizes| sizes.iter().sum::<u32>() <= 7));
+    let over = all.last().expect("requests").at;
+    near(outcomes.worker_seconds, 7.0 * over, 0.02);
+}
+
 #[test]
 fn a_run_is_repeated_bit_for_bit_and_nothing_is_lost_when_pools_change() {
     struct Swing;
@@ -140,9 +172,9 @@ fn a_run_is_repeated_bit_for_bit_and_nothing_is_lost_when_pools_change() {
         fn waits(&self) -> bool {
             true
         }
-        fn decide(&mut self, now: f64, pools: &[baton_coordinator::planner::PoolSeen]) -> Vec<u32> {
+        fn decide(&mut self, now: f64, pools: &[PoolSeen]) -> Vec<Size> {
             let even = ((now / 100.0) as u32).is_multiple_of(2);
-            vec![if even { 2 } else { 5 }; pools.len()]
+            vec![Size::from(if even { 2 } else { 5 }); pools.len()]
         }
     }
     let step = StepTime { fixed: 0.01, row: 0.0005, token: 0.0001 };

@@ -46,6 +46,8 @@ pub(super) struct Worker {
     /// Raised when its batch changes: events that were expected before are void.
     pub(super) stamp: u32,
     pub(super) draining: bool,
+    /// Whether it goes to the other pool when it is drained.
+    pub(super) converts: bool,
     pub(super) launched: f64,
     pub(super) retired: Option<f64>,
     /// What it counts; sums of parts of steps.

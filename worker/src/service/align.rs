@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use baton_proto::v1::{AlignRequest, AlignResponse, Role, SamplingParams};
+use baton_proto::InstanceRole;
+use baton_proto::v1::{AlignRequest, AlignResponse, SamplingParams};
 use tonic::Status;
 
 use super::drain::given_up;
@@ -11,9 +12,7 @@ use crate::engine::{Event, Finish, NewRequest, Purpose};
 
 /// Puts a transcript into the engine and waits for its times. Dropping the call cancels it.
 pub(super) async fn align(shared: &Shared, request: AlignRequest) -> Result<AlignResponse, Status> {
-    if shared.role == Role::Prefill {
-        return Err(Status::failed_precondition("a prefill worker does not align"));
-    }
+    shared.is_not(InstanceRole::Prefill)?;
     let card = shared
         .engine
         .speech()

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_membership::traces::Span;
+use baton_proto::InstanceRole;
 use baton_proto::v1::generate_event::Event as Out;
 use baton_proto::v1::{
     FetchBlocksRequest, FinishReason, Finished, GenerateEvent, GenerateRequest, KvLayout,
-    PrefillPeer, PrefillRequest, PromptLogprobs, PromptTokenLogprob, Released, Role, Started,
-    Token, Tokens,
+    PrefillPeer, PrefillRequest, PromptLogprobs, PromptTokenLogprob, Released, Started, Token,
+    Tokens,
 };
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -70,9 +71,7 @@ async fn submit(
     request: &GenerateRequest,
     deadline: Instant,
 ) -> Result<(RequestHandle, bool), Status> {
-    if shared.role == Role::Prefill {
-        return Err(Status::failed_precondition("a prefill worker does not generate"));
-    }
+    shared.is_not(InstanceRole::Prefill)?;
     let sampling = request
         .sampling
         .clone()
@@ -85,7 +84,8 @@ async fn submit(
     let constraint = shared.compile(&sampling).await?;
     // It was released here, and nobody else took it.
     let returning = request.prefill.as_ref().is_some_and(|peer| {
-        peer.instance_id == shared.instance_id && shared.drain.held(&peer.held_id).is_some()
+        peer.instance_id == shared.roles.current().instance_id
+            && shared.drain.held(&peer.held_id).is_some()
     });
     let pull_from = match &request.prefill {
         Some(peer) if !returning => Some(least_to_pull(shared, request, peer)),

@@ -15,6 +15,7 @@ mod generate;
 mod health;
 mod pool;
 mod prefill;
+mod role;
 mod spans;
 
 use std::pin::Pin;
@@ -25,7 +26,7 @@ use std::time::Duration;
 use baton_membership::tls::incoming;
 use baton_proto::v1::worker_server::{Worker, WorkerServer};
 use baton_proto::v1::{self, ModelCard, Role, SamplingParams, WorkerDescription, WorkerStatus};
-use baton_proto::{MAX_MESSAGE_BYTES, TokenizerBundle};
+use baton_proto::{InstanceRole, MAX_MESSAGE_BYTES, TokenizerBundle};
 use bytes::Bytes;
 use futures::Stream;
 use tokio::net::TcpListener;
@@ -40,8 +41,11 @@ use crate::pooling::Pooler;
 use crate::scheduler::Refusal;
 use crate::transfer::pull::Puller;
 
+use self::role::Roles;
+
 pub use drain::Drain;
 pub use pool::PoolingParts;
+pub use role::{Identity, Member};
 
 /// Events on their way to a client that reads slowly.
 const STREAM_DEPTH: usize = 32;
@@ -100,10 +104,8 @@ impl Computes for Pooler {
 
 /// What a service is made of that generates.
 pub struct Parts {
-    /// Unique for this start.
-    pub instance_id: String,
-    /// What the worker does.
-    pub role: Role,
+    /// Who the worker is at first.
+    pub identity: Identity,
     /// The model, for clients.
     pub model: ModelCard,
     /// The tokenizer, for gateways.
@@ -144,8 +146,7 @@ impl Serves {
 
 /// What the tasks of requests share, where there is an engine.
 struct Shared {
-    instance_id: String,
-    role: Role,
+    roles: Roles,
     model: ModelCard,
     transports: Vec<v1::Transport>,
     hold_lease: Duration,
@@ -162,15 +163,15 @@ impl WorkerService {
         let (tokenizer, model) = with_tokenizer(&parts.tokenizer, parts.model)?;
         let constraints =
             Compiler::new(&parts.tokenizer, model.vocab_size as usize, &model.eos_token_ids);
+        let drain = Arc::new(Drain::new(parts.engine.clone(), parts.drain_timeout));
         let shared = Shared {
             constraints,
-            instance_id: parts.instance_id,
-            role: parts.role,
+            roles: Roles::new(parts.identity, model.speech.is_some(), drain.clone()),
             model,
             puller: Puller::new(parts.transports.clone()),
             transports: parts.transports,
             hold_lease: parts.hold_lease,
-            drain: Arc::new(Drain::new(parts.engine.clone(), parts.drain_timeout)),
+            drain,
             adapters: Arc::new(parts.adapters),
             engine: parts.engine,
         };
@@ -191,6 +192,14 @@ impl WorkerService {
         match &self.serves {
             Serves::Engine(shared) => shared.drain.clone(),
             Serves::Pooler(shared) => shared.drain.clone(),
+        }
+    }
+
+    /// The worker as a member of its cluster; `None` for one that is always the same.
+    pub fn member(&self) -> Option<Member> {
+        match &self.serves {
+            Serves::Engine(shared) => Some(Member(shared.clone())),
+            Serves::Pooler(_) => None,
         }
     }
 
@@ -241,10 +250,25 @@ fn with_tokenizer(
 
 impl Shared {
     fn status(&self) -> WorkerStatus {
+        self.roles.own(self.counted())
+    }
+
+    /// With what was counted since the process began.
+    fn counted(&self) -> WorkerStatus {
         let mut status = self.engine.status();
         self.puller.count(&mut status);
         self.adapters.count(&mut status);
         status
+    }
+
+    /// Whether a request of another role's has come: from a gateway or a worker that has not heard
+    /// of a change yet.
+    fn is_not(&self, role: InstanceRole) -> Result<(), Status> {
+        if self.roles.current().role != role {
+            return Ok(());
+        }
+        let message = format!("this is a {role} worker now");
+        Err(baton_proto::drain::draining(message))
     }
 
     /// The constraint of a request, compiled.
@@ -327,9 +351,10 @@ impl Worker for WorkerService {
             Serves::Engine(shared) => shared,
             Serves::Pooler(shared) => return Ok(Response::new(shared.describe())),
         };
+        let identity = shared.roles.current();
         Ok(Response::new(WorkerDescription {
-            instance_id: shared.instance_id.clone(),
-            role: shared.role.into(),
+            instance_id: identity.instance_id.clone(),
+            role: Role::from(identity.role).into(),
             version: env!("CARGO_PKG_VERSION").into(),
             model: Some(shared.model.clone()),
             kv_layout: Some(*shared.engine.pool().layout()),
@@ -443,8 +468,22 @@ impl Worker for WorkerService {
         &self,
         _request: Request<v1::UndrainRequest>,
     ) -> Result<Response<v1::UndrainResponse>, Status> {
-        Self::drain(self).end();
+        match &self.serves {
+            Serves::Engine(shared) => shared.roles.keep(),
+            Serves::Pooler(shared) => shared.drain.end(),
+        }
         Ok(Response::new(v1::UndrainResponse {}))
+    }
+
+    async fn set_role(
+        &self,
+        request: Request<v1::SetRoleRequest>,
+    ) -> Result<Response<v1::SetRoleResponse>, Status> {
+        let request = request.into_inner();
+        let millis = request.drain_timeout_ms;
+        let limit = (millis > 0).then(|| timeout(millis));
+        self.engine()?.roles.want(request.role(), limit)?;
+        Ok(Response::new(v1::SetRoleResponse {}))
     }
 
     async fn watch_blocks(

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_membership::traces::Span;
+use baton_proto::InstanceRole;
 use baton_proto::v1::prefill_event::Event as Out;
-use baton_proto::v1::{self, KvLayout, PrefillEvent, PrefillFinished, PrefillRequest, Role};
+use baton_proto::v1::{self, KvLayout, PrefillEvent, PrefillFinished, PrefillRequest};
 use tokio::sync::mpsc;
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
@@ -49,9 +50,7 @@ async fn submit(
     shared: &Shared,
     request: PrefillRequest,
 ) -> Result<(Box<dyn Transport>, RequestHandle), Status> {
-    if shared.role == Role::Decode {
-        return Err(Status::failed_precondition("a decode worker does not compute for others"));
-    }
+    shared.is_not(InstanceRole::Decode)?;
     check_peer(shared, request.kv_layout.as_ref(), &request.weights_digest)?;
     let block_size = shared.engine.limits().block_size;
     let (have, len) = (request.have_tokens as usize, request.token_ids.len());

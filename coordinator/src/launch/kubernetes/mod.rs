@@ -40,6 +40,10 @@ use crate::scale::record::unix_ms;
 /// How often a number is set that others change at the same time.
 const TRIES: u32 = 8;
 
+/// A pod belongs to its StatefulSet by its labels and its name: started again it would be what the
+/// StatefulSet says.
+const KEEPS_ROLES: &str = "the pods of a StatefulSet have its role: scale both pools instead";
+
 /// Where the pools are.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -285,6 +289,14 @@ impl Launcher for Kubernetes {
             }
         })
         .await
+    }
+
+    async fn assign(&self, _: i64, _: &str, _: InstanceRole) -> Result<(), LaunchError> {
+        Err(LaunchError::KeepsRoles(KEEPS_ROLES))
+    }
+
+    fn keeps_roles(&self) -> Option<&'static str> {
+        Some(KEEPS_ROLES)
     }
 
     async fn list(&self) -> Result<Vec<Launched>, LaunchError> {
