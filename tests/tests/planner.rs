@@ -46,11 +46,6 @@ struct Load {
 
 impl Load {
     async fn start(cluster: &Elastic) -> Self {
-        Self::of_answers(cluster, 4).await
-    }
-
-    /// With answers of so many tokens.
-    async fn of_answers(cluster: &Elastic, tokens: u32) -> Self {
         let body = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 1});
         eventually("the gateway has found the worker", PATIENCE, async || {
             let reply = cluster.api.post("/v1/completions", &body).await;
@@ -64,11 +59,8 @@ impl Load {
                 let mut answered = 0;
                 while !stop.load(Relaxed) {
                     // Nothing of it is in a cache.
-                    let text = format!("{client} {answered} ").repeat(240 / tokens as usize);
-                    let body = json!({
-                        "model": MODEL_NAME, "prompt": text, "max_tokens": tokens,
-                        "ignore_eos": true,
-                    });
+                    let text = format!("{client} {answered} ").repeat(60);
+                    let body = json!({"model": MODEL_NAME, "prompt": text, "max_tokens": 4});
                     api.ok("/v1/completions", &body).await;
                     answered += 1;
                 }
@@ -143,47 +135,46 @@ async fn load_makes_a_pool_grow_and_its_end_makes_it_shrink() {
     cluster.finish().await;
 }
 
-/// Decode workers have no room for what is asked, and a prefill worker too little to do.
+/// A pool lacks a worker, and another has one that it can do without.
 #[tokio::test]
 async fn a_pool_grows_by_what_another_has_to_spare() {
-    let pools = |etcd: &baton_tests::etcd::Etcd| {
-        let mut decode = worker("decode", etcd);
-        for arg in decode["args"].as_array_mut().expect("arguments") {
-            // A sequence or two.
-            if *arg == "128MiB" {
-                *arg = "4MiB".into();
-            }
-        }
-        vec![worker("prefill", etcd), decode]
-    };
+    let pools =
+        |etcd: &baton_tests::etcd::Etcd| vec![worker("prefill", etcd), worker("decode", etcd)];
     let mut flags = vec!["--planner", "on", "--planner-hold", "0", "--planner-down-window", "600"];
     flags.extend(["--planner-ttft-ms", "60000", "--planner-itl-ms", "10000"]);
     flags.extend(["--planner-interval", "1", "--planner-startup", "5", "--planner-cooldown", "2"]);
-    flags.extend(["--planner-pool", "prefill=1..2", "--planner-pool", "decode=1..2"]);
+    flags.extend(["--planner-pool", "prefill=1..3", "--planner-pool", "decode=2..2"]);
     let cluster = Elastic::start(1, &flags, pools).await;
-    eventually("each pool has a worker", PATIENCE, async || {
-        let there = [cluster.registered("prefill").len(), cluster.registered("decode").len()];
-        if there == [1, 1] { Ok(()) } else { Err(format!("{there:?}")) }
-    })
-    .await;
-    cluster.scaled("prefill", 2).await;
-    let load = Load::of_answers(&cluster, 40).await;
-    eventually("a worker changes its role", PATIENCE, async || {
-        let operations = cluster.operations().await;
-        match operations.iter().find(|it| it.from_pool == "prefill") {
-            Some(it) if it.phase == "done" => Ok(()),
-            _ => Err(format!("{operations:#?}")),
+    let sizes = |expected: [usize; 2]| {
+        let there = ["prefill", "decode"].map(|pool| cluster.registered(pool).len());
+        if there == expected { Ok(()) } else { Err(format!("{there:?}")) }
+    };
+    eventually("each pool has its least size", PATIENCE, async || sizes([1, 2])).await;
+    cluster.phase("done").await;
+    cluster.scaled("prefill", 3).await;
+    // What nobody has asked anything of is not known to be too large.
+    let load = Load::start(&cluster).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    load.stop().await;
+    eventually("a prefill worker can be spared", PATIENCE, async || {
+        let (_, decisions) = plans(&cluster).await;
+        let pools = decisions.last().map(|it| it["decision"]["pools"].clone());
+        let prefill = |it: &Value| it["pool"].as_str().is_some_and(|it| it.starts_with("prefill"));
+        let pool = pools.iter().filter_map(Value::as_array).flatten().find(|it| prefill(it));
+        match pool.and_then(|pool| pool["spare"].as_u64()) {
+            Some(1..) => Ok(()),
+            _ => Err(format!("{pool:?}")),
         }
     })
     .await;
-    let answered = load.stop().await;
-    println!("{answered} requests answered");
+    cluster.scale("decode", 1).await.ok();
+    eventually("it serves as a decode worker", PATIENCE, async || sizes([2, 2])).await;
+    cluster.phase("done").await;
     let operations = cluster.operations().await;
-    let changed = operations.iter().find(|it| it.from_pool == "prefill").expect("it was there");
-    assert!(changed.planned && changed.launched.is_empty(), "{changed:?}");
-    assert_eq!((changed.pool.as_str(), changed.from, changed.size), ("decode", 1, 2));
-    assert_eq!(cluster.registered("decode").len(), 2);
-    assert_eq!(cluster.registered("prefill").len(), 1);
+    let last = operations.last().expect("a history");
+    assert!(last.planned && last.launched.is_empty(), "{last:?}");
+    assert_eq!((last.pool.as_str(), last.from_pool.as_str()), ("decode", "prefill"));
+    assert_eq!((last.from, last.size, last.converted.len()), (1, 2, 1), "{last:?}");
     cluster.finish().await;
 }
 

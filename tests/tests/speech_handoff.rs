@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use baton_proto::drain::is_draining;
 use baton_proto::v1::generate_event::Event;
 use baton_proto::v1::{
     AlignRequest, AudioWindow, DescribeRequest, GenerateRequest, PrefillPeer, SamplingParams,
@@ -196,6 +197,7 @@ async fn the_card_tells_what_the_model_does_and_bad_requests_are_refused() {
     assert_eq!(error.code(), Code::InvalidArgument);
     let prefill = &cluster.only(Role::Prefill).address;
     let error = grpc::worker(prefill).await.align(align).await.expect_err("refused");
-    assert_eq!(error.code(), Code::FailedPrecondition);
+    // It may have been a decode worker when it was chosen.
+    assert!(is_draining(&error), "{error:?}");
     cluster.finish().await;
 }

@@ -144,17 +144,19 @@ mod tests {
         all.find(|it| it.name() == name).expect("a message of this name")
     }
 
+    type Change<'a> = &'a dyn Fn(&mut FileDescriptorSet);
+
     /// Each change that must not be made, made.
     #[test]
     fn what_breaks_a_peer_is_found() {
         let old = crate::contract::current();
         assert_eq!(breaks(&old, &old), [""; 0]);
-        let broken = |change: &dyn Fn(&mut FileDescriptorSet)| {
+        let broken = |change: Change<'_>| {
             let mut new = old.clone();
             change(&mut new);
             breaks(&old, &new).join("; ")
         };
-        let cases: [(&dyn Fn(&mut FileDescriptorSet), &str); 9] = [
+        let cases: [(Change<'_>, &str); 9] = [
             (
                 &|it| message(it, "DrainRequest").field.clear(),
                 "DrainRequest: field 1, timeout_ms, is gone",

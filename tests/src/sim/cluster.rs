@@ -391,7 +391,8 @@ impl<'a> Cluster<'a> {
             })
             .collect();
         for (i, Size { target, converts }) in policy.decide(now, &seen).into_iter().enumerate() {
-            let size = self.pools[i].size();
+            // As it was decided on: a donor has fewer by now.
+            let size = seen[i].size;
             if policy.waits() && self.pools[i].busy() {
                 continue;
             }
