@@ -21,7 +21,7 @@ for (left, right), workload in zip(axes, workloads):
     runs = [run for run in report["runs"] if run["workload"] == workload]
     for color, policy in enumerate(["static", "utilization", "planner"]):
         points = [(run["worker_hours"], 100 * run["good"], run) for run in runs
-                  if run["policy"].startswith(policy)]
+                  if run["policy"].startswith(policy) and "only" not in run["policy"]]
         points.sort(key=lambda point: point[:2])
         left.plot([x for x, *_ in points], [y for _, y, _ in points], marker="o", markersize=3,
                   color=f"C{color}", label=policy)
