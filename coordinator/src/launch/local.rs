@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tracing::warn;
 
 use super::supervise::{State, Status};
-use super::template::Templates;
+use super::template::{Template, Templates};
 use super::{HOPELESS, LaunchError, Launched, Launcher, WorkerSpec};
 use crate::scale::machine::Process;
 use crate::scale::record::unix_ms;
@@ -98,9 +98,7 @@ impl LocalProcesses {
 
     /// Starts a worker, unless there is one of this name.
     pub fn start(&self, fence: i64, spec: &WorkerSpec) -> Result<(), LaunchError> {
-        let template = self.templates.find(spec.pool, &spec.model).ok_or_else(|| {
-            LaunchError::NoTemplate { pool: spec.pool, model: spec.model.clone() }
-        })?;
+        let template = self.template(spec.pool, &spec.model)?;
         let _lock = self.lock()?;
         self.check(fence)?;
         let dir = self.dir(&spec.name);
@@ -123,6 +121,10 @@ impl LocalProcesses {
                 .map_err(|error| system("write to", &dir, error))?;
         }
         self.supervise(&dir).map_err(|error| system("start the supervisor of", &dir, error))
+    }
+
+    fn template(&self, pool: InstanceRole, model: &str) -> Result<&Template, LaunchError> {
+        self.templates.find(pool, model).ok_or_else(|| self.unknown(pool, model))
     }
 
     /// Starts a supervisor, unless there is one. It gets the lock from us, as its stdin: there is
@@ -158,10 +160,7 @@ impl LocalProcesses {
         if order.pool == pool {
             return Ok(());
         }
-        let model = order.model.clone();
-        let Some(template) = self.templates.find(pool, &model) else {
-            return Err(LaunchError::NoTemplate { pool, model });
-        };
+        let template = self.template(pool, &order.model)?;
         let (program, args) = (template.program.clone(), template.args.clone());
         let order = Order { pool, program, args, ..order };
         write_json(&dir, "command.json", &order).map_err(|error| system("write to", &dir, error))

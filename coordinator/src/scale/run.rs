@@ -234,11 +234,8 @@ impl Runner {
             }
             Some(_) => None,
         };
-        let keeps = |launcher: &Arc<dyn Launcher>| launcher.keeps_roles().map(str::to_owned);
-        let cannot_convert = match &self.launcher {
-            Some(launcher) => keeps(launcher).or_else(|| cannot_launch.clone()),
-            None => cannot_launch.clone(),
-        };
+        let keeps_roles = self.launcher.as_ref().and_then(|launcher| launcher.keeps_roles());
+        let cannot_convert = keeps_roles.map(str::to_owned).or_else(|| cannot_launch.clone());
         let row = rows.into_iter().find(|(pool, model, _)| {
             (*pool, model.as_str()) == (record.pool, record.model.as_str())
         });

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use baton_proto::InstanceRole;
 use baton_proto::v1::{Role, WorkerStatus};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use tonic::Status;
 use tracing::info;
@@ -47,7 +47,7 @@ impl Member {
 
 /// Who a worker is now, and what it is to be.
 pub(super) struct Roles {
-    current: watch::Sender<Arc<Identity>>,
+    current: RwLock<Arc<Identity>>,
     wanted: watch::Sender<(InstanceRole, Option<Duration>)>,
     /// What it can be. Who does all alone is called otherwise where the model is one of speech.
     possible: [InstanceRole; 3],
@@ -61,7 +61,7 @@ impl Roles {
         let whole = if speech { InstanceRole::Audio } else { InstanceRole::Unified };
         Self {
             wanted: watch::Sender::new((identity.role, None)),
-            current: watch::Sender::new(Arc::new(identity)),
+            current: RwLock::new(Arc::new(identity)),
             possible: [InstanceRole::Prefill, InstanceRole::Decode, whole],
             before: Mutex::default(),
             drain,
@@ -70,7 +70,7 @@ impl Roles {
 
     /// Who it is.
     pub(super) fn current(&self) -> Arc<Identity> {
-        Arc::clone(&self.current.borrow())
+        Arc::clone(&self.current.read())
     }
 
     /// Wants it to do something else, once it has got rid of its requests.
@@ -128,7 +128,7 @@ impl Roles {
         let before = self.current();
         info!(was = %before.role, role = %identity.role, "another role");
         *self.before.lock() = status;
-        self.current.send_replace(Arc::new(identity));
+        *self.current.write() = Arc::new(identity);
         self.drain.end();
     }
 
