@@ -6,13 +6,10 @@ use std::path::Path;
 
 use reqwest::Method;
 
-use crate::binaries::repository;
+use crate::deployed::Deployed;
 use crate::http::Api;
 use crate::ports;
 use crate::process::{Process, Spec};
-
-/// The gateways' addresses in the configurations.
-const GATEWAYS: [&str; 2] = ["10.0.0.11:8000", "10.0.0.12:8000"];
 
 /// Which balancer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,36 +38,29 @@ impl Balancer {
             Kind::Haproxy => "haproxy.cfg",
             Kind::Nginx => "nginx.conf",
         };
-        let path = repository().join("deploy/balancers").join(name);
-        let mut config = fs::read_to_string(path).expect("a configuration");
-        let mut put = |from: &str, to: &str| {
-            assert!(config.contains(from), "{name} has no {from:?}");
-            config = config.replace(from, to);
-        };
-        for (from, to) in GATEWAYS.into_iter().zip(gateways) {
-            put(from, to.trim_start_matches("http://"));
-        }
+        let mut config = Deployed::read(&format!("balancers/{name}"));
+        config.gateways(gateways);
         let listen = format!("{host}:{}", ports::free());
         let file = dir.join(name);
         let (program, args, state): (_, [OsString; 4], _) = match kind {
             Kind::Haproxy => {
                 let state = format!("127.0.0.1:{}", ports::free());
-                put("bind :80\n", &format!("bind {listen}\n"));
-                put("127.0.0.1:8404", &state);
-                put("  user haproxy\n  group haproxy\n", "");
+                config.exchange("bind :80\n", &format!("bind {listen}\n"));
+                config.exchange("127.0.0.1:8404", &state);
+                config.exchange("  user haproxy\n  group haproxy\n", "");
                 ("haproxy", ["-db".into(), "-V".into(), "-f".into(), (&file).into()], Some(state))
             }
             Kind::Nginx => {
-                put("listen 80;", &format!("listen {listen};"));
+                config.exchange("listen 80;", &format!("listen {listen};"));
                 let dir = dir.to_str().expect("a path in UTF-8");
-                put("/var/log/nginx/", &format!("{dir}/nginx-"));
-                put("/run/", &format!("{dir}/"));
+                config.exchange("/var/log/nginx/", &format!("{dir}/nginx-"));
+                config.exchange("/run/", &format!("{dir}/"));
                 // One process, which ends with the test.
                 let alone = "daemon off; master_process off;";
                 ("nginx", ["-c".into(), (&file).into(), "-g".into(), alone.into()], None)
             }
         };
-        fs::write(&file, config).expect("write the configuration");
+        fs::write(&file, config.text).expect("write the configuration");
         let process = Process::start(&Spec::new(program, program.into(), args), dir);
         let state = state.map(|address| format!("http://{address}"));
         Self { process, url: format!("http://{listen}"), state }

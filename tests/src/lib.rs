@@ -40,6 +40,7 @@ pub mod chaos;
 pub mod cluster;
 pub mod collector;
 pub mod contract;
+mod deployed;
 pub mod elastic;
 pub mod etcd;
 pub mod grpc;

@@ -9,13 +9,11 @@ use reqwest::Method;
 use serde_json::Value;
 
 use crate::binaries::repository;
+use crate::deployed::Deployed;
 use crate::http::Api;
 use crate::poll::eventually;
 use crate::ports;
 use crate::process::{Process, Spec};
-
-/// The gateways' addresses in the configuration.
-const GATEWAYS: [&str; 2] = ["10.0.0.11:8000", "10.0.0.12:8000"];
 
 /// The folder of what an operator watches a cluster with.
 pub fn folder() -> PathBuf {
@@ -33,15 +31,11 @@ impl Monitor {
     /// Starts it for these gateways. Of `deploy/observability/prometheus.yml` their addresses are
     /// exchanged, and intervals are seconds: a test has no time for quarters of minutes.
     pub async fn start(gateways: [&str; 2], dir: &Path) -> Self {
-        let mut config = fs::read_to_string(folder().join("prometheus.yml")).expect("a file");
-        let addresses = gateways.map(|url| url.trim_start_matches("http://"));
-        let pairs = GATEWAYS.into_iter().zip(addresses).chain([("interval: 15s", "interval: 1s")]);
-        for (from, to) in pairs {
-            assert!(config.contains(from), "prometheus.yml has no {from:?}");
-            config = config.replace(from, to);
-        }
+        let mut config = Deployed::read("observability/prometheus.yml");
+        config.gateways(gateways);
+        config.exchange("interval: 15s", "interval: 1s");
         let file = dir.join("prometheus.yml");
-        fs::write(&file, config).expect("write the configuration");
+        fs::write(&file, config.text).expect("write the configuration");
         fs::copy(folder().join("alerts.yaml"), dir.join("alerts.yaml")).expect("copy the rules");
         let listen = format!("127.0.0.1:{}", ports::free());
         let path = |name: &str| dir.join(name).to_str().expect("a path in UTF-8").to_owned();
