@@ -171,7 +171,10 @@ async fn workers_change_their_role_under_load_and_keep_their_model() {
         }
     })
     .await;
+    // On a quiet machine a change takes less time than an answer.
+    tokio::time::sleep(Duration::from_secs(5)).await;
     let back = convert("prefill", "decode", 2).await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!((cluster.registered("prefill").len(), cluster.registered("decode").len()), (2, 2));
     let answered = load.stop().await;
     println!("{answered} requests meanwhile; {converted:?}, then {back:?}");
