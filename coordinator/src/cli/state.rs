@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 /// How long `baton down` waits for the end.
 const DOWN_WITHIN: Duration = Duration::from_secs(60);
 
-/// How long the workers of a `baton up` that was killed may take to end.
-const ENDING: Duration = Duration::from_secs(1);
+/// How long the processes of a `baton up` that was killed may take to end.
+pub(super) const ENDING: Duration = Duration::from_secs(1);
 
 /// Where the running cluster is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

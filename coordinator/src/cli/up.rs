@@ -1,6 +1,7 @@
 //! `baton up`: starts a cluster's processes on this machine and watches over them.
 
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use futures::stream::FuturesUnordered;
 
 use super::model;
 use super::process::{Process, Spec, programs};
-use super::state::{self, Lock, State};
+use super::state::{self, ENDING, Lock, State};
 use super::status::new_table;
 use super::up_workers::{Served, launch_failed, listed, tell_of_crashes, templates, workers_ready};
 use crate::launch::WorkerSpec;
@@ -125,7 +126,7 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     }
     let mut stop_signals = StopSignals::take()?;
     let lock = Lock::take()?;
-    check_port(SocketAddr::new(args.host, args.port))?;
+    check_port(SocketAddr::new(args.host, args.port)).await?;
     let (model, name) = match &args.model {
         Some(model) => (model.clone(), args.served_model_name.clone()),
         None => {
@@ -168,8 +169,18 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
 }
 
 /// Says it now, under the flag's name here, and not when everything else has started.
-fn check_port(address: SocketAddr) -> Result<(), Failure> {
-    TcpListener::bind(address).map(drop).map_err(|error| Failure::listen("--port", address, &error))
+async fn check_port(address: SocketAddr) -> Result<(), Failure> {
+    // The gateway of one that was killed holds it until it has ended, a moment later.
+    let since = Instant::now();
+    loop {
+        match TcpListener::bind(address) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::AddrInUse && since.elapsed() < ENDING => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(error) => return Err(Failure::listen("--port", address, &error)),
+        }
+    }
 }
 
 /// The processes, in the order of their start, and the workers, which belong to the coordinator:
