@@ -154,13 +154,20 @@ impl Sampler {
     /// complete, else if `min_tokens` alone kept its end off. If it cannot, the draw is stuck.
     pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Draw {
         let Scratch { candidates, raw, order, constrained, waited } = scratch;
-        // Log-probabilities before any adjustment, as vLLM reports them by default.
+        // Log-probabilities before any adjustment, as vLLM reports them by default; of speech, among
+        // what may follow: by their mean the reference implementation tells a guess.
+        let rules = self.speech.is_some();
+        if rules {
+            self.adjust(logits);
+        }
         let reported = self.params.logprobs.map(|count| {
             raw.clear();
             raw.extend_from_slice(logits);
             (count as usize, log_sum(logits))
         });
-        self.adjust(logits);
+        if !rules {
+            self.adjust(logits);
+        }
         let mut state = None;
         if let Some(session) = &self.constraint {
             let (next, time) = session.next();
