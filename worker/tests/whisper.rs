@@ -45,6 +45,13 @@ fn sound(name: &str) -> Bytes {
     std::fs::read(reference().join(format!("whisper/{name}.s16"))).unwrap().into()
 }
 
+/// A sound and silence up to half a minute: what the references were given.
+fn window(name: &str) -> Bytes {
+    let mut samples = sound(name).to_vec();
+    samples.resize(2 * 30 * 16_000, 0);
+    samples.into()
+}
+
 fn model(name: &str) -> LoadedModel {
     let models = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
         PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
@@ -212,7 +219,7 @@ fn first_logits_are_those_of_transformers() {
         let mut loaded = model(case["model"].as_str().unwrap());
         let mut prompt = ids(&case["prompt"]);
         prompt.push(case["no_timestamps"].as_u64().unwrap() as u32);
-        let audio = sound(case["sound"].as_str().unwrap());
+        let audio = window(case["sound"].as_str().unwrap());
         let logits = logits(&mut loaded, BLOCK, &audio, &prompt);
         let vocab = loaded.model.config().vocab;
         let worst = difference(&logits[vocab..], &case["logits"]);
@@ -224,7 +231,7 @@ fn first_logits_are_those_of_transformers() {
 #[test]
 fn both_formats_give_the_same_and_what_transformers_gives() {
     let fixture = fixture();
-    let (prompt, audio) = (ids(&fixture["small"]["tokens"]), sound("english"));
+    let (prompt, audio) = (ids(&fixture["small"]["tokens"]), window("english"));
     let (mut hugging_face, mut ctranslate2) = (small("hf"), small("ct2"));
     let one = logits(&mut hugging_face, BLOCK, &audio, &prompt);
     let other = logits(&mut ctranslate2, BLOCK, &audio, &prompt);
@@ -248,7 +255,7 @@ fn transcripts(name: &str) {
     let mut requests = Vec::new();
     let mut heard = Vec::new();
     for case in &cases {
-        let (prompt, audio) = (ids(&case["prompt"]), sound(case["sound"].as_str().unwrap()));
+        let (prompt, audio) = (ids(&case["prompt"]), window(case["sound"].as_str().unwrap()));
         for timestamps in [true, false] {
             let mut prompt = prompt.clone();
             if !timestamps {
@@ -291,8 +298,9 @@ fn transcripts(name: &str) {
         assert_eq!(done.text(&card), *expected, "together: {}", case["sound"]);
     }
 
+    let mut aligned_before = Vec::new();
     for case in &cases {
-        let audio = sound(case["sound"].as_str().unwrap());
+        let audio = window(case["sound"].as_str().unwrap());
         let languages = case["languages"].as_array().unwrap();
         if let Some(likeliest) = languages.first() {
             let sampling = SamplingParams {
@@ -319,10 +327,17 @@ fn transcripts(name: &str) {
         let request = NewRequest {
             output: output.concat(),
             purpose: Purpose::Align,
-            ..request(audio, ids(&case["prompt"]), SamplingParams::default())
+            // Words lie within the sound alone.
+            ..request(
+                sound(case["sound"].as_str().unwrap()),
+                ids(&case["prompt"]),
+                SamplingParams::default(),
+            )
         };
         let done = runtime.block_on(read(engine.submit(request).unwrap()));
-        assert_eq!(done.cached, SPAN, "the window was heard before");
+        let known = aligned_before.contains(&case["sound"]);
+        assert_eq!(done.cached, if known { SPAN } else { 0 });
+        aligned_before.push(case["sound"].clone());
         let aligned = done.aligned.unwrap();
         let starts = ids(&case["starts"]);
         assert_eq!(aligned.starts.len(), starts.len());
@@ -439,7 +454,7 @@ fn what_a_model_cannot_hear_or_say_is_refused() {
 /// Interrupted again and again, a pass goes on where it was, to the same bits.
 #[test]
 fn an_interrupted_pass_goes_on_with_what_it_has() {
-    let (mut loaded, audio) = (small("ct2"), sound("english"));
+    let (mut loaded, audio) = (small("ct2"), window("english"));
     let prompt = ids(&fixture()["small"]["tokens"]);
     let expected = logits(&mut loaded, BLOCK, &audio, &prompt);
     let flag = Arc::new(AtomicBool::new(false));
