@@ -1,8 +1,19 @@
 //! The forward pass.
 
-use std::sync::atomic::AtomicBool;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::{Error, KvMemory, Shape};
+use half::bf16;
+
+use crate::blas::{Blas, Outcome};
+use crate::driver::{Buffer, Event, Graph, Pinned, Stream};
+use crate::kernels::{
+    Decode, Embed, Gated, Kernels, NARROW_ROWS, Narrow, Norm, Out, Paged, Prefill,
+};
+use crate::step::{Layout, Step, bucket};
+use crate::weights::{Layer, Weights};
+use crate::{Device, Error, KvMemory, Shape};
 
 /// The new tokens of one sequence in one step.
 #[derive(Clone, Copy, Debug)]
@@ -17,31 +28,172 @@ pub struct Slice<'a> {
     pub logits: usize,
 }
 
-/// The largest step there will be.
+/// The largest step there will be, and how steps are run.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Tokens of one step.
     pub rows: usize,
     /// Sequences of one step.
     pub sequences: usize,
-    /// Rows of logits of one step.
-    pub logits: usize,
     /// Positions of one sequence.
     pub context: usize,
+    /// Rows of logits that are computed at once; where a step wants more, there are several turns.
+    pub logits: usize,
     /// Whether decode steps run as CUDA graphs.
     pub graphs: bool,
-    /// Products of up to so many rows are our own kernel's, larger ones cuBLAS's: 32 unless there is
-    /// a reason.
+    /// Whether kernels start while the one before them ends, where the GPU can do that.
+    pub overlap: bool,
+    /// Products of up to so many rows are our own kernel's, up to 32; larger ones are cuBLAS's.
     pub narrow_rows: usize,
 }
 
+impl Limits {
+    /// The limits of a step, run as is best.
+    pub fn new(rows: usize, sequences: usize, context: usize) -> Self {
+        let (graphs, overlap) = (true, true);
+        Self { rows, sequences, context, logits: 64, graphs, overlap, narrow_rows: NARROW_ROWS }
+    }
+}
+
+/// A graph is made when a batch's size comes for the second time: the first run has the libraries load
+/// what they load when it is first needed, which a capture does not allow.
+enum Replay {
+    Once,
+    Graph(Graph),
+}
+
+/// Where a step lies on the device.
+struct Scratch {
+    /// The step's inputs; see [`Layout`].
+    inputs: Buffer<u32>,
+    /// The residual stream, `rows × hidden`.
+    x: Buffer<f32>,
+    /// The same after a norm.
+    normed: Buffer<bf16>,
+    qkv: Buffer<bf16>,
+    attended: Buffer<bf16>,
+    /// Gate and up by turns, where that is a product of its own.
+    pairs: Buffer<bf16>,
+    gated: Buffer<bf16>,
+    logits: Buffer<f32>,
+    /// Of decode attention: what the blocks of one sequence leave for the last of them.
+    parts: Buffer<f32>,
+    counters: Buffer<u32>,
+    /// Cosine and sine of each pair, position by position.
+    angles: Buffer<f32>,
+}
+
 /// A model on a device, with all that a step needs.
-pub struct Decoder {}
+pub struct Decoder {
+    // Before what they refer to: fields are dropped in order.
+    graphs: HashMap<usize, Replay>,
+    /// The KV memory that the graphs were captured with.
+    graphs_of: u64,
+    blas: Blas,
+    stream: Stream,
+    kernels: Kernels,
+    shape: Shape,
+    limits: Limits,
+    weights: Weights,
+    scratch: Scratch,
+    inputs: Pinned<u32>,
+    logits: Pinned<f32>,
+    /// Of two layers by turns: when it is complete.
+    pace: [Event; 2],
+    clock: Option<[Event; 2]>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// Passes of more rows look at the interrupt flag between layers.
+const LONG: usize = 64;
 
 impl Decoder {
+    pub(crate) fn new(
+        stream: Stream,
+        shape: Shape,
+        weights: Weights,
+        rope_factors: Option<&[f32]>,
+        mut limits: Limits,
+    ) -> Result<Self, Error> {
+        const WHAT: &str = "a step's activations";
+        let device = stream.device().clone();
+        limits.narrow_rows = limits.narrow_rows.min(NARROW_ROWS);
+        limits.sequences = limits.sequences.clamp(1, limits.rows.max(1));
+        let padded = bucket(limits.sequences);
+        limits.logits = limits.logits.max(padded);
+        let rows = limits.rows.max(padded);
+        let mut kernels = Kernels::load(&device, shape.head_dim)?;
+        if !limits.overlap {
+            kernels.forbid_overlap();
+        }
+        let group = shape.heads / shape.kv_heads;
+        let table = limits.context.div_ceil(shape.block_size);
+        let words = Layout::most(rows, padded, group, padded * table);
+        let parts = (1..=padded)
+            .map(|entries| entries * kernels.splits(entries, shape.kv_heads))
+            .max()
+            .unwrap_or(0);
+        let half = |len: usize| Buffer::<bf16>::new(&device, len, WHAT);
+        let angles = angles(&shape, limits.context, rope_factors);
+        let scratch = Scratch {
+            inputs: Buffer::new(&device, words, WHAT)?,
+            x: Buffer::new(&device, rows * shape.hidden, WHAT)?,
+            normed: half(rows.max(limits.logits) * shape.hidden)?,
+            qkv: half(rows * shape.qkv_width())?,
+            attended: half(rows * shape.q_width())?,
+            pairs: half(rows * 2 * shape.ffn)?,
+            gated: half(rows * shape.ffn)?,
+            logits: Buffer::new(&device, limits.logits * shape.vocab, WHAT)?,
+            parts: Buffer::new(&device, parts * shape.heads * (shape.head_dim + 2), WHAT)?,
+            counters: Buffer::new(&device, padded * shape.kv_heads, WHAT)?,
+            angles: Buffer::of(&stream, &angles, WHAT)?,
+        };
+        scratch.counters.zero(&stream)?;
+        Ok(Self {
+            graphs: HashMap::new(),
+            graphs_of: 0,
+            blas: Blas::new(&stream)?,
+            inputs: Pinned::new(&device, words)?,
+            logits: Pinned::new(&device, limits.logits * shape.vocab)?,
+            pace: [Event::new(&device)?, Event::new(&device)?],
+            clock: None,
+            stream,
+            kernels,
+            shape,
+            limits,
+            weights,
+            scratch,
+        })
+    }
+
     /// The model's shape.
     pub fn shape(&self) -> &Shape {
-        unreachable!()
+        &self.shape
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Arc<Device> {
+        self.stream.device()
+    }
+
+    /// From now on the device's time of each pass is measured, for [`Self::device_seconds`].
+    pub fn measure(&mut self) -> Result<(), Error> {
+        self.clock = Some([Event::new(self.device())?, Event::new(self.device())?]);
+        Ok(())
+    }
+
+    /// What the last pass took the device, from its inputs' copy to its last layer, or in a decode step
+    /// to the logits: their way to the host is not in it.
+    pub fn device_seconds(&self) -> Result<f64, Error> {
+        match &self.clock {
+            Some([start, end]) => end.since(start),
+            None => Err(Error::Mismatch("the device's time is not measured".into())),
+        }
     }
 
     /// Computes all slices in one pass, writes their keys and values into `kv`, and returns when all
@@ -51,11 +203,332 @@ impl Decoder {
     /// A raised `interrupt` ends a long pass after about two layers.
     pub fn forward(
         &mut self,
-        _batch: &[Slice<'_>],
-        _kv: &KvMemory,
-        _logits: &mut Vec<f32>,
-        _interrupt: &AtomicBool,
+        batch: &[Slice<'_>],
+        kv: &KvMemory,
+        logits: &mut Vec<f32>,
+        interrupt: &AtomicBool,
     ) -> Result<(), Error> {
+        if batch.is_empty() {
+            logits.clear();
+            return Ok(());
+        }
+        if kv.block_bytes() != self.shape.block_bytes()
+            || kv.device().uuid() != self.device().uuid()
+        {
+            return Err(Error::Mismatch("KV memory of another shape or device".into()));
+        }
+        let step = Step::plan(batch, &self.shape, &self.limits, kv.blocks())?;
+        if interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let done = self.run(&step, kv, logits, interrupt);
+        if done.is_err() {
+            // Whatever still runs must not write blocks that are no longer the batch's.
+            self.stream.synchronize()?;
+        }
+        done
+    }
+
+    fn run(
+        &mut self,
+        step: &Step<'_>,
+        kv: &KvMemory,
+        logits: &mut Vec<f32>,
+        interrupt: &AtomicBool,
+    ) -> Result<(), Error> {
+        let vocab = self.shape.vocab;
+        let layout = step.layout;
+        let words = step.write(self.shape.block_size, kv.spare(), &mut self.inputs);
+        if let Some([start, _]) = &self.clock {
+            start.record(&self.stream)?;
+        }
+        // SAFETY: the inputs are next written by the next step, after this one was waited for.
+        unsafe { self.scratch.inputs.copy_from(&self.stream, 0, &self.inputs[..words]) }?;
+        match (layout.uniform, self.limits.graphs) {
+            (true, true) => self.replay(&layout, kv)?,
+            (true, false) => self.whole(&layout, kv)?,
+            (false, _) => {
+                self.layers(&layout, kv, Some(interrupt).filter(|_| layout.rows > LONG))?;
+            }
+        }
+        if let Some([_, end]) = &self.clock {
+            end.record(&self.stream)?;
+        }
+        let count = step.logits();
+        logits.resize(count * vocab, 0.0);
+        if count == 0 {
+            return self.stream.synchronize();
+        }
+        let turn = if layout.uniform { count } else { self.limits.logits };
+        for first in (0..count).step_by(turn) {
+            let rows = turn.min(count - first);
+            if !layout.uniform {
+                let wanted = self.scratch.inputs.address(layout.wanted_at() + first);
+                self.head(rows, wanted)?;
+            }
+            let host = &mut self.logits[..rows * vocab];
+            // SAFETY: waited for on the next line.
+            unsafe { self.scratch.logits.copy_to(&self.stream, 0, host) }?;
+            self.stream.synchronize()?;
+            copy(host, &mut logits[first * vocab..][..rows * vocab]);
+        }
         Ok(())
     }
+
+    /// A decode step, as a graph once there is one.
+    fn replay(&mut self, layout: &Layout, kv: &KvMemory) -> Result<(), Error> {
+        if self.graphs_of != kv.base() {
+            self.graphs.clear();
+            self.graphs_of = kv.base();
+        }
+        match self.graphs.get(&layout.rows) {
+            None => {
+                self.whole(layout, kv)?;
+                self.graphs.insert(layout.rows, Replay::Once);
+                Ok(())
+            }
+            Some(Replay::Once) => {
+                let graph = self.stream.capture(|| self.whole(layout, kv))?;
+                self.stream.launch(&graph)?;
+                self.graphs.insert(layout.rows, Replay::Graph(graph));
+                Ok(())
+            }
+            Some(Replay::Graph(graph)) => self.stream.launch(graph),
+        }
+    }
+
+    /// Layers and head of a decode step.
+    fn whole(&self, layout: &Layout, kv: &KvMemory) -> Result<(), Error> {
+        self.layers(layout, kv, None)?;
+        self.head(layout.rows, 0)
+    }
+
+    /// Logits of the rows whose numbers are at `wanted`, or with 0 of as many rows in their order.
+    fn head(&self, rows: usize, wanted: u64) -> Result<(), Error> {
+        let (scratch, shape, weights) = (&self.scratch, &self.shape, &self.weights);
+        self.norm(rows, &weights.norm, wanted)?;
+        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
+        let (x, to) = (scratch.normed.address(0), scratch.logits.address(0));
+        self.product(Out::Floats, rows, (x, shape.hidden), head, (to, shape.vocab))
+    }
+
+    /// Everything but the output projection. With a flag, no more than two layers are put on the stream
+    /// ahead of the device, and the flag is looked at between them.
+    fn layers(
+        &self,
+        layout: &Layout,
+        kv: &KvMemory,
+        interrupt: Option<&AtomicBool>,
+    ) -> Result<(), Error> {
+        let (scratch, shape, stream) = (&self.scratch, &self.shape, &self.stream);
+        let rows = layout.rows;
+        let embed = Embed {
+            tokens: scratch.inputs.address(0),
+            table: self.weights.embedding.address(0),
+            x: scratch.x.address(0),
+            hidden: shape.hidden as u32,
+        };
+        self.kernels.embed(stream, rows, &embed)?;
+        let input = |word: usize| scratch.inputs.address(word);
+        let paged = Paged {
+            qkv: scratch.qkv.address(0),
+            kv: kv.base(),
+            positions: input(layout.positions()),
+            tables: input(layout.tables()),
+            blocks: input(layout.blocks_at()),
+            angles: scratch.angles.address(0),
+            ..Paged::of(shape)
+        };
+        for (i, layer) in self.weights.layers.iter().enumerate() {
+            if let Some(interrupt) = interrupt {
+                let pace = &self.pace[i % 2];
+                if i >= 2 {
+                    pace.synchronize()?;
+                }
+                if interrupt.load(Ordering::Relaxed) {
+                    return Err(Error::Interrupted);
+                }
+            }
+            let address = |vector: &Option<Buffer<f32>>| {
+                vector.as_ref().map_or(0, |vector| vector.address(0))
+            };
+            let paged = Paged {
+                layer: i as u32,
+                bias: address(&layer.bias),
+                q_norm: address(&layer.query_norm),
+                k_norm: address(&layer.key_norm),
+                ..paged
+            };
+            self.layer(rows, layer, layout, &paged)?;
+            if interrupt.is_some() {
+                self.pace[i % 2].record(stream)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn layer(
+        &self,
+        rows: usize,
+        layer: &Layer,
+        layout: &Layout,
+        paged: &Paged,
+    ) -> Result<(), Error> {
+        let (scratch, shape, stream) = (&self.scratch, &self.shape, &self.stream);
+        let (x, hidden) = (scratch.x.address(0), shape.hidden);
+        let (qkv, pairs) = (scratch.qkv.address(0), scratch.pairs.address(0));
+        let (attended, gated) = (scratch.attended.address(0), scratch.gated.address(0));
+
+        self.normed_product(
+            Out::Store,
+            rows,
+            &layer.attention_norm,
+            &layer.qkv,
+            (qkv, shape.qkv_width()),
+        )?;
+        self.attention(layout, paged, attended)?;
+        self.product(Out::Add, rows, (attended, shape.q_width()), &layer.output, (x, hidden))?;
+
+        let gate_up = &layer.gate_up;
+        if rows <= self.limits.narrow_rows {
+            let to = (gated, 2 * shape.ffn);
+            self.normed_product(Out::Gated, rows, &layer.ffn_norm, gate_up, to)?;
+        } else {
+            let to = (pairs, 2 * shape.ffn);
+            self.normed_product(Out::Store, rows, &layer.ffn_norm, gate_up, to)?;
+            let count = (rows * shape.ffn) as u64;
+            self.kernels.gated(stream, &Gated { pairs, out: gated, count })?;
+        }
+        self.product(Out::Add, rows, (gated, shape.ffn), &layer.down, (x, hidden))
+    }
+
+    /// Keys and values go into their blocks, and each row is attended to by the kernel for its kind.
+    fn attention(&self, layout: &Layout, paged: &Paged, out: u64) -> Result<(), Error> {
+        let (scratch, stream) = (&self.scratch, &self.stream);
+        let fused = layout.uniform;
+        if !fused {
+            self.kernels.rotate(stream, layout.rows, paged)?;
+        }
+        if layout.entries > 0 {
+            let rows = match layout.uniform {
+                true => 0,
+                false => scratch.inputs.address(layout.entries_at()),
+            };
+            let decode = Decode {
+                paged: *paged,
+                rows,
+                out,
+                parts: scratch.parts.address(0),
+                counters: scratch.counters.address(0),
+                splits: self.kernels.splits(layout.entries, self.shape.kv_heads) as u32,
+                fused: u32::from(fused),
+            };
+            self.kernels.decode(stream, layout.entries, &decode)?;
+        }
+        if layout.tiles > 0 {
+            let tiles = scratch.inputs.address(layout.tiles_at());
+            self.kernels.prefill(stream, layout.tiles, &Prefill { paged: *paged, tiles, out })?;
+        }
+        Ok(())
+    }
+
+    fn norm(&self, rows: usize, weight: &Buffer<f32>, gather: u64) -> Result<(), Error> {
+        let norm = Norm {
+            x: self.scratch.x.address(0),
+            weight: weight.address(0),
+            gather,
+            out: self.scratch.normed.address(0),
+            hidden: self.shape.hidden as u32,
+            eps: self.shape.rms_eps,
+        };
+        self.kernels.rms_norm(&self.stream, rows, &norm)
+    }
+
+    /// A product of the residual stream after a norm: in one kernel where the rows are few enough that
+    /// doing the norm again in each block costs less than a launch.
+    fn normed_product(
+        &self,
+        out: Out,
+        rows: usize,
+        norm: &Buffer<f32>,
+        w: &Buffer<bf16>,
+        to: (u64, usize),
+    ) -> Result<(), Error> {
+        if rows <= 2 && rows <= self.limits.narrow_rows {
+            let narrow = Narrow {
+                w: w.address(0),
+                x: self.scratch.x.address(0),
+                norm: norm.address(0),
+                out: to.0,
+                n: to.1 as u32,
+                k: self.shape.hidden as u32,
+                rows: rows as u32,
+                eps: self.shape.rms_eps,
+            };
+            return self.kernels.narrow(&self.stream, out, &narrow);
+        }
+        self.norm(rows, norm, 0)?;
+        self.product(out, rows, (self.scratch.normed.address(0), self.shape.hidden), w, to)
+    }
+
+    /// `x` is `rows × k`, `w` is `n × k`; each with its width.
+    fn product(
+        &self,
+        out: Out,
+        rows: usize,
+        (x, k): (u64, usize),
+        w: &Buffer<bf16>,
+        (to, n): (u64, usize),
+    ) -> Result<(), Error> {
+        let w = w.address(0);
+        if rows <= self.limits.narrow_rows {
+            let (rows, n, k) = (rows as u32, n as u32, k as u32);
+            let narrow = Narrow { w, x, norm: 0, out: to, n, k, rows, eps: 0.0 };
+            return self.kernels.narrow(&self.stream, out, &narrow);
+        }
+        let outcome = match out {
+            Out::Store => Outcome::Store,
+            Out::Add => Outcome::Add,
+            Out::Floats => Outcome::Floats,
+            Out::Gated => return Err(Error::Mismatch(format!("a gated product of {rows} rows"))),
+        };
+        // SAFETY: the addresses are of buffers of this decoder, made for these widths and for at
+        // least as many rows.
+        unsafe { self.blas.multiply(x, w, to, rows, n, k, outcome) }
+    }
+}
+
+/// Cosine and sine of each pair, position by position; the angle in single precision, as every other
+/// implementation has it.
+fn angles(shape: &Shape, context: usize, factors: Option<&[f32]>) -> Vec<f32> {
+    let dims = shape.head_dim;
+    let frequency = |i: usize| {
+        let frequency = f64::from(shape.rope_theta).powf(-2.0 * i as f64 / dims as f64) as f32;
+        frequency / factors.map_or(1.0, |factors| factors[i])
+    };
+    let frequencies: Vec<f32> = (0..dims / 2).map(frequency).collect();
+    let mut angles = Vec::with_capacity(context * dims);
+    for position in 0..context {
+        angles.extend(frequencies.iter().flat_map(|frequency| {
+            let angle = f64::from(position as f32 * frequency);
+            [angle.cos() as f32, angle.sin() as f32]
+        }));
+    }
+    angles
+}
+
+/// Copies logits out of pinned memory; with several threads where that is worth it: 64 rows of 128k
+/// tokens are 32 MiB, and one thread takes longer for them than the device for a small model.
+fn copy(from: &[f32], to: &mut [f32]) {
+    const SHARE: usize = 1 << 20;
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
+    if from.len() < 2 * SHARE || threads == 1 {
+        return to.copy_from_slice(from);
+    }
+    let share = from.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        for (from, to) in from.chunks(share).zip(to.chunks_mut(share)) {
+            scope.spawn(|| to.copy_from_slice(from));
+        }
+    });
 }

@@ -11,13 +11,19 @@
 //! Without the feature `cuda` the crate is empty.
 #![cfg(feature = "cuda")]
 
+mod blas;
 mod decoder;
 mod device;
+mod driver;
 mod error;
+mod kernels;
 mod kv;
+pub mod measure;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 mod shape;
+pub mod single;
+mod step;
 mod weights;
 
 pub use decoder::{Decoder, Limits, Slice};

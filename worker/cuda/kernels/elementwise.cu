@@ -1,0 +1,129 @@
+// Kernels that are bound by memory and small: embedding, norm, gated activation, rotation.
+
+#include "paged.cuh"
+
+struct Embed {
+    const uint32_t* tokens;  // [rows]
+    const bf16* table;       // [vocab][hidden]
+    float* x;                // [rows][hidden]
+    uint32_t hidden;
+};
+
+// Grid: rows.
+extern "C" __global__ void __launch_bounds__(256) embed(Embed p) {
+    let_next_start();
+    wait_for_previous();
+    const bf16* from = p.table + size_t(p.tokens[blockIdx.x]) * p.hidden;
+    float* to = p.x + size_t(blockIdx.x) * p.hidden;
+    for (uint32_t i = threadIdx.x * 8; i < p.hidden; i += blockDim.x * 8) {
+        uint4 v = load_once(from + i);
+        *reinterpret_cast<float4*>(to + i) = make_float4(low(v.x), high(v.x), low(v.y), high(v.y));
+        *reinterpret_cast<float4*>(to + i + 4) = make_float4(low(v.z), high(v.z), low(v.w), high(v.w));
+    }
+}
+EXPORT(embed)
+
+struct Norm {
+    const float* x;          // [row][hidden]
+    const float* weight;     // [hidden]
+    const uint32_t* gather;  // [block] which row; null: its own
+    bf16* out;               // [block][hidden]
+    uint32_t hidden;
+    float eps;
+};
+
+// RMSNorm (Zhang and Sennrich 2019). Grid: rows of `out`.
+extern "C" __global__ void __launch_bounds__(256) rms_norm(Norm p) {
+    __shared__ float sums[8];
+    let_next_start();
+    wait_for_previous();
+    const float* x = p.x + size_t(p.gather ? p.gather[blockIdx.x] : blockIdx.x) * p.hidden;
+    bf16* out = p.out + size_t(blockIdx.x) * p.hidden;
+    float squares = 0.0f;
+    for (uint32_t i = threadIdx.x * 4; i < p.hidden; i += blockDim.x * 4) {
+        float4 v = *reinterpret_cast<const float4*>(x + i);
+        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+    __syncthreads();
+    squares = 0.0f;
+    for (int i = 0; i < 8; i++) squares += sums[i];
+    float factor = rsqrtf(squares / p.hidden + p.eps);
+    for (uint32_t i = threadIdx.x * 4; i < p.hidden; i += blockDim.x * 4) {
+        float4 v = *reinterpret_cast<const float4*>(x + i);
+        float4 w = *reinterpret_cast<const float4*>(p.weight + i);
+        *reinterpret_cast<uint2*>(out + i) = make_uint2(pack(v.x * factor * w.x, v.y * factor * w.y),
+                                                        pack(v.z * factor * w.z, v.w * factor * w.w));
+    }
+}
+EXPORT(rms_norm)
+
+struct Gated {
+    const bf16* pairs;  // [count]: gate, up
+    bf16* out;          // [count]
+    uint64_t count;     // a multiple of 8
+};
+
+// silu(gate) * up. Grid: enough for a thread per 8 outputs.
+extern "C" __global__ void __launch_bounds__(256) gated(Gated p) {
+    let_next_start();
+    wait_for_previous();
+    uint64_t i = (uint64_t(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (i >= p.count) return;
+    uint4 a = *reinterpret_cast<const uint4*>(p.pairs + 2 * i);
+    uint4 b = *reinterpret_cast<const uint4*>(p.pairs + 2 * i + 8);
+    uint4 out;
+    out.x = pack(silu(low(a.x)) * high(a.x), silu(low(a.y)) * high(a.y));
+    out.y = pack(silu(low(a.z)) * high(a.z), silu(low(a.w)) * high(a.w));
+    out.z = pack(silu(low(b.x)) * high(b.x), silu(low(b.y)) * high(b.y));
+    out.w = pack(silu(low(b.z)) * high(b.z), silu(low(b.w)) * high(b.w));
+    *reinterpret_cast<uint4*>(p.out + i) = out;
+}
+EXPORT(gated)
+
+struct ReadAll {
+    const uint4* from;
+    float* sums;  // [block]
+    uint64_t count;
+};
+
+// Reads memory as fast as it comes, to measure that. Any grid.
+extern "C" __global__ void __launch_bounds__(256) read_all(ReadAll p) {
+    constexpr int UNROLL = 8;
+    uint64_t step = uint64_t(gridDim.x) * blockDim.x;
+    uint32_t sum = 0;
+    for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step * UNROLL) {
+        uint4 v[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) v[u] = i + u * step < p.count ? load_once(p.from + i + u * step) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) sum ^= v[u].x ^ v[u].y ^ v[u].z ^ v[u].w;
+    }
+    // What is not used is not read.
+    if (sum == 0x5eed) p.sums[blockIdx.x] = 1.0f;
+}
+EXPORT(read_all)
+
+// Queries in place; keys and values into their blocks. Grid: rows, heads of all kinds / 8; a warp
+// each.
+template <int D>
+__device__ void rotate(const Paged& p) {
+    let_next_start();
+    wait_for_previous();
+    size_t row = blockIdx.x;
+    uint32_t head = blockIdx.y * 8 + threadIdx.x / 32;
+    if (head < p.heads) {
+        bf16* query = p.qkv + row * qkv_width(p, D) + size_t(head) * D;
+        rotate_head<D>(p, query, query, p.bias ? p.bias + head * D : nullptr, p.q_norm, p.positions[row]);
+    } else if (head < p.heads + p.kv_heads) {
+        store_key<D>(p, row, head - p.heads);
+    } else if (head < p.heads + 2 * p.kv_heads) {
+        store_value<D>(p, row, head - p.heads - p.kv_heads);
+    }
+}
+
+#define ROTATE(D) \
+    extern "C" __global__ void __launch_bounds__(256) rotate_##D(Paged p) { rotate<D>(p); } \
+    EXPORT(rotate_##D)
+FOR_HEAD_DIMS(ROTATE)
