@@ -20,8 +20,8 @@ struct Decode {
 
 constexpr int DECODE_WARPS = 4;
 constexpr int TILE = 16;
-// Fewer tiles than warps are not worth a block.
-constexpr uint32_t LEAST_TILES = DECODE_WARPS;
+// Fewer are not worth a block: a warp has two tiles' copies under way.
+constexpr uint32_t LEAST_TILES = 2 * DECODE_WARPS;
 
 // Grid: kv_heads, entries, splits. Dynamic shared memory: decode_shared(D).
 template <int D>
@@ -151,17 +151,30 @@ __device__ void decode(const Decode& d) {
     __syncthreads();
     if (!merges) return;
     __threadfence();
-    for (uint32_t i = threadIdx.x; i < group * D; i += blockDim.x) {
-        uint32_t head = i / D;
-        float maximum = MASKED;
-        for (uint32_t s = 0; s < active; s++) maximum = fmaxf(maximum, parts[s * part + head]);
-        float total = 0.0f, value = 0.0f;
+    // Other blocks' writes: volatile, past this multiprocessor's own cache.
+    const volatile float* all = parts;
+    float* factors = values;  // [split][head]
+    for (uint32_t i = threadIdx.x; i < active * group; i += blockDim.x) {
+        factors[i] = all[i / group * part + i % group];
+        factors[active * group + i] = all[i / group * part + group + i % group];
+    }
+    __syncthreads();
+    for (uint32_t head = threadIdx.x; head < group; head += blockDim.x) {
+        float maximum = MASKED, total = 0.0f;
+        for (uint32_t s = 0; s < active; s++) maximum = fmaxf(maximum, factors[s * group + head]);
         for (uint32_t s = 0; s < active; s++) {
-            float factor = exp2_fast(parts[s * part + head] - maximum);
-            total += factor * parts[s * part + group + head];
-            value += factor * parts[s * part + 2 * group + i];
+            float factor = exp2_fast(factors[s * group + head] - maximum);
+            total += factor * factors[(active + s) * group + head];
+            factors[s * group + head] = factor;
         }
-        out[i] = narrow(value / total);
+        for (uint32_t s = 0; s < active; s++) factors[s * group + head] /= total;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < group * D; i += blockDim.x) {
+        float value = 0.0f;
+#pragma unroll 8
+        for (uint32_t s = 0; s < active; s++) value += factors[s * group + i / D] * all[s * part + 2 * group + i];
+        out[i] = narrow(value);
     }
     if (threadIdx.x == 0) d.counters[slot] = 0;
 }

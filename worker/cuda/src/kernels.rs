@@ -190,10 +190,11 @@ impl Kernels {
         })
     }
 
-    /// How many blocks share one sequence's positions, when `entries` sequences are attended to: as
-    /// many as it takes to fill the device.
+    /// How many blocks share one sequence's positions, when `entries` sequences are attended to.
     pub(crate) fn splits(&self, entries: usize, kv_heads: usize) -> usize {
-        (2 * self.multiprocessors as usize).div_ceil(entries * kv_heads).clamp(1, 64)
+        // Each block takes its dynamic shared memory and about 1.5 KiB more, of 227 KiB.
+        let resident = ((227 << 10) / (self.decode_shared as usize + 1536)).max(1);
+        splits(entries * kv_heads, resident * self.multiprocessors as usize)
     }
 
     pub(crate) fn embed(&self, on: &Stream, rows: usize, p: &Embed) -> Result<(), Error> {
@@ -242,10 +243,9 @@ impl Kernels {
             (Out::Add, _) => width.add,
             (Out::Floats, _) => width.floats,
         };
-        // Two blocks on each multiprocessor, with as many tiles each.
+        // Two blocks fit on each multiprocessor; they take turns at the tiles.
         let tiles = (p.n as usize).div_ceil(width.columns);
-        let turns = tiles.div_ceil(2 * self.multiprocessors as usize);
-        let grid = [tiles.div_ceil(turns), 1, 1];
+        let grid = [tiles.min(2 * self.multiprocessors as usize), 1, 1];
         self.launch(on, function, grid, 256, 0, Order::Overlapping, p)
     }
 
@@ -275,6 +275,19 @@ impl Kernels {
     pub(crate) fn forbid_overlap(&mut self) {
         self.overlaps = false;
     }
+}
+
+/// Into how many blocks each of `sequences` is split on a device that holds `slots` blocks at once: the
+/// fewest that leave little of it idle in the last wave. More than 32 cost more to merge than they
+/// gain.
+fn splits(sequences: usize, slots: usize) -> usize {
+    let used = |splits: usize| {
+        let blocks = sequences * splits;
+        blocks as f64 / (blocks.div_ceil(slots) * slots) as f64
+    };
+    let enough = (1..=32).find(|splits| used(*splits) >= 0.85);
+    let best = || (1..=32).max_by(|a, b| used(*a).total_cmp(&used(*b)));
+    enough.or_else(best).unwrap_or(1)
 }
 
 /// Puts a kernel on a stream. The kernel takes one argument, of type `A`.
@@ -352,4 +365,22 @@ pub(crate) fn read_all(
     let arguments =
         ReadAll { from: from.address(0), sums: sums.address(0), count: (bytes / 16) as u64 };
     launch(on, kernel, [blocks.min(1 << 16), 1, 1], 256, 0, false, &arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sequences_are_split_to_fill_the_device() {
+        // One sequence of eight key/value heads on 132 multiprocessors of three blocks each.
+        assert_eq!(splits(8, 396), 32);
+        assert_eq!(splits(64, 396), 6);
+        assert_eq!(splits(256, 396), 3);
+        assert_eq!(splits(512, 396), 2);
+        assert_eq!(splits(4096, 396), 1);
+        for sequences in 1..500 {
+            assert!((1..=32).contains(&splits(sequences, 396)));
+        }
+    }
 }

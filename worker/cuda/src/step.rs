@@ -205,3 +205,82 @@ impl<'a> Step<'a> {
         self.batch.iter().map(|slice| slice.logits).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Limits;
+
+    fn shape() -> Shape {
+        Shape {
+            layers: 1,
+            hidden: 32,
+            heads: 6,
+            kv_heads: 2,
+            head_dim: 32,
+            ffn: 32,
+            vocab: 100,
+            rope_theta: 1e4,
+            interleaved: false,
+            rms_eps: 1e-5,
+            block_size: 4,
+        }
+    }
+
+    #[test]
+    fn a_decode_step_is_padded_to_its_bucket() {
+        let slices = [
+            Slice { start: 6, tokens: &[7], blocks: &[3, 1], logits: 1 },
+            Slice { start: 0, tokens: &[8], blocks: &[5], logits: 1 },
+            Slice { start: 3, tokens: &[9], blocks: &[4, 2], logits: 1 },
+        ];
+        let step = Step::plan(&slices, &shape(), &Limits::new(8, 8, 64), 6).unwrap();
+        let layout = step.layout;
+        assert!(layout.uniform);
+        assert_eq!((layout.rows, layout.entries, layout.tiles), (4, 4, 0));
+        let mut words = [77; 64];
+        let len = step.write(4, 6, &mut words);
+        assert_eq!(words[..4], [7, 8, 9, 0]);
+        assert_eq!(words[layout.positions()..][..4], [6, 0, 3, 0]);
+        assert_eq!(words[layout.tables()..][..4], [1, 3, 4, 0]);
+        // The spare block, and of each sequence those that it has positions in.
+        assert_eq!(words[layout.blocks_at()..len], [6, 3, 1, 5, 4]);
+        assert_eq!(step.logits(), 3);
+    }
+
+    #[test]
+    fn a_mixed_step_lists_what_each_kernel_takes() {
+        let prompt: Vec<u32> = (0..30).collect();
+        let slices = [
+            Slice { start: 2, tokens: &prompt, blocks: &[0, 1, 2, 3, 4, 5, 6, 7], logits: 2 },
+            Slice { start: 9, tokens: &[50], blocks: &[8, 9, 10], logits: 1 },
+            Slice { start: 0, tokens: &[51, 52], blocks: &[11], logits: 0 },
+            Slice { start: 5, tokens: &[53], blocks: &[12, 13], logits: 0 },
+        ];
+        let step = Step::plan(&slices, &shape(), &Limits::new(64, 8, 64), 14).unwrap();
+        let layout = step.layout;
+        assert!(!layout.uniform);
+        // Three heads to a group: 90 rows of the first slice, 6 of the third.
+        assert_eq!((layout.rows, layout.entries, layout.tiles, layout.wanted), (34, 2, 3, 3));
+        let mut words = [77; 256];
+        let len = step.write(4, 14, &mut words);
+        assert_eq!(words[layout.entries_at()..][..2], [30, 33]);
+        assert_eq!(words[layout.wanted_at()..][..3], [28, 29, 30]);
+        // What sees most positions begins first.
+        let tiles = &words[layout.tiles_at()..][..12];
+        assert_eq!(tiles, [0, 2, 30, 64, 0, 2, 30, 0, 31, 0, 2, 0]);
+        assert_eq!(words[layout.positions()..][..3], [2, 3, 4]);
+        assert_eq!(words[layout.tables()..][29..34], [1, 9, 12, 12, 13]);
+        assert_eq!(words[layout.blocks_at()..len].len(), 1 + 8 + 3 + 1 + 2);
+        assert!(len <= Layout::most(64, 8, 3, 8 * 16));
+    }
+
+    #[test]
+    fn buckets_hold_what_is_put_in_them() {
+        for sequences in 1..300 {
+            let rows = bucket(sequences);
+            assert!(rows >= sequences && rows < 2 * sequences.max(32));
+            assert_eq!(bucket(rows), rows);
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! The forward pass against a slow reference, and in its different forms against itself.
 #![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
 
 mod reference;
 
@@ -182,7 +183,7 @@ fn shape(head_dim: usize, kv_heads: usize, group: usize, block_size: usize) -> S
 /// bf16 between the kernels, against single precision throughout.
 const TOLERANCE: f32 = 0.04;
 
-const GO_ON: AtomicBool = AtomicBool::new(false);
+static GO_ON: AtomicBool = AtomicBool::new(false);
 
 fn forward(decoder: &mut Decoder, kv: &KvMemory, batch: &[Slice<'_>]) -> Vec<f32> {
     let mut logits = vec![f32::NAN; 3];

@@ -1,5 +1,6 @@
 //! Each kernel against a slow reference, over shapes that are no multiples of anything.
 #![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
 
 mod reference;
 
