@@ -135,10 +135,11 @@ impl Bench {
         Ok(median(times))
     }
 
-    fn decode(&mut self, batch: usize) -> Result<(f64, f64), Error> {
+    fn decode(&mut self, batch: usize, timed: bool) -> Result<(f64, f64), Error> {
         let blocks: Vec<Vec<u32>> = (0..batch).map(|i| self.blocks(i)).collect();
         let mut times = Vec::new();
-        for i in 0..WARM + STEPS {
+        let steps = if timed { STEPS } else { 4 };
+        for i in 0..WARM + steps {
             let token = [(i * 31 % 1000) as u32];
             let slices: Vec<Slice<'_>> = blocks
                 .iter()
@@ -219,9 +220,9 @@ fn run(
     report.line(&what, times, operations as f64 / matrix, PREFILL);
 
     bench.prefill(batch, CONTEXT.min(prompt), rows / CONTEXT.min(prompt))?;
-    for (batch, wanted) in [(1, DECODE_1), (8, DECODE_1), (batch, DECODE_64)] {
+    for (batch, wanted) in [(1, DECODE_1), (8, DECODE_64), (batch, DECODE_64)] {
         let batch = batch.min(bench.kv.blocks() / per);
-        let times = bench.decode(batch)?;
+        let times = bench.decode(batch, report.timed)?;
         let position = bench.kv.block_bytes() / BLOCK;
         let read = 2 * shape.streamed_weights() + batch * position * (CONTEXT + WARM + STEPS / 2);
         report.line(&format!("{name} decode, batch {batch}"), times, read as f64 / memory, wanted);

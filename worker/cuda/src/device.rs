@@ -51,6 +51,21 @@ fn devices() -> Result<i32, Error> {
     }
 }
 
+/// Whether the process sees the device with this [`Device::uuid`], whichever it has opened.
+pub fn visible(uuid: &[u8; 16]) -> bool {
+    let Ok(count) = devices() else { return false };
+    (0..count).any(|ordinal| {
+        let (mut raw, mut own) = (0, sys::CUuuid { bytes: [0; 16] });
+        // SAFETY: the driver writes the handle.
+        let found = check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut raw, ordinal) });
+        // SAFETY: the driver writes 16 bytes.
+        let known = found.and_then(|()| {
+            check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut own, raw) })
+        });
+        known.is_ok() && own.bytes.map(|byte| byte as u8) == *uuid
+    })
+}
+
 /// A GPU. Can be used from any thread.
 pub struct Device {
     raw: sys::CUdevice,

@@ -59,3 +59,13 @@ pub enum Error {
     #[error("interrupted")]
     Interrupted,
 }
+
+impl Error {
+    /// Whether the process can do nothing more with the device: what a kernel did wrong, or the
+    /// hardware, ends the context, and every later call fails with it. Only a new process helps.
+    pub fn is_lost(&self) -> bool {
+        // Of `CUresult`: what its documentation says leaves the process in an inconsistent state,
+        // and what comes of a context that was ended.
+        matches!(self, Self::Driver { code: 4 | 201 | 214 | 700 | 702 | 708..=719 | 721 | 999, .. })
+    }
+}

@@ -96,32 +96,44 @@ impl KvMemory {
 
     /// Copies blocks `from[i]` of a peer to blocks `to[i]`.
     pub fn copy_in(&self, peer: &PeerMemory, from: &[u32], to: &[u32]) -> Result<(), Error> {
-        if from.len() != to.len() || peer.block_bytes != self.block_bytes {
+        self.copy((peer.at, peer.blocks, peer.block_bytes), from, to)
+    }
+
+    /// Copies blocks `from[i]` of other memory of this process to blocks `to[i]`.
+    pub fn copy_from(&self, other: &Self, from: &[u32], to: &[u32]) -> Result<(), Error> {
+        self.copy((other.base(), other.blocks, other.block_bytes), from, to)
+    }
+
+    fn copy(
+        &self,
+        (source, blocks, block_bytes): (u64, usize, usize),
+        from: &[u32],
+        to: &[u32],
+    ) -> Result<(), Error> {
+        if from.len() != to.len() || block_bytes != self.block_bytes {
             return Err(Error::Mismatch(format!(
-                "{} blocks of {} bytes for {} of {}",
+                "{} blocks of {block_bytes} bytes for {} of {}",
                 from.len(),
-                peer.block_bytes,
                 to.len(),
                 self.block_bytes
             )));
         }
-        if let Some(block) = from.iter().find(|block| **block as usize >= peer.blocks) {
-            return Err(Error::Mismatch(format!("block {block} of a peer's {}", peer.blocks)));
+        if let Some(block) = from.iter().find(|block| **block as usize >= blocks) {
+            return Err(Error::Mismatch(format!("block {block} of another's {blocks}")));
         }
+        to.iter().try_for_each(|block| self.range(*block, self.block_bytes).map(drop))?;
         let pairs: Vec<(u32, u32)> = from.iter().copied().zip(to.iter().copied()).collect();
         self.lanes.with(self.device(), self.block_bytes, |stream, _| {
             // Blocks that follow each other on both sides go with one copy.
-            let runs = pairs.chunk_by(|a, b| (a.0 + 1, a.1 + 1) == (b.0, b.1));
-            let copied = runs.clone().try_for_each(|run| {
+            let mut runs = pairs.chunk_by(|a, b| (a.0 + 1, a.1 + 1) == (b.0, b.1));
+            let copied = runs.try_for_each(|run| {
                 let (from, to) = run[0];
-                self.range(to + run.len() as u32 - 1, self.block_bytes)?;
-                let source = peer.at + from as u64 * self.block_bytes as u64;
-                let target = self.address(to)?;
+                let source = source + u64::from(from) * block_bytes as u64;
+                let bytes = run.len() * block_bytes;
                 // SAFETY: both ranges are within their allocations, by the checks above, and live
                 // until the stream is synchronized below.
                 check("cuMemcpyDtoDAsync", unsafe {
-                    let bytes = run.len() * self.block_bytes;
-                    sys::cuMemcpyDtoDAsync_v2(target, source, bytes, stream.raw)
+                    sys::cuMemcpyDtoDAsync_v2(self.address(to)?, source, bytes, stream.raw)
                 })
             });
             // Even after an error: earlier copies may be under way.

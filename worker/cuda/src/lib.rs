@@ -27,7 +27,7 @@ mod step;
 mod weights;
 
 pub use decoder::{Decoder, Limits, Slice};
-pub use device::{Device, present};
+pub use device::{Device, present, visible};
 pub use error::Error;
 pub use kv::{IPC_HANDLE_BYTES, KvMemory, PeerMemory};
 pub use shape::{HEAD_DIMS, Shape};

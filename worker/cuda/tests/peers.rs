@@ -61,6 +61,18 @@ fn blocks_come_back_as_they_went() {
 }
 
 #[test]
+fn blocks_go_from_one_memory_to_another() {
+    let (kv, staging) = (memory(9), memory(4));
+    fill(&staging);
+    kv.copy_from(&staging, &[2, 3, 0], &[7, 8, 1]).unwrap();
+    [(7, 2), (8, 3), (1, 0)].into_iter().for_each(|(to, from)| assert_holds(&kv, to, from));
+    assert!(matches!(kv.copy_from(&staging, &[4], &[0]), Err(Error::Mismatch(_))));
+    assert!(matches!(kv.copy_from(&staging, &[0], &[9]), Err(Error::Mismatch(_))));
+    assert!(baton_cuda::visible(&kv.device().uuid()));
+    assert!(!baton_cuda::visible(&[9; 16]));
+}
+
+#[test]
 fn several_threads_copy_at_once() {
     let kv = memory(16);
     std::thread::scope(|scope| {
