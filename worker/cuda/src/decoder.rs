@@ -43,7 +43,8 @@ pub struct Limits {
     pub graphs: bool,
     /// Whether kernels start while the one before them ends, where the GPU can do that.
     pub overlap: bool,
-    /// Products of up to so many rows are our own kernel's, up to 32; larger ones are cuBLAS's.
+    /// Products of up to so many rows are our own kernel's, up to 32; larger ones are cuBLAS's. 16 is
+    /// where a block's columns still take more bytes than the rows that they are multiplied by.
     pub narrow_rows: usize,
 }
 
@@ -51,7 +52,7 @@ impl Limits {
     /// The limits of a step, run as is best.
     pub fn new(rows: usize, sequences: usize, context: usize) -> Self {
         let (graphs, overlap) = (true, true);
-        Self { rows, sequences, context, logits: 64, graphs, overlap, narrow_rows: NARROW_ROWS }
+        Self { rows, sequences, context, logits: 64, graphs, overlap, narrow_rows: 16 }
     }
 }
 

@@ -120,6 +120,8 @@ pub(crate) enum Out {
 struct Width {
     rows: usize,
     columns: usize,
+    /// Blocks that fit on a multiprocessor.
+    resident: usize,
     store: Function,
     add: Function,
     gated: Function,
@@ -155,7 +157,7 @@ pub(crate) enum Order {
 impl Kernels {
     pub(crate) fn load(device: &Device, head_dim: usize) -> Result<Self, Error> {
         let plain = |name: &str| device.function(name, 0);
-        let width = |rows: usize, columns: usize| {
+        let width = |rows: usize, columns: usize, resident: usize| {
             // Of two rows, those two kernels have a norm in them and are called by other names.
             let of = |out: &str| match (rows, out) {
                 (2, "store" | "gated") => plain(&format!("narrow_2_norm_{out}")),
@@ -164,6 +166,7 @@ impl Kernels {
             Ok::<_, Error>(Width {
                 rows,
                 columns,
+                resident,
                 store: of("store")?,
                 add: of("add")?,
                 gated: of("gated")?,
@@ -186,7 +189,7 @@ impl Kernels {
             prefill_shared: prefill_shared as u32,
             norm_store: plain("narrow_2_norm_store")?,
             norm_gated: plain("narrow_2_norm_gated")?,
-            widths: [width(2, 8)?, width(8, 16)?, width(16, 32)?, width(32, 32)?],
+            widths: [width(2, 8, 2)?, width(8, 16, 2)?, width(16, 32, 2)?, width(32, 32, 1)?],
         })
     }
 
@@ -243,9 +246,9 @@ impl Kernels {
             (Out::Add, _) => width.add,
             (Out::Floats, _) => width.floats,
         };
-        // Two blocks fit on each multiprocessor; they take turns at the tiles.
+        // As many blocks as run at once; they take turns at the tiles.
         let tiles = (p.n as usize).div_ceil(width.columns);
-        let grid = [tiles.min(2 * self.multiprocessors as usize), 1, 1];
+        let grid = [tiles.min(width.resident * self.multiprocessors as usize), 1, 1];
         self.launch(on, function, grid, 256, 0, Order::Overlapping, p)
     }
 
