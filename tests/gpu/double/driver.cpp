@@ -107,7 +107,7 @@ bool initialized = false;
 thread_local Context* current = nullptr;
 Context contexts[MOST_DEVICES];
 std::mutex memory_mutex;
-std::map<uintptr_t, Allocation> memory;
+std::map<uintptr_t, Allocation>& memory = *new std::map<uintptr_t, Allocation>;
 size_t used[MOST_DEVICES] = {};
 
 size_t setting(const char* name, size_t otherwise) {
@@ -119,7 +119,9 @@ int devices() { return std::min<size_t>(setting("BATON_DOUBLE_DEVICES", 1), MOST
 size_t total_memory() { return setting("BATON_DOUBLE_MEMORY", size_t(16) << 30); }
 
 std::mutex streams_mutex;
-std::vector<Stream*> streams;
+// Shared: one thread may wait for all of them while another destroys one.
+// Never destroyed: at the process's end their threads may still run.
+std::vector<std::shared_ptr<Stream>>& streams = *new std::vector<std::shared_ptr<Stream>>;
 
 int no_context() { return !initialized ? NOT_INITIALIZED : !current ? INVALID_CONTEXT : SUCCESS; }
 
@@ -131,7 +133,7 @@ bool capturing(Stream* stream) {
 // Whether this thread captures a stream: then it may not wait or allocate.
 bool captures() {
     std::lock_guard<std::mutex> lock(streams_mutex);
-    for (Stream* stream : streams) {
+    for (auto& stream : streams) {
         std::lock_guard<std::mutex> inner(stream->mutex);
         if (stream->capture && stream->capturer == std::this_thread::get_id()) return true;
     }
@@ -148,12 +150,12 @@ int wait(Stream* stream) {
 }
 
 void wait_for_all() {
-    std::vector<Stream*> all;
+    std::vector<std::shared_ptr<Stream>> all;
     {
         std::lock_guard<std::mutex> lock(streams_mutex);
         all = streams;
     }
-    for (Stream* stream : all) wait(stream);
+    for (auto& stream : all) wait(stream.get());
 }
 
 int map(int fd, size_t bytes, size_t offset, int device, bool own, uint64_t* at) {
@@ -394,26 +396,31 @@ API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, Stream* stre
 
 API cuStreamCreate(Stream** stream, unsigned) {
     CONTEXT;
-    *stream = new Stream;
+    auto made = std::make_shared<Stream>();
+    *stream = made.get();
     std::lock_guard<std::mutex> lock(streams_mutex);
-    streams.push_back(*stream);
+    streams.push_back(made);
     return SUCCESS;
 }
 
 API cuStreamDestroy_v2(Stream* stream) {
     CONTEXT;
     wait(stream);
+    std::shared_ptr<Stream> last;
     {
         std::lock_guard<std::mutex> lock(streams_mutex);
-        streams.erase(std::find(streams.begin(), streams.end(), stream));
+        auto own = [stream](const std::shared_ptr<Stream>& other) { return other.get() == stream; };
+        auto found = std::find_if(streams.begin(), streams.end(), own);
+        if (found == streams.end()) return INVALID_HANDLE;
+        last = *found;
+        streams.erase(found);
     }
     {
         std::lock_guard<std::mutex> lock(stream->mutex);
         stream->ending = true;
+        stream->changed.notify_all();
     }
-    stream->changed.notify_all();
     stream->thread.join();
-    delete stream;
     return SUCCESS;
 }
 
@@ -493,7 +500,7 @@ API cuModuleGetFunction(const Kernel** function, void*, const char* name) {
     return *function ? SUCCESS : NOT_FOUND;
 }
 
-static std::map<const Kernel*, int> room;
+static std::map<const Kernel*, int>& room = *new std::map<const Kernel*, int>;
 static std::mutex room_mutex;
 
 API cuFuncSetAttribute(const Kernel* function, int attribute, int value) {

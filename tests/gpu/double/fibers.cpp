@@ -116,7 +116,7 @@ __thread Runner* runner;
 // Runners outlive the threads that use them: a stream's thread comes and goes, and making a runner
 // takes longer than most kernels.
 std::mutex spare_mutex;
-std::vector<Runner*> spare;
+std::vector<Runner*>& spare = *new std::vector<Runner*>;
 
 struct Hold {
     Hold() {
