@@ -1,12 +1,9 @@
 // libcuda.so: the driver's functions that Baton calls.
 //
-// Device memory is a memfd an allocation, mapped between pages that cannot be touched, so that an
-// access past its end faults, and a process finds another's through /proc (CUDA IPC). Streams are
-// lazy: nothing runs before somebody waits for it or asks, so that what forgets to wait reads what was
+// Device memory is in memory.cpp; here is the rest. Streams are lazy: nothing runs before somebody waits for it or asks, so that what forgets to wait reads what was
 // there before. A capture keeps the work for the graph. Every call checks that the thread has a
 // context, which is what is forgotten most easily.
 
-#include "driver.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -27,23 +24,8 @@
 #include <thread>
 #include <vector>
 
+#include "inside.h"
 #include "runtime.h"
-
-#define API extern "C" __attribute__((visibility("default"))) int
-
-enum {
-    SUCCESS = 0,
-    INVALID_VALUE = 1,
-    OUT_OF_MEMORY = 2,
-    NOT_INITIALIZED = 3,
-    INVALID_DEVICE = 101,
-    INVALID_CONTEXT = 201,
-    INVALID_HANDLE = 400,
-    NOT_FOUND = 500,
-    NOT_READY = 600,
-    CAPTURE_UNSUPPORTED = 900,
-    CAPTURE_INVALIDATED = 901,
-};
 
 namespace gpu_double {
 
@@ -78,57 +60,40 @@ struct Stream {
 
 namespace {
 
-struct Context {
-    int device;
-};
-
-struct Allocation {
-    size_t bytes;
-    void* map;
-    size_t mapped;
-    int fd;         // -1: another process's
-    size_t offset;  // in the file
-    int device;
-};
-
-// As cuIpcMemHandle: 64 bytes.
-struct Handle {
-    char magic[8];
-    int32_t pid, fd;
-    uint64_t bytes, offset, inode;
-    char rest[64 - 40];
-};
-static_assert(sizeof(Handle) == 64);
-
-constexpr size_t PAGE = 4096;
-constexpr int MOST_DEVICES = 16;
 
 bool initialized = false;
 thread_local Context* current = nullptr;
 Context contexts[MOST_DEVICES];
-std::mutex memory_mutex;
-std::map<uintptr_t, Allocation>& memory = *new std::map<uintptr_t, Allocation>;
-size_t used[MOST_DEVICES] = {};
+
+int devices() { return std::min<size_t>(setting("BATON_DOUBLE_DEVICES", 1), MOST_DEVICES); }
+std::mutex streams_mutex;
+// Shared: one thread may wait for all of them while another destroys one.
+// Never destroyed: at the process's end their threads may still run.
+std::vector<std::shared_ptr<Stream>>& streams = *new std::vector<std::shared_ptr<Stream>>;
+
+bool capturing(Stream* stream) {
+    std::lock_guard<std::mutex> lock(stream->mutex);
+    return bool(stream->capture);
+}
+
+struct Event {
+    std::mutex mutex;
+    std::condition_variable changed;
+    Stream* stream = nullptr;
+    uint64_t recorded = 0, reached = 0;
+    std::chrono::steady_clock::time_point when;
+};
+
+}  // namespace
 
 size_t setting(const char* name, size_t otherwise) {
     const char* value = getenv(name);
     return value ? strtoull(value, nullptr, 10) : otherwise;
 }
 
-int devices() { return std::min<size_t>(setting("BATON_DOUBLE_DEVICES", 1), MOST_DEVICES); }
-size_t total_memory() { return setting("BATON_DOUBLE_MEMORY", size_t(16) << 30); }
-
-std::mutex streams_mutex;
-// Shared: one thread may wait for all of them while another destroys one.
-// Never destroyed: at the process's end their threads may still run.
-std::vector<std::shared_ptr<Stream>>& streams = *new std::vector<std::shared_ptr<Stream>>;
-
 int no_context() { return !initialized ? NOT_INITIALIZED : !current ? INVALID_CONTEXT : SUCCESS; }
 
-bool capturing(Stream* stream) {
-    std::lock_guard<std::mutex> lock(stream->mutex);
-    return bool(stream->capture);
-}
+int current_device() { return current->device; }
 
 // Whether this thread captures a stream: then it may not wait or allocate.
 bool captures() {
@@ -158,46 +123,6 @@ void wait_for_all() {
     for (auto& stream : all) wait(stream.get());
 }
 
-int map(int fd, size_t bytes, size_t offset, int device, bool own, uint64_t* at) {
-    size_t inside = (offset + bytes + PAGE - 1) / PAGE * PAGE;
-    void* all = mmap(nullptr, inside + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) return OUT_OF_MEMORY;
-    char* begin = static_cast<char*>(all) + PAGE;
-    if (mmap(begin, inside, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd, 0) == MAP_FAILED) {
-        munmap(all, inside + 2 * PAGE);
-        return OUT_OF_MEMORY;
-    }
-    uintptr_t address = reinterpret_cast<uintptr_t>(begin) + offset;
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    memory[address] = {bytes, all, inside + 2 * PAGE, own ? fd : -1, offset, device};
-    if (own) used[device] += bytes;
-    *at = address;
-    return SUCCESS;
-}
-
-int unmap(uint64_t at, bool own) {
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    auto found = memory.find(at);
-    if (found == memory.end() || (found->second.fd >= 0) != own) return INVALID_VALUE;
-    munmap(found->second.map, found->second.mapped);
-    if (own) {
-        close(found->second.fd);
-        used[found->second.device] -= found->second.bytes;
-    }
-    memory.erase(found);
-    return SUCCESS;
-}
-
-struct Event {
-    std::mutex mutex;
-    std::condition_variable changed;
-    Stream* stream = nullptr;
-    uint64_t recorded = 0, reached = 0;
-    std::chrono::steady_clock::time_point when;
-};
-
-}  // namespace
-
 void enqueue(Stream* stream, std::function<void()> work) {
     std::lock_guard<std::mutex> lock(stream->mutex);
     if (stream->capture) stream->capture->push_back(std::move(work));
@@ -207,26 +132,9 @@ void enqueue(Stream* stream, std::function<void()> work) {
 
 void parallel(size_t count, const std::function<void(size_t)>& work) { in_parallel(count, work); }
 
-void check_range(const void* at, size_t bytes, const char* what) {
-    uintptr_t address = reinterpret_cast<uintptr_t>(at);
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    auto after = memory.upper_bound(address);
-    if (after != memory.begin()) {
-        --after;
-        if (address + bytes <= after->first + after->second.bytes) return;
-    }
-    fprintf(stderr, "GPU double: %s: %zu bytes at %p are not device memory\n", what, bytes, at);
-    abort();
-}
-
 }  // namespace gpu_double
 
 using namespace gpu_double;
-
-#define CONTEXT                                   \
-    do {                                          \
-        if (int error = no_context()) return error; \
-    } while (0)
 
 API cuInit(unsigned) {
     for (int i = 0; i < MOST_DEVICES; i++) contexts[i].device = i;
@@ -300,97 +208,6 @@ API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 
 API cuCtxSetCurrent(Context* context) {
     current = context;
-    return SUCCESS;
-}
-
-API cuMemGetInfo_v2(size_t* free, size_t* total) {
-    CONTEXT;
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    *total = total_memory();
-    *free = *total - std::min(*total, used[current->device]);
-    return SUCCESS;
-}
-
-API cuMemAlloc_v2(uint64_t* at, size_t bytes) {
-    CONTEXT;
-    if (captures()) return CAPTURE_UNSUPPORTED;
-    if (bytes == 0) return INVALID_VALUE;
-    {
-        std::lock_guard<std::mutex> lock(memory_mutex);
-        if (used[current->device] + bytes > total_memory()) return OUT_OF_MEMORY;
-    }
-    // As near to the end of its last page as an allocation's alignment lets it be.
-    size_t whole = (bytes + 255) / 256 * 256, offset = (PAGE - whole % PAGE) % PAGE;
-    int fd = memfd_create("baton-gpu-double", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, offset + whole)) return OUT_OF_MEMORY;
-    int error = map(fd, bytes, offset, current->device, true, at);
-    if (error) {
-        close(fd);
-        return error;
-    }
-    // Not a number, in whatever type it is read before it is written; too costly for large memory.
-    if (bytes <= size_t(4) << 20) memset(reinterpret_cast<void*>(*at), 0xff, bytes);
-    return SUCCESS;
-}
-
-API cuMemFree_v2(uint64_t at) {
-    CONTEXT;
-    if (captures()) return CAPTURE_UNSUPPORTED;
-    wait_for_all();
-    return unmap(at, true);
-}
-
-API cuMemGetAddressRange_v2(uint64_t* base, size_t* bytes, uint64_t at) {
-    CONTEXT;
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    auto found = memory.find(at);
-    if (found == memory.end()) return INVALID_VALUE;
-    *base = at;
-    *bytes = found->second.bytes;
-    return SUCCESS;
-}
-
-API cuMemHostAlloc(void** at, size_t bytes, unsigned) {
-    CONTEXT;
-    *at = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
-    return *at ? SUCCESS : OUT_OF_MEMORY;
-}
-
-API cuMemFreeHost(void* at) {
-    CONTEXT;
-    free(at);
-    return SUCCESS;
-}
-
-static int copy(void* to, const void* from, size_t bytes, Stream* stream, bool to_device, bool from_device) {
-    CONTEXT;
-    if (!stream) return INVALID_HANDLE;
-    enqueue(stream, [=] {
-        if (to_device) check_range(to, bytes, "a copy to the device");
-        if (from_device) check_range(from, bytes, "a copy from the device");
-        memmove(to, from, bytes);
-    });
-    return SUCCESS;
-}
-
-API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
-    return copy(reinterpret_cast<void*>(to), from, bytes, stream, true, false);
-}
-
-API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
-    return copy(to, reinterpret_cast<void*>(from), bytes, stream, false, true);
-}
-
-API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* stream) {
-    return copy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes, stream, true, true);
-}
-
-API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, Stream* stream) {
-    CONTEXT;
-    enqueue(stream, [=] {
-        check_range(reinterpret_cast<void*>(to), bytes, "a memset");
-        memset(reinterpret_cast<void*>(to), value, bytes);
-    });
     return SUCCESS;
 }
 
@@ -591,44 +408,4 @@ API cuEventElapsedTime_v2(float* milliseconds, Shared* start, Shared* end) {
     CONTEXT;
     *milliseconds = std::chrono::duration<float, std::milli>((*end)->when - (*start)->when).count();
     return SUCCESS;
-}
-
-API cuIpcGetMemHandle(Handle* handle, uint64_t at) {
-    CONTEXT;
-    std::lock_guard<std::mutex> lock(memory_mutex);
-    auto found = memory.find(at);
-    if (found == memory.end() || found->second.fd < 0) return INVALID_VALUE;
-    struct stat status;
-    fstat(found->second.fd, &status);
-    memset(handle, 0, sizeof *handle);
-    memcpy(handle->magic, "gpu-dbl", 8);
-    handle->pid = getpid();
-    handle->fd = found->second.fd;
-    handle->bytes = found->second.bytes;
-    handle->offset = found->second.offset;
-    handle->inode = status.st_ino;
-    return SUCCESS;
-}
-
-API cuIpcOpenMemHandle_v2(uint64_t* at, Handle handle, unsigned) {
-    CONTEXT;
-    // As where another GPU's memory cannot be reached.
-    if (memcmp(handle.magic, "gpu-dbl", 8) || setting("BATON_DOUBLE_NO_IPC", 0)) return INVALID_VALUE;
-    // As the driver has it: only in another process.
-    if (handle.pid == getpid()) return INVALID_CONTEXT;
-    std::string path = "/proc/" + std::to_string(handle.pid) + "/fd/" + std::to_string(handle.fd);
-    int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (fd < 0) return INVALID_HANDLE;
-    struct stat status;
-    int error = fstat(fd, &status) || status.st_ino != handle.inode
-                    ? INVALID_HANDLE
-                    : map(fd, handle.bytes, handle.offset, current->device, false, at);
-    close(fd);
-    return error;
-}
-
-API cuIpcCloseMemHandle(uint64_t at) {
-    CONTEXT;
-    wait_for_all();
-    return unmap(at, false);
 }

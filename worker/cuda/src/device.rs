@@ -58,8 +58,8 @@ pub fn visible(uuid: &[u8; 16]) -> bool {
         let (mut raw, mut own) = (0, sys::CUuuid { bytes: [0; 16] });
         // SAFETY: the driver writes the handle.
         let found = check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut raw, ordinal) });
-        // SAFETY: the driver writes 16 bytes.
         let known = found.and_then(|()| {
+            // SAFETY: the driver writes 16 bytes.
             check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut own, raw) })
         });
         known.is_ok() && own.bytes.map(|byte| byte as u8) == *uuid

@@ -18,6 +18,7 @@ mod driver;
 mod error;
 mod kernels;
 mod kv;
+mod limits;
 pub mod measure;
 #[cfg(feature = "nccl")]
 pub mod nccl;
@@ -26,10 +27,11 @@ pub mod single;
 mod step;
 mod weights;
 
-pub use decoder::{Decoder, Limits, Slice};
+pub use decoder::Decoder;
 pub use device::{Device, present, visible};
 pub use error::Error;
 pub use kv::{IPC_HANDLE_BYTES, KvMemory, PeerMemory};
+pub use limits::{Limits, Slice};
 pub use shape::{HEAD_DIMS, Shape};
 pub use weights::{LayerWeights, Loader, Projections};
 

@@ -23,6 +23,8 @@ pub const ID_BYTES: usize = 128;
 const UNDEFINED: c_int = c_int::MIN;
 /// `NCCL_VERSION_CODE` of the header that `sys` was made of: 2.30.
 const VERSION: u32 = 23_000;
+/// How long a link that is dropped waits for what it has sent to arrive.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Blocks that are sent in one group.
 const GROUP: usize = 128;
 
@@ -264,8 +266,26 @@ const BYTES: sys::ncclDataType_t = sys::ncclDataType_t::ncclInt8;
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if self.stream.device().bind().is_ok() {
-            self.end();
+        if self.stream.device().bind().is_err() {
+            return;
+        }
+        // What was sent may still be on its way from NCCL's own buffers: an abort would lose it.
+        let begun = self.with(|communicator| {
+            // SAFETY: the communicator lives.
+            check("ncclCommFinalize", unsafe { sys::ncclCommFinalize(communicator) })
+        });
+        let soon = Instant::now() + FAREWELL;
+        let ended = begun.and_then(|()| self.settle("ncclCommFinalize", soon, || Ok(true)));
+        let communicator =
+            self.communicator.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Communicator(raw)) = communicator {
+            // SAFETY: made by `connect`, and taken: nobody uses it any more.
+            let _ = unsafe {
+                match ended {
+                    Ok(()) => sys::ncclCommDestroy(raw),
+                    Err(_) => sys::ncclCommAbort(raw),
+                }
+            };
         }
     }
 }
