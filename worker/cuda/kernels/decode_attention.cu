@@ -33,7 +33,9 @@ __device__ void decode(const Decode& d) {
     __shared__ bool merges;
     bf16* queries = reinterpret_cast<bf16*>(shared);
     let_next_start();
-    wait_for_previous();
+    // Before the kernel waits it reads only what no kernel of this step writes: the step's inputs, and
+    // where it writes the new key and value itself, those of earlier positions.
+    if (!d.fused) wait_for_previous();
 
     const Paged& p = d.paged;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
@@ -45,6 +47,29 @@ __device__ void decode(const Decode& d) {
     uint32_t active = (tiles + share - 1) / share;
     if (blockIdx.z >= active) return;
     uint32_t begin = blockIdx.z * share, end = min(begin + share, tiles);
+
+    bf16* stages = queries + 16 * STRIDE + warp * 2 * STAGE;
+    // Of positions that are in their blocks already.
+    uint32_t known = d.fused ? position : position + 1;
+    auto load = [&](uint32_t tile, int stage) {
+        bf16* keys = stages + stage * STAGE;
+        // Each of 16 lanes looks one position up for all.
+        uint32_t at = tile * TILE + lane % TILE;
+        uint32_t mine = at < known ? key_row(p, table, kv_head, at) : 0;
+#pragma unroll
+        for (int i = 0; i < TILE * D / 8 / 32; i++) {
+            int in = (lane + i * 32) / (D / 8), piece = (lane + i * 32) % (D / 8);
+            uint32_t from = __shfl_sync(ALL, mine, in);
+            bool valid = tile * TILE + in < known;
+            const bf16* key = p.kv + size_t(from) * D + piece * 8;
+            copy_async(keys + in * STRIDE + piece * 8, key, valid);
+            copy_async(keys + (TILE + in) * STRIDE + piece * 8, key + (valid ? size_t(value_rows(p)) * D : 0), valid);
+        }
+    };
+    int stage = 0;
+    if (begin + warp < end) load(begin + warp, stage);
+    copy_commit();
+    if (d.fused) wait_for_previous();
 
     // Queries, padded to 16 heads.
     for (int head = warp; head < 16; head += DECODE_WARPS) {
@@ -61,39 +86,29 @@ __device__ void decode(const Decode& d) {
             for (int i = lane; i < D; i += 32) to[i] = from[i];
         }
     }
-    if (d.fused && end == tiles) {
-        if (warp == 0) store_key<D>(p, row, kv_head);
-        if (warp == 1) store_value<D>(p, row, kv_head);
-    }
     __syncthreads();
 
     Fragments<D> query(queries, lane);
     Softmax<D> softmax;
-    bf16* stages = queries + 16 * STRIDE + warp * 2 * STAGE;
-    auto load = [&](uint32_t tile, int stage) {
-        bf16* keys = stages + stage * STAGE;
-        // Each of 16 lanes looks one position up for all.
-        uint32_t at = tile * TILE + lane % TILE;
-        uint32_t mine = at <= position ? key_row(p, table, kv_head, at) : 0;
-#pragma unroll
-        for (int i = 0; i < TILE * D / 8 / 32; i++) {
-            int in = (lane + i * 32) / (D / 8), piece = (lane + i * 32) % (D / 8);
-            uint32_t from = __shfl_sync(ALL, mine, in);
-            bool valid = tile * TILE + in <= position;
-            const bf16* key = p.kv + size_t(from) * D + piece * 8;
-            copy_async(keys + in * STRIDE + piece * 8, key, valid);
-            copy_async(keys + (TILE + in) * STRIDE + piece * 8, key + (valid ? size_t(value_rows(p)) * D : 0), valid);
-        }
-    };
-    int stage = 0;
-    if (begin + warp < end) load(begin + warp, stage);
-    copy_commit();
     for (uint32_t tile = begin + warp; tile < end; tile += DECODE_WARPS) {
         if (tile + DECODE_WARPS < end) load(tile + DECODE_WARPS, stage ^ 1);
         copy_commit();
         copy_wait<1>();
         __syncwarp();
-        const bf16* keys = stages + stage * STAGE;
+        bf16* keys = stages + stage * STAGE;
+        if (d.fused && tile == tiles - 1) {
+            // The new key and value take their place in the tile, and go to their block.
+            bf16* key = keys + position % TILE * STRIDE;
+            bf16* value = key + TILE * STRIDE;
+            new_key<D>(p, row, kv_head, position, key);
+            new_value<D>(p, row, kv_head, value);
+            __syncwarp();
+            size_t to = size_t(key_row(p, table, kv_head, position)) * D;
+            for (int i = lane; i < D; i += 32) {
+                p.kv[to + i] = key[i];
+                p.kv[to + size_t(value_rows(p)) * D + i] = value[i];
+            }
+        }
         float scores[2][4] = {};
         query.multiply(scores, keys, lane);
         uint32_t first = tile * TILE;
@@ -179,7 +194,12 @@ __device__ void decode(const Decode& d) {
     if (threadIdx.x == 0) d.counters[slot] = 0;
 }
 
+// So many blocks fit on a multiprocessor; src/kernels.rs counts on it.
+constexpr int resident(int dim) { return dim <= 64 ? 4 : 3; }
+
 #define DECODE(D) \
-    extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32) decode_attention_##D(Decode d) { decode<D>(d); } \
+    extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32, resident(D)) decode_attention_##D(Decode d) { \
+        decode<D>(d); \
+    } \
     EXPORT(decode_attention_##D)
 FOR_HEAD_DIMS(DECODE)

@@ -117,9 +117,12 @@ __device__ void rotate(const Paged& p) {
         bf16* query = p.qkv + row * qkv_width(p, D) + size_t(head) * D;
         rotate_head<D>(p, query, query, p.bias ? p.bias + head * D : nullptr, p.q_norm, p.positions[row]);
     } else if (head < p.heads + p.kv_heads) {
-        store_key<D>(p, row, head - p.heads);
+        uint32_t of = head - p.heads, position = p.positions[row];
+        new_key<D>(p, row, of, position, p.kv + size_t(key_row(p, p.tables[row], of, position)) * D);
     } else if (head < p.heads + 2 * p.kv_heads) {
-        store_value<D>(p, row, head - p.heads - p.kv_heads);
+        uint32_t of = head - p.heads - p.kv_heads;
+        uint32_t to = key_row(p, p.tables[row], of, p.positions[row]) + value_rows(p);
+        new_value<D>(p, row, of, p.kv + size_t(to) * D);
     }
 }
 

@@ -84,20 +84,18 @@ __device__ __forceinline__ void copy_value(const bf16* from, bf16* to, const flo
     }
 }
 
-// Writes a row's key and value of one head into their block; a warp each.
+// A row's key and value of one head, as they go into their block; by one warp each.
 template <int D>
-__device__ __forceinline__ void store_key(const Paged& p, size_t row, uint32_t head) {
+__device__ __forceinline__ void new_key(const Paged& p, size_t row, uint32_t head, uint32_t position, bf16* to) {
     size_t at = (p.heads + head) * size_t(D);
-    uint32_t to = key_row(p, p.tables[row], head, p.positions[row]);
-    rotate_head<D>(p, p.qkv + row * qkv_width(p, D) + at, p.kv + size_t(to) * D, p.bias ? p.bias + at : nullptr,
-                   p.k_norm, p.positions[row]);
+    const float* bias = p.bias ? p.bias + at : nullptr;
+    rotate_head<D>(p, p.qkv + row * qkv_width(p, D) + at, to, bias, p.k_norm, position);
 }
 
 template <int D>
-__device__ __forceinline__ void store_value(const Paged& p, size_t row, uint32_t head) {
+__device__ __forceinline__ void new_value(const Paged& p, size_t row, uint32_t head, bf16* to) {
     size_t at = (p.heads + p.kv_heads + head) * size_t(D);
-    uint32_t to = key_row(p, p.tables[row], head, p.positions[row]) + value_rows(p);
-    copy_value<D>(p.qkv + row * qkv_width(p, D) + at, p.kv + size_t(to) * D, p.bias ? p.bias + at : nullptr);
+    copy_value<D>(p.qkv + row * qkv_width(p, D) + at, to, p.bias ? p.bias + at : nullptr);
 }
 
 // Instances for every supported width of a head; HEAD_DIMS in src/shape.rs.

@@ -138,6 +138,8 @@ pub(crate) struct Kernels {
     rotate: Function,
     decode: Function,
     decode_shared: u32,
+    /// Blocks of it that fit on a multiprocessor.
+    decode_resident: usize,
     prefill: Function,
     prefill_shared: u32,
     /// For up to two rows, with a norm before the product.
@@ -185,6 +187,7 @@ impl Kernels {
             rotate: plain(&format!("rotate_{head_dim}"))?,
             decode: device.function(&format!("decode_attention_{head_dim}"), decode_shared)?,
             decode_shared: decode_shared as u32,
+            decode_resident: if head_dim <= 64 { 4 } else { 3 },
             prefill: device.function(&format!("prefill_attention_{head_dim}"), prefill_shared)?,
             prefill_shared: prefill_shared as u32,
             norm_store: plain("narrow_2_norm_store")?,
@@ -195,9 +198,7 @@ impl Kernels {
 
     /// How many blocks share one sequence's positions, when `entries` sequences are attended to.
     pub(crate) fn splits(&self, entries: usize, kv_heads: usize) -> usize {
-        // Each block takes its dynamic shared memory and about 1.5 KiB more, of 227 KiB.
-        let resident = ((227 << 10) / (self.decode_shared as usize + 1536)).max(1);
-        splits(entries * kv_heads, resident * self.multiprocessors as usize)
+        splits(entries * kv_heads, self.decode_resident * self.multiprocessors as usize)
     }
 
     pub(crate) fn embed(&self, on: &Stream, rows: usize, p: &Embed) -> Result<(), Error> {

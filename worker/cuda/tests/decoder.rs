@@ -263,15 +263,16 @@ fn prompts_in_chunks_and_decoding_match_the_reference() {
 }
 
 #[test]
-fn graphs_give_what_single_launches_give() {
+fn graphs_and_overlap_change_nothing() {
     let mut random = Random::new(2);
     let shape = shape(64, 2, 4, 16);
     let model = Model::new(&mut random, shape.clone(), true);
     for count in [1, 3, 40] {
         let lengths = vec![24; count];
         let (sequences, blocks) = Sequences::new(&mut random, &shape, &lengths);
-        let run = |graphs: bool| {
-            let mut decoder = model.load(Limits { graphs, ..Limits::new(64, 40, 64) });
+        let run = |graphs: bool, overlap: bool| {
+            let limits = Limits { graphs, overlap, ..Limits::new(64, 40, 64) };
+            let mut decoder = model.load(limits);
             let kv = model.blocks(blocks);
             let mut done = sequences.done.clone();
             let mut all = Vec::new();
@@ -289,7 +290,11 @@ fn graphs_give_what_single_launches_give() {
             }
             all
         };
-        assert_eq!(run(true), run(false), "{count} sequences");
+        let plain = run(false, false);
+        for (graphs, overlap) in [(false, true), (true, false), (true, true)] {
+            let what = format!("{count} sequences, graphs {graphs}, overlap {overlap}");
+            assert!(run(graphs, overlap) == plain, "{what}");
+        }
     }
 }
 
