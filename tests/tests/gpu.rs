@@ -106,9 +106,9 @@ async fn handed_over(transport: &str) {
     let decode = cluster.only(Role::Decode);
     let status = decode.status().await;
     assert_eq!((status.handoff_requests, status.handoff_failures), (5, 0), "{status:?}");
-    let blocks: u64 = lengths.iter().map(|length| length.div_ceil(16)).sum();
+    let blocks: usize = lengths.iter().map(|length| length.div_ceil(16)).sum();
     // Two layers, two heads of 32 dimensions, keys and values, sixteen bits.
-    let bytes = blocks * 16 * 2 * 2 * 32 * 2 * 2;
+    let bytes = (blocks * 16 * 2 * 2 * 32 * 2 * 2) as u64;
     for (name, came) in came(&status) {
         assert_eq!(came, if name == transport { bytes } else { 0 }, "{name}: {status:?}");
     }
