@@ -59,7 +59,7 @@ __thread Places places;
 
 namespace {
 
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 128 << 10;
 constexpr size_t PAGE = 4096;
 constexpr int LANES = 32;
 constexpr size_t MOST_THREADS = 1024;
@@ -160,7 +160,8 @@ void prepare(Runner& r, size_t i) {
     uint32_t x = r.launch->block[0], y = r.launch->block[1];
     fiber.thread = {uint32_t(i) % x, uint32_t(i) / x % y, uint32_t(i) / x / y};
     // Six registers, and where to go: aligned as after a call.
-    void** top = reinterpret_cast<void**>(r.stacks + (i + 1) * STACK) - 2;
+    // Not all at the same place of a stack: the lanes of a warp would share a few sets of the cache.
+    void** top = reinterpret_cast<void**>(r.stacks + (i + 1) * STACK - i % LANES * 17 * 64) - 2;
     *top = reinterpret_cast<void*>(enter);
     fiber.stack = top - 6;
 }
