@@ -344,17 +344,20 @@ impl Event {
     }
 
     pub(crate) fn record(&self, stream: &Stream) -> Result<(), Error> {
+        self.device.bind()?;
         // SAFETY: both live.
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.raw, stream.raw) })
     }
 
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
+        self.device.bind()?;
         // SAFETY: the event lives.
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.raw) })
     }
 
     /// Seconds of the device between two events that were reached.
     pub(crate) fn since(&self, start: &Self) -> Result<f64, Error> {
+        self.device.bind()?;
         let mut milliseconds = 0.0;
         // SAFETY: both live; the driver writes the number.
         check("cuEventElapsedTime", unsafe {

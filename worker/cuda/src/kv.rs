@@ -242,6 +242,8 @@ mod parking {
             bytes: usize,
             work: impl FnOnce(&Stream, &mut [u8]) -> Result<T, Error>,
         ) -> Result<T, Error> {
+            // The lane may have been made in another thread.
+            device.bind()?;
             let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let (stream, mut staging) = match idle {
                 Some(lane) => lane,

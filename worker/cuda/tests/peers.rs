@@ -73,6 +73,23 @@ fn blocks_go_from_one_memory_to_another() {
 }
 
 #[test]
+fn every_call_can_be_a_threads_first() {
+    let (kv, other) = (memory(2), memory(2));
+    fill(&kv);
+    fill(&other);
+    // What the calls take turns at was made in this thread.
+    let new = |call: &(dyn Fn() + Sync)| {
+        std::thread::scope(|scope| drop(scope.spawn(call).join().unwrap()))
+    };
+    new(&|| kv.read(0, &mut vec![0; kv.block_bytes()]).unwrap());
+    new(&|| kv.write(1, &contents(1, kv.block_bytes())).unwrap());
+    new(&|| kv.copy_from(&other, &[1], &[0]).unwrap());
+    new(&|| drop(kv.export().unwrap()));
+    new(&|| drop(kv.device().memory().unwrap()));
+    assert_holds(&kv, 0, 1);
+}
+
+#[test]
 fn several_threads_copy_at_once() {
     let kv = memory(16);
     std::thread::scope(|scope| {
