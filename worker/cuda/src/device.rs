@@ -72,8 +72,8 @@ pub struct Device {
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
     multiprocessors: u32,
-    /// Compute capability, major and minor.
-    capability: (i32, i32),
+    /// Whether the kernels are machine code for it, not PTX for all GPUs.
+    native: bool,
     uuid: [u8; 16],
 }
 
@@ -138,12 +138,12 @@ impl Device {
             context,
             modules: Vec::new(),
             multiprocessors: multiprocessors.max(1) as u32,
-            capability,
+            native: capability == (9, 0) && IMAGES.iter().all(|(_, cubin)| !cubin.is_empty()),
             uuid: uuid.bytes.map(|byte| byte as u8),
         };
         device.bind()?;
         for (ptx, cubin) in IMAGES {
-            let image = if capability == (9, 0) && !cubin.is_empty() { cubin } else { ptx };
+            let image = if device.native { cubin } else { ptx };
             let mut module = null_mut();
             // SAFETY: machine code, or PTX that ends in zero; the driver writes the handle.
             check("cuModuleLoadData", unsafe {
@@ -187,9 +187,10 @@ impl Device {
         self.multiprocessors
     }
 
-    /// Whether a kernel may start before the one before it is complete.
+    /// Whether a kernel may start before the one before it is complete: it has to wait by itself, and
+    /// PTX for GPUs that cannot do that does not.
     pub(crate) fn overlaps(&self) -> bool {
-        self.capability >= (9, 0)
+        self.native
     }
 
     /// Makes it the calling thread's device: before every call of the driver.
