@@ -1,12 +1,13 @@
 //! How near a step comes to what the GPU can do at most: decode to the rate at which memory is read,
 //! prefill to the rate of cuBLAS's matrix product, both measured first.
 //!
-//! `roofline [--shape 1b|8b] [--no-graphs] [--no-overlap] [--narrow-rows N]`
+//! `roofline [--shape 1b|8b] [--batch N]... [--parts] [--no-graphs] [--no-overlap] [--narrow-rows N]`
 //!
 //! Weights are random in the shapes of Llama 3.2 1B and Llama 3.1 8B, both unless one is named. A
 //! decode step reads all weights but the embedding, and the keys and values of 512 positions of each
 //! sequence. Times are the device's, from a step's inputs to its logits on the device, the median of
-//! many; beside it stands what a caller of `forward` waits, logits on the host included.
+//! many; beside it stands what a caller of `forward` waits, logits on the host included. `--parts` adds
+//! what each part of a layer takes by itself.
 //!
 //! With the GPU double a tiny shape is run, and nothing is timed.
 
@@ -161,6 +162,8 @@ fn median(mut times: Vec<(f64, f64)>) -> (f64, f64) {
 
 struct Report {
     timed: bool,
+    parts: bool,
+    batches: Vec<usize>,
     missed: bool,
 }
 
@@ -220,27 +223,42 @@ fn run(
     report.line(&what, times, operations as f64 / matrix, PREFILL);
 
     bench.prefill(batch, CONTEXT.min(prompt), rows / CONTEXT.min(prompt))?;
-    for (batch, wanted) in [(1, DECODE_1), (8, DECODE_64), (batch, DECODE_64)] {
-        let batch = batch.min(bench.kv.blocks() / per);
+    for most in report.batches.clone() {
+        let batch = most.min(bench.kv.blocks() / per);
+        let wanted = if batch == 1 { DECODE_1 } else { DECODE_64 };
         let times = bench.decode(batch, report.timed)?;
         let position = bench.kv.block_bytes() / BLOCK;
         let read = 2 * shape.streamed_weights() + batch * position * (CONTEXT + WARM + STEPS / 2);
         report.line(&format!("{name} decode, batch {batch}"), times, read as f64 / memory, wanted);
+        if report.parts {
+            let parts = bench.decoder.parts(&bench.kv)?;
+            for (part, seconds) in parts.into_iter().filter(|_| report.timed) {
+                println!("    {part}: {:.1} us", seconds * 1e6);
+            }
+        }
     }
     Ok(())
 }
 
 fn main() -> ExitCode {
     let (mut shapes, mut graphs, mut overlap, mut narrow) = (Vec::new(), true, true, None);
+    let (mut batches, mut parts) = (Vec::<usize>::new(), false);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--shape" => shapes.extend(arguments.next()),
+            "--batch" => {
+                batches.extend(arguments.next().and_then(|batch| batch.parse::<usize>().ok()))
+            }
+            "--parts" => parts = true,
             "--no-graphs" => graphs = false,
             "--no-overlap" => overlap = false,
             "--narrow-rows" => narrow = arguments.next().and_then(|rows| rows.parse().ok()),
             other => {
-                eprintln!("{other}: --shape 1b|8b, --no-graphs, --no-overlap, --narrow-rows N");
+                eprintln!(
+                    "{other}: --shape 1b|8b, --batch N, --parts, --no-graphs, --no-overlap, \
+                     --narrow-rows N"
+                );
                 return ExitCode::from(2);
             }
         }
@@ -254,7 +272,11 @@ fn main() -> ExitCode {
     let mut all = || -> Result<bool, Error> {
         let device = Device::open(0)?;
         let timed = !device.name().contains("double");
-        let mut report = Report { timed, missed: false };
+        if batches.is_empty() {
+            batches = vec![1, 8, 64];
+        }
+        let batches = std::mem::take(&mut batches);
+        let mut report = Report { timed, parts, batches, missed: false };
         if !timed {
             println!("{}: everything is run, nothing is timed", device.name());
             run(&device, "tiny", limits, (1.0, 1.0), &mut report)?;

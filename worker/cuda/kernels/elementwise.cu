@@ -32,29 +32,51 @@ struct Norm {
     float eps;
 };
 
-// RMSNorm (Zhang and Sennrich 2019). Grid: rows of `out`.
+// RMSNorm (Zhang and Sennrich 2019). Grid: rows of `out`. A thread keeps its part of a row of up to
+// 8192 in registers; what is beyond is read twice.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(Norm p) {
+    constexpr int KEPT = 8, STEP = 256 * 4;
     __shared__ float sums[8];
     let_next_start();
+    float4 v[KEPT], w[KEPT];
+    uint32_t first = threadIdx.x * 4;
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        uint32_t i = first + j * STEP;
+        if (i < p.hidden) w[j] = *reinterpret_cast<const float4*>(p.weight + i);
+    }
     wait_for_previous();
     const float* x = p.x + size_t(p.gather ? p.gather[blockIdx.x] : blockIdx.x) * p.hidden;
     bf16* out = p.out + size_t(blockIdx.x) * p.hidden;
     float squares = 0.0f;
-    for (uint32_t i = threadIdx.x * 4; i < p.hidden; i += blockDim.x * 4) {
-        float4 v = *reinterpret_cast<const float4*>(x + i);
-        squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    auto add = [&](float4 v) { squares += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; };
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        uint32_t i = first + j * STEP;
+        if (i < p.hidden) v[j] = *reinterpret_cast<const float4*>(x + i);
     }
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        if (first + j * STEP < p.hidden) add(v[j]);
+    }
+    for (uint32_t i = first + KEPT * STEP; i < p.hidden; i += STEP) add(*reinterpret_cast<const float4*>(x + i));
     squares = warp_sum(squares);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
     __syncthreads();
     squares = 0.0f;
     for (int i = 0; i < 8; i++) squares += sums[i];
     float factor = rsqrtf(squares / p.hidden + p.eps);
-    for (uint32_t i = threadIdx.x * 4; i < p.hidden; i += blockDim.x * 4) {
-        float4 v = *reinterpret_cast<const float4*>(x + i);
-        float4 w = *reinterpret_cast<const float4*>(p.weight + i);
+    auto write = [&](uint32_t i, float4 v, float4 w) {
         *reinterpret_cast<uint2*>(out + i) = make_uint2(pack(v.x * factor * w.x, v.y * factor * w.y),
                                                         pack(v.z * factor * w.z, v.w * factor * w.w));
+    };
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) {
+        uint32_t i = first + j * STEP;
+        if (i < p.hidden) write(i, v[j], w[j]);
+    }
+    for (uint32_t i = first + KEPT * STEP; i < p.hidden; i += STEP) {
+        write(i, *reinterpret_cast<const float4*>(x + i), *reinterpret_cast<const float4*>(p.weight + i));
     }
 }
 EXPORT(rms_norm)

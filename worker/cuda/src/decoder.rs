@@ -1,4 +1,6 @@
-//! The forward pass.
+//! The forward pass: a step in, its logits out.
+
+mod pass;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,13 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::bf16;
 
-use crate::blas::{Blas, Outcome};
+use crate::blas::Blas;
 use crate::driver::{Buffer, Event, Graph, Pinned, Stream};
-use crate::kernels::{
-    Decode, Embed, Gated, Kernels, NARROW_ROWS, Narrow, Norm, Out, Paged, Prefill,
-};
+use crate::kernels::{Kernels, NARROW_ROWS};
 use crate::step::{Layout, Step, bucket};
-use crate::weights::{Layer, Weights};
+use crate::weights::Weights;
 use crate::{Device, Error, KvMemory, Limits, Shape, Slice};
 
 /// A graph is made when a batch's size comes for the second time: the first run has the libraries load
@@ -61,6 +61,8 @@ pub struct Decoder {
     /// Of two layers by turns: when it is complete.
     pace: [Event; 2],
     clock: Option<[Event; 2]>,
+    /// The last step, where it was one of decoding.
+    last: Option<Layout>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -122,6 +124,7 @@ impl Decoder {
             logits: Pinned::new(&device, limits.logits * shape.vocab)?,
             pace: [Event::new(&device)?, Event::new(&device)?],
             clock: None,
+            last: None,
             stream,
             kernels,
             shape,
@@ -204,6 +207,7 @@ impl Decoder {
         }
         // SAFETY: the inputs are next written by the next step, after this one was waited for.
         unsafe { self.scratch.inputs.copy_from(&self.stream, 0, &self.inputs[..words]) }?;
+        self.last = Some(layout).filter(|layout| layout.uniform);
         match (layout.uniform, self.limits.graphs) {
             (true, true) => self.replay(&layout, kv)?,
             (true, false) => self.whole(&layout, kv)?,
@@ -255,206 +259,6 @@ impl Decoder {
             }
             Some(Replay::Graph(graph)) => self.stream.launch(graph),
         }
-    }
-
-    /// Layers and head of a decode step.
-    fn whole(&self, layout: &Layout, kv: &KvMemory) -> Result<(), Error> {
-        self.layers(layout, kv, None)?;
-        self.head(layout.rows, 0)
-    }
-
-    /// Logits of the rows whose numbers are at `wanted`, or with 0 of as many rows in their order.
-    fn head(&self, rows: usize, wanted: u64) -> Result<(), Error> {
-        let (scratch, shape, weights) = (&self.scratch, &self.shape, &self.weights);
-        self.norm(rows, &weights.norm, wanted)?;
-        let head = weights.head.as_ref().unwrap_or(&weights.embedding);
-        let (x, to) = (scratch.normed.address(0), scratch.logits.address(0));
-        self.product(Out::Floats, rows, (x, shape.hidden), head, (to, shape.vocab))
-    }
-
-    /// Everything but the output projection. With a flag, no more than two layers are put on the stream
-    /// ahead of the device, and the flag is looked at between them.
-    fn layers(
-        &self,
-        layout: &Layout,
-        kv: &KvMemory,
-        interrupt: Option<&AtomicBool>,
-    ) -> Result<(), Error> {
-        let (scratch, shape, stream) = (&self.scratch, &self.shape, &self.stream);
-        let rows = layout.rows;
-        let embed = Embed {
-            tokens: scratch.inputs.address(0),
-            table: self.weights.embedding.address(0),
-            x: scratch.x.address(0),
-            hidden: shape.hidden as u32,
-        };
-        self.kernels.embed(stream, rows, &embed)?;
-        let input = |word: usize| scratch.inputs.address(word);
-        let paged = Paged {
-            qkv: scratch.qkv.address(0),
-            kv: kv.base(),
-            positions: input(layout.positions()),
-            tables: input(layout.tables()),
-            blocks: input(layout.blocks_at()),
-            angles: scratch.angles.address(0),
-            ..Paged::of(shape)
-        };
-        for (i, layer) in self.weights.layers.iter().enumerate() {
-            if let Some(interrupt) = interrupt {
-                let pace = &self.pace[i % 2];
-                if i >= 2 {
-                    pace.synchronize()?;
-                }
-                if interrupt.load(Ordering::Relaxed) {
-                    return Err(Error::Interrupted);
-                }
-            }
-            let address = |vector: &Option<Buffer<f32>>| {
-                vector.as_ref().map_or(0, |vector| vector.address(0))
-            };
-            let paged = Paged {
-                layer: i as u32,
-                bias: address(&layer.bias),
-                q_norm: address(&layer.query_norm),
-                k_norm: address(&layer.key_norm),
-                ..paged
-            };
-            self.layer(rows, layer, layout, &paged)?;
-            if interrupt.is_some() {
-                self.pace[i % 2].record(stream)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn layer(
-        &self,
-        rows: usize,
-        layer: &Layer,
-        layout: &Layout,
-        paged: &Paged,
-    ) -> Result<(), Error> {
-        let (scratch, shape, stream) = (&self.scratch, &self.shape, &self.stream);
-        let (x, hidden) = (scratch.x.address(0), shape.hidden);
-        let (qkv, pairs) = (scratch.qkv.address(0), scratch.pairs.address(0));
-        let (attended, gated) = (scratch.attended.address(0), scratch.gated.address(0));
-
-        self.normed_product(
-            Out::Store,
-            rows,
-            &layer.attention_norm,
-            &layer.qkv,
-            (qkv, shape.qkv_width()),
-        )?;
-        self.attention(layout, paged, attended)?;
-        self.product(Out::Add, rows, (attended, shape.q_width()), &layer.output, (x, hidden))?;
-
-        let gate_up = &layer.gate_up;
-        if rows <= self.limits.narrow_rows {
-            let to = (gated, 2 * shape.ffn);
-            self.normed_product(Out::Gated, rows, &layer.ffn_norm, gate_up, to)?;
-        } else {
-            let to = (pairs, 2 * shape.ffn);
-            self.normed_product(Out::Store, rows, &layer.ffn_norm, gate_up, to)?;
-            let count = (rows * shape.ffn) as u64;
-            self.kernels.gated(stream, &Gated { pairs, out: gated, count })?;
-        }
-        self.product(Out::Add, rows, (gated, shape.ffn), &layer.down, (x, hidden))
-    }
-
-    /// Keys and values go into their blocks, and each row is attended to by the kernel for its kind.
-    fn attention(&self, layout: &Layout, paged: &Paged, out: u64) -> Result<(), Error> {
-        let (scratch, stream) = (&self.scratch, &self.stream);
-        let fused = layout.uniform;
-        if !fused {
-            self.kernels.rotate(stream, layout.rows, paged)?;
-        }
-        if layout.entries > 0 {
-            let rows = match layout.uniform {
-                true => 0,
-                false => scratch.inputs.address(layout.entries_at()),
-            };
-            let decode = Decode {
-                paged: *paged,
-                rows,
-                out,
-                parts: scratch.parts.address(0),
-                counters: scratch.counters.address(0),
-                splits: self.kernels.splits(layout.entries, self.shape.kv_heads) as u32,
-                fused: u32::from(fused),
-            };
-            self.kernels.decode(stream, layout.entries, &decode)?;
-        }
-        if layout.tiles > 0 {
-            let tiles = scratch.inputs.address(layout.tiles_at());
-            self.kernels.prefill(stream, layout.tiles, &Prefill { paged: *paged, tiles, out })?;
-        }
-        Ok(())
-    }
-
-    fn norm(&self, rows: usize, weight: &Buffer<f32>, gather: u64) -> Result<(), Error> {
-        let norm = Norm {
-            x: self.scratch.x.address(0),
-            weight: weight.address(0),
-            gather,
-            out: self.scratch.normed.address(0),
-            hidden: self.shape.hidden as u32,
-            eps: self.shape.rms_eps,
-        };
-        self.kernels.rms_norm(&self.stream, rows, &norm)
-    }
-
-    /// A product of the residual stream after a norm: in one kernel where the rows are few enough that
-    /// doing the norm again in each block costs less than a launch.
-    fn normed_product(
-        &self,
-        out: Out,
-        rows: usize,
-        norm: &Buffer<f32>,
-        w: &Buffer<bf16>,
-        to: (u64, usize),
-    ) -> Result<(), Error> {
-        if rows <= 2 && rows <= self.limits.narrow_rows {
-            let narrow = Narrow {
-                w: w.address(0),
-                x: self.scratch.x.address(0),
-                norm: norm.address(0),
-                out: to.0,
-                n: to.1 as u32,
-                k: self.shape.hidden as u32,
-                rows: rows as u32,
-                eps: self.shape.rms_eps,
-            };
-            return self.kernels.narrow(&self.stream, out, &narrow);
-        }
-        self.norm(rows, norm, 0)?;
-        self.product(out, rows, (self.scratch.normed.address(0), self.shape.hidden), w, to)
-    }
-
-    /// `x` is `rows × k`, `w` is `n × k`; each with its width.
-    fn product(
-        &self,
-        out: Out,
-        rows: usize,
-        (x, k): (u64, usize),
-        w: &Buffer<bf16>,
-        (to, n): (u64, usize),
-    ) -> Result<(), Error> {
-        let w = w.address(0);
-        if rows <= self.limits.narrow_rows {
-            let (rows, n, k) = (rows as u32, n as u32, k as u32);
-            let narrow = Narrow { w, x, norm: 0, out: to, n, k, rows, eps: 0.0 };
-            return self.kernels.narrow(&self.stream, out, &narrow);
-        }
-        let outcome = match out {
-            Out::Store => Outcome::Store,
-            Out::Add => Outcome::Add,
-            Out::Floats => Outcome::Floats,
-            Out::Gated => return Err(Error::Mismatch(format!("a gated product of {rows} rows"))),
-        };
-        // SAFETY: the addresses are of buffers of this decoder, made for these widths and for at
-        // least as many rows.
-        unsafe { self.blas.multiply(x, w, to, rows, n, k, outcome) }
     }
 }
 

@@ -38,7 +38,7 @@ fn embedding_takes_rows() {
 fn norm_is_that_of_each_row() {
     let mut random = Random::new(2);
     let single = single();
-    for hidden in [32, 576, 1536, 4128] {
+    for hidden in [32, 576, 1536, 4128, 8192, 9248] {
         let (x, weight) = (random.floats(7 * hidden, 3.0), random.floats(hidden, 1.0));
         let row = |i: usize| rms_norm(&x[i * hidden..][..hidden], &weight, 1e-5);
         let got = single.rms_norm(&x, &weight, None, 1e-5).unwrap();
@@ -256,4 +256,11 @@ fn new_tokens_attend_to_all_before_them() {
             check_attention(&mut random, &shape, &spans, 1, false, group % 2 == 0);
         }
     }
+}
+
+#[test]
+fn a_long_prompt_attends_to_all_before_it() {
+    let mut random = Random::new(10);
+    let shape = shape(64, 2, 4, 16);
+    check_attention(&mut random, &shape, &[(0, 400), (333, 150)], 1, false, false);
 }
