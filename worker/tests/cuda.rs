@@ -4,7 +4,7 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -42,7 +42,7 @@ struct Runs {
 }
 
 impl Runs {
-    fn on_gpu(path: &PathBuf) -> Self {
+    fn on_gpu(path: &Path) -> Self {
         let LoadedModel { model, .. } = cuda::load(path, &options()).unwrap();
         let layout = model.kv_layout(BLOCK, KvDtype::I16);
         assert_eq!(layout.dtype(), KvDtype::Bf16);
@@ -50,7 +50,7 @@ impl Runs {
         Self { model, kv }
     }
 
-    fn on_cpu(path: &PathBuf) -> Self {
+    fn on_cpu(path: &Path) -> Self {
         let model = load(path, 2, Precision::Float).unwrap().model;
         let kv = KvPool::new(kv_layout(model.config(), BLOCK, KvDtype::I16), BLOCKS).unwrap();
         Self { model, kv }
@@ -93,7 +93,7 @@ fn distance(got: &[f32], expected: &[f32]) -> f32 {
 
 /// Both models given the same tokens, those that the processor's prefers: the logits are near each
 /// other at every step, and where another token is best, it was nearly so on the processor.
-fn agree(path: &PathBuf, prompts: &[Vec<u32>], steps: usize, bound: f32) {
+fn agree(path: &Path, prompts: &[Vec<u32>], steps: usize, bound: f32) {
     let (mut cpu, mut gpu) = (Runs::on_cpu(path), Runs::on_gpu(path));
     let blocks: Vec<u32> = (0..30).rev().collect();
     let (mut worst, mut others, mut all) = (0f32, 0, 0);

@@ -244,7 +244,10 @@ mod tests {
         fn write(&self, block: BlockId, bytes: &[u8]) -> Result<(), DeviceError> {
             match bytes[0] {
                 0 => Err(DeviceError("broken".into())),
-                _ => Ok(self.0.lock()[block as usize].copy_from_slice(bytes)),
+                _ => {
+                    self.0.lock()[block as usize].copy_from_slice(bytes);
+                    Ok(())
+                }
             }
         }
     }
