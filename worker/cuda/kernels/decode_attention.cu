@@ -17,6 +17,7 @@ struct Decode {
     uint32_t splits;
     uint32_t fused;  // whether bias, norm, rotation and the writing of the new key and value are done here
 };
+static_assert(sizeof(Decode) == 152, "as in src/kernels.rs");
 
 constexpr int DECODE_WARPS = 4;
 constexpr int TILE = 16;

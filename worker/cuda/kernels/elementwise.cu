@@ -8,6 +8,7 @@ struct Embed {
     float* x;                // [rows][hidden]
     uint32_t hidden;
 };
+static_assert(sizeof(Embed) == 32, "as in src/kernels.rs");
 
 // Grid: rows.
 extern "C" __global__ void __launch_bounds__(256) embed(Embed p) {
@@ -31,6 +32,7 @@ struct Norm {
     uint32_t hidden;
     float eps;
 };
+static_assert(sizeof(Norm) == 40, "as in src/kernels.rs");
 
 // RMSNorm (Zhang and Sennrich 2019). Grid: rows of `out`. A thread keeps its part of a row of up to
 // 8192 in registers; what is beyond is read twice.
@@ -86,6 +88,7 @@ struct Gated {
     bf16* out;          // [count]
     uint64_t count;     // a multiple of 8
 };
+static_assert(sizeof(Gated) == 24, "as in src/kernels.rs");
 
 // silu(gate) * up. Grid: enough for a thread per 8 outputs.
 extern "C" __global__ void __launch_bounds__(256) gated(Gated p) {
@@ -109,6 +112,7 @@ struct ReadAll {
     float* sums;  // [block]
     uint64_t count;
 };
+static_assert(sizeof(ReadAll) == 24, "as in src/kernels.rs");
 
 // Reads memory as fast as it comes, to measure that. Any grid.
 extern "C" __global__ void __launch_bounds__(256) read_all(ReadAll p) {

@@ -22,6 +22,7 @@ struct Narrow {
     uint32_t rows;
     float eps;
 };
+static_assert(sizeof(Narrow) == 48, "as in src/kernels.rs");
 
 enum Out {
     STORE,   // bf16 [rows][n]

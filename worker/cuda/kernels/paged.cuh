@@ -27,6 +27,7 @@ struct Paged {
     float eps;
     float scale;            // of scores, times log2(e)
 };
+static_assert(sizeof(Paged) == 112, "as in src/kernels.rs");
 
 // Elements of one row of `qkv`.
 __device__ __forceinline__ size_t qkv_width(const Paged& p, uint32_t dim) {

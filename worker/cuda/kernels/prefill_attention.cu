@@ -20,6 +20,7 @@ struct Prefill {
     const Tile* tiles;
     bf16* out;  // [row][heads][head_dim]
 };
+static_assert(sizeof(Prefill) == 128, "as in src/kernels.rs");
 
 constexpr int PREFILL_WARPS = 4;
 constexpr int ROWS = PREFILL_WARPS * 16;

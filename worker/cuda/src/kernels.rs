@@ -97,6 +97,18 @@ pub(crate) struct Prefill {
     pub(crate) out: u64,
 }
 
+// The same numbers are in the kernels' sources.
+const _: () = {
+    assert!(size_of::<Paged>() == 112);
+    assert!(size_of::<Embed>() == 32);
+    assert!(size_of::<Norm>() == 40);
+    assert!(size_of::<Gated>() == 24);
+    assert!(size_of::<ReadAll>() == 24);
+    assert!(size_of::<Narrow>() == 48);
+    assert!(size_of::<Decode>() == 152);
+    assert!(size_of::<Prefill>() == 128);
+};
+
 /// Rows of one tile of prefill attention: tokens of a slice times the query heads of a group.
 pub(crate) const TILE_ROWS: usize = 64;
 
