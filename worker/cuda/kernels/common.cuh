@@ -88,7 +88,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // Waits until the kernels launched before this one are complete. What a kernel does before it is
-// limited to what no kernel writes: reading weights. (PTX ISA, `griddepcontrol`.)
+// limited to what no kernel of the step writes, such as reading weights. Every thread of every kernel
+// waits, so that a kernel that is complete says that all before it are. (PTX ISA, `griddepcontrol`.)
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -46,7 +46,11 @@ __device__ void decode(const Decode& d) {
     uint32_t tiles = position / TILE + 1;
     uint32_t share = max((tiles + d.splits - 1) / d.splits, LEAST_TILES);
     uint32_t active = (tiles + share - 1) / share;
-    if (blockIdx.z >= active) return;
+    if (blockIdx.z >= active) {
+        // Every thread of every kernel waits: then that a kernel is complete says that all before it are.
+        if (d.fused) wait_for_previous();
+        return;
+    }
     uint32_t begin = blockIdx.z * share, end = min(begin + share, tiles);
 
     bf16* stages = queries + 16 * STRIDE + warp * 2 * STAGE;
