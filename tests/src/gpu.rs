@@ -16,8 +16,8 @@ pub fn real() -> bool {
 
 /// A worker that was built for GPUs.
 pub fn worker() -> PathBuf {
-    let path = build_dir().join("gpu/baton-worker");
-    assert!(path.is_file(), "{} is missing: run tests/gpu/build first", path.display());
+    let path = build_dir().join("baton-worker-cuda");
+    assert!(path.is_file(), "{} is missing: tests/gpu/build says why", path.display());
     path
 }
 
@@ -26,8 +26,9 @@ pub fn environment() -> Vec<(&'static str, String)> {
     if real() {
         return Vec::new();
     }
-    let libraries = build_dir().join("gpu/lib");
-    assert!(libraries.is_dir(), "{} is missing: run tests/gpu/build first", libraries.display());
+    let libraries = build_dir().join("gpu-double");
+    let built = libraries.join("complete").is_file();
+    assert!(built, "{} is not complete: tests/gpu/build says why", libraries.display());
     vec![
         ("LD_LIBRARY_PATH", libraries.display().to_string()),
         // On the double the matrix products of a library are much faster than a kernel's.

@@ -204,6 +204,7 @@ async fn the_peer_dies(transport: &str) {
     let got = call.await.expect("an answer");
     agree(&expected, &got, 0.1);
     let after = grpc::status(&decode).await;
+    assert!(after.handoff_failures >= 1, "the hand-off was over before the peer died: {after:?}");
     assert_eq!(grpc::owned_blocks(&after), 0, "{after:?}");
     // A new one is used again.
     let model = qwen3();
@@ -231,25 +232,45 @@ async fn the_answer_is_right_when_the_peer_dies_while_blocks_cross_by_nccl() {
     the_peer_dies("nccl").await;
 }
 
-/// A client that leaves while blocks cross leaves no block behind, and the link is not used again.
+/// Clients leave while blocks cross: no block stays, and what was under way for them is not taken for
+/// the next one's.
 #[tokio::test]
 async fn a_hand_off_that_is_given_up_leaves_nothing() {
+    let alone = workers(gpu::cluster(), &[Role::Unified]).start().await;
     for transport in ["cuda-ipc", "nccl"] {
         let builder = workers(gpu::cluster(), &[Role::Prefill, Role::Decode]);
         let builder = builder.worker_arg("--max-batch-tokens", "16").transport(transport);
         let cluster = builder.handoff_min_tokens(16).start().await;
-        for salt in 0..4 {
-            let long = request(salt, 480, 30);
-            let call = answer(&cluster.api, &long);
-            let _ = tokio::time::timeout(Duration::from_millis(30 + 40 * salt as u64), call).await;
+        let decode = cluster.only(Role::Decode);
+        // A link that was kept is there to be used by those that follow.
+        answer(&cluster.api, &request(0, 64, 2)).await;
+        for salt in 1..4 {
+            let before = decode.status().await;
+            let call = tokio::spawn({
+                let (api, long) = (cluster.api.clone(), request(salt, 480, 4));
+                async move { answer(&api, &long).await }
+            });
+            eventually("blocks arrive", Duration::from_secs(30), async || {
+                let status = decode.status().await;
+                let came = grpc::handoff_bytes(&status) > grpc::handoff_bytes(&before);
+                if came { Ok(()) } else { Err(format!("{status:?}")) }
+            })
+            .await;
+            call.abort();
+            assert!(call.await.is_err(), "it was answered before the client left");
+            cluster.at_rest().await;
+            let after = decode.status().await;
+            assert_eq!(after.generation_tokens, before.generation_tokens, "{after:?}");
+            let next = request(10 + salt, 300, 8);
+            let (expected, got) =
+                tokio::join!(answer(&alone.api, &next), answer(&cluster.api, &next));
+            agree(&expected, &got, 0.05);
+            let end = decode.status().await;
+            assert!(grpc::handoff_bytes(&end) > grpc::handoff_bytes(&after), "{end:?}");
         }
-        cluster.at_rest().await;
-        let whole = request(9, 480, 4);
-        let got = answer(&cluster.api, &whole).await;
-        let again = answer(&cluster.api, &request(9, 480, 4)).await;
-        assert_eq!(got.ids, again.ids);
         cluster.finish().await;
     }
+    alone.finish().await;
 }
 
 /// A worker that drains hands its sequences over with their KV.
@@ -300,10 +321,17 @@ async fn a_gpu_and_a_processor_do_not_share_kv() {
     let flags = [("--model", model.to_str().expect("UTF-8")), ("--device", "cpu")];
     cluster.add_worker_with(Role::Decode, &flags).await;
     cluster.all_found().await;
-    answer(&cluster.api, &request(0, 100, 4)).await;
+    let alone = workers(Cluster::builder(), &[Role::Unified]).start().await;
+    let request = request(0, 100, 4);
+    let (expected, got) =
+        tokio::join!(answer(&alone.api, &request), answer(&cluster.api, &request));
+    assert_eq!(expected.ids, got.ids);
     let status = cluster.only(Role::Decode).status().await;
-    assert_eq!(grpc::handoff_bytes(&status), 0, "{status:?}");
+    // The gateway does not even bring them together.
+    assert_eq!((status.handoff_requests, grpc::handoff_bytes(&status)), (0, 0), "{status:?}");
+    assert_eq!(cluster.only(Role::Prefill).status().await.requests, 0);
     cluster.finish().await;
+    alone.finish().await;
 }
 
 /// Runs a worker that must not start; gives its exit code and what it says.

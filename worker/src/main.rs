@@ -24,7 +24,7 @@ use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Identity, Member, Parts, PoolingParts, WorkerService};
 use baton_worker::transfer::Transports;
 use tokio::net::TcpSocket;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
@@ -32,7 +32,7 @@ const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
 const BACKLOG: u32 = 1024;
 
 #[tokio::main(worker_threads = 2)]
-async fn main() -> ExitCode {
+pub(crate) async fn main() -> ExitCode {
     let settings: Settings = config::parse(SCHEMA);
     settings.cluster.init_log();
     daemon::exit(run(settings).await)
@@ -89,12 +89,15 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         reason = engine.lost() => lost = Some(reason),
         () = change_roles(member, &etcd, &instance, &mut registration) => {}
     }
-    info!("stopping: running requests go elsewhere, or finish");
+    match &lost {
+        None => info!("stopping: running requests go elsewhere, or finish"),
+        Some(reason) => error!(reason, "stopping: running requests were given up"),
+    }
     drain.begin(None);
     let drained = async {
         // Beside the drain: etcd may be away.
         let drained = async {
-            while !drain.done() {
+            while lost.is_none() && !drain.done() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -189,7 +192,9 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         return Err(Failure::new(Exit::Config, message));
     }
     let pool = loaded.model.kv_pool(layout, blocks).map_err(|error| {
-        Failure::new(Exit::Failure, format!("there is no memory for --kv-memory: {error}"))
+        let wanted = blocks as u64 * layout.block_bytes;
+        let message = format!("cannot make a KV pool of {wanted} bytes (--kv-memory): {error}");
+        Failure::new(Exit::Failure, message)
     })?;
     let limits = Limits {
         block_size: settings.block_size,

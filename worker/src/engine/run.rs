@@ -134,7 +134,17 @@ impl Running {
             if batch.stopping {
                 let all: Vec<SequenceId> = self.requests.keys().copied().collect();
                 all.into_iter().for_each(|id| self.end(id, Finish::Stopping));
+                for command in batch.commands {
+                    if let Command::Add { events, .. } = command {
+                        // An error: nobody waits for it.
+                        let _ = events.try_send(Event::Finished(Finish::Stopping));
+                    }
+                }
                 self.publish();
+                // Sequences that peers fetch, or are being pulled, end with the process.
+                let mut status = self.status.lock();
+                (status.running, status.waiting, status.held) = (0, 0, 0);
+                drop(status);
                 return self.lost;
             }
             batch.commands.into_iter().for_each(|command| self.apply(command));

@@ -127,6 +127,11 @@ impl KvPool {
         self.layout.block_bytes as usize
     }
 
+    /// Whether the blocks are in a device's memory.
+    pub fn is_on_device(&self) -> bool {
+        self.device.is_some()
+    }
+
     /// The device's memory that the blocks are in, when it is of this type.
     pub fn device<T: DeviceMemory>(&self) -> Option<&T> {
         let memory: &dyn Any = self.device.as_deref()?;

@@ -28,6 +28,11 @@ pub struct CudaIpc;
 
 const KIND: v1::Transport = v1::Transport::CudaIpc;
 
+/// Waits for a GPU, a few milliseconds at most, while other threads take over what this one would do.
+pub(super) fn in_place<T>(call: impl FnOnce() -> T) -> T {
+    tokio::task::block_in_place(call)
+}
+
 /// The GPU's memory of a pool.
 pub(super) fn blocks_of(pool: &KvPool) -> Result<&CudaBlocks, DeviceError> {
     pool.device().ok_or_else(|| DeviceError("the KV cache is not in a GPU's memory".into()))
@@ -42,7 +47,7 @@ impl Transport for CudaIpc {
         let blocks = blocks_of(pool)?;
         let device = v1::DeviceRegion {
             device_uuid: blocks.device().uuid().to_vec(),
-            handle: blocks.memory().export().map_err(failed)?.to_vec(),
+            handle: in_place(|| blocks.memory().export()).map_err(failed)?.to_vec(),
             blocks: pool.blocks() as u32,
         };
         let accepted = v1::PrefillAccepted {
@@ -78,7 +83,8 @@ impl Transport for CudaIpc {
             ));
         }
         let here = blocks_of(opening.pool)?.device();
-        let memory = PeerMemory::open(here, handle, blocks, opening.layout.block_bytes as usize)
+        let block_bytes = opening.layout.block_bytes as usize;
+        let memory = in_place(|| PeerMemory::open(here, handle, blocks, block_bytes))
             .map_err(|error| not_here(error.to_string()))?;
         Ok(Box::new(Peer { generations, memory, blocks }))
     }
@@ -139,8 +145,7 @@ impl Source for Peer {
         event: Event,
         order: &'a mut PullOrder,
     ) -> BoxFuture<'a, Result<u64, TransferError>> {
-        // A few hundred microseconds: not worth a thread of its own.
-        Box::pin(std::future::ready(self.copy(event, order)))
+        Box::pin(std::future::ready(in_place(|| self.copy(event, order))))
     }
 
     fn survives_peer(&self) -> bool {

@@ -28,6 +28,11 @@ impl Transport for Grpc {
     }
 }
 
+/// Copies. What has to wait for a GPU lets other threads take over meanwhile.
+fn in_place<T>(pool: &KvPool, copy: impl FnOnce() -> T) -> T {
+    if pool.is_on_device() { tokio::task::block_in_place(copy) } else { copy() }
+}
+
 struct Sent(Arc<KvPool>);
 
 impl Outlet for Sent {
@@ -48,7 +53,7 @@ impl Outlet for Sent {
             let payload = unsafe { self.0.read_block(block) }?;
             Ok(Event::Block(v1::BlockData { index: (first + i) as u32, payload }))
         };
-        blocks.iter().enumerate().map(event).collect()
+        in_place(&self.0, || blocks.iter().enumerate().map(event).collect())
     }
 }
 
@@ -72,7 +77,8 @@ impl Source for Messages {
         event: Event,
         order: &'a mut PullOrder,
     ) -> BoxFuture<'a, Result<u64, TransferError>> {
-        Box::pin(std::future::ready(Self::copy(event, order)))
+        let pool = order.pool().clone();
+        Box::pin(std::future::ready(in_place(&pool, || Self::copy(event, order))))
     }
 
     fn survives_peer(&self) -> bool {

@@ -112,6 +112,10 @@ pub trait Source: Send {
 
     /// Whether blocks that came stay good when the peer fails afterwards.
     fn survives_peer(&self) -> bool;
+
+    /// The peer has said that it was all, and all of it was taken. Without this, what the source
+    /// holds is not used again.
+    fn finish(&mut self) {}
 }
 
 /// Why blocks did not cross.

@@ -19,7 +19,7 @@ use baton_proto::v1::prefill_event::Event;
 use futures::future::BoxFuture;
 
 use self::links::{End, Links};
-use super::cuda_ipc::blocks_of;
+use super::cuda_ipc::{blocks_of, in_place};
 use super::shm::{ready, refs};
 use super::{Kept, Opening, Outlet, Source, TransferError, Transport};
 use crate::engine::PullOrder;
@@ -60,13 +60,14 @@ impl Transport for Nccl {
             let end = End::of(links, Kept { id: kept, link });
             return Ok(Box::new(Sending { pool: pool.clone(), end, told, waiting: Vec::new() }));
         }
-        let unique_id = baton_cuda::nccl::unique_id().map_err(failed)?;
+        let unique_id = in_place(baton_cuda::nccl::unique_id).map_err(failed)?;
         let id = rand::random::<u64>().max(1);
         let told = v1::NcclLink { link: id, unique_id: unique_id.to_vec() };
         // At once: the caller joins while the first blocks are computed.
         let device = blocks_of(pool)?.device().clone();
         let until = Instant::now() + JOIN_WITHIN;
-        let end = End::join(links, id, move || Link::join(&device, 0, &unique_id, until));
+        let join = move || Link::join(&device, 0, &unique_id, until);
+        let end = End::join(links, id, until, join);
         Ok(Box::new(Sending { pool: pool.clone(), end, told, waiting: Vec::new() }))
     }
 
@@ -88,7 +89,7 @@ impl Transport for Nccl {
                 .try_into()
                 .map_err(|_| TransferError::Protocol("an NCCL id of another length".into()))?;
             let (pool, until) = (pool.clone(), deadline.min(Instant::now() + JOIN_WITHIN));
-            End::join(links, told.link, move || {
+            End::join(links, told.link, deadline, move || {
                 let blocks = blocks_of(&pool)?;
                 let link = Link::join(blocks.device(), 1, &unique_id, until)?;
                 Ok(link.with_room(blocks.aside(GROUP).map_err(failed)?))
@@ -166,7 +167,7 @@ impl Receiving {
             let until = self.deadline;
             let link = self.end.run(move |link| link.receive(count, until)).await?;
             let to = order.next(group[0].index as usize, count)?;
-            link.put(blocks_of(&pool)?.memory(), to)?;
+            in_place(|| link.put(blocks_of(&pool)?.memory(), to))?;
             order.filled(count);
         }
         Ok((refs.len() * pool.block_bytes()) as u64)
@@ -193,10 +194,9 @@ impl Source for Receiving {
         // What it sent last may have been another sequence's already.
         false
     }
-}
 
-impl Drop for Receiving {
-    fn drop(&mut self) {
+    fn finish(&mut self) {
+        // Nothing is under way: only now can the link carry another hand-off's blocks.
         self.end.give_back(Some(&self.peer));
     }
 }

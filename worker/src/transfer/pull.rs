@@ -180,11 +180,10 @@ impl Puller {
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         loop {
             let peer = self.peer(address)?;
-            let usable: Vec<_> =
-                peer.kinds.iter().filter_map(|&kind| self.transports.get(kind)).collect();
-            let kept = usable.iter().find_map(|transport| transport.kept(address));
-            let free = usable.iter().filter(|transport| transport.available());
-            let kinds: Vec<_> = free.map(|transport| transport.kind()).collect();
+            let known = peer.kinds.iter().filter_map(|&kind| self.transports.get(kind));
+            let free: Vec<_> = known.filter(|transport| transport.available()).collect();
+            let kept = free.iter().find_map(|transport| transport.kept(address));
+            let kinds: Vec<_> = free.iter().map(|transport| transport.kind()).collect();
             ask.offer(&kinds, kept.as_ref(), deadline);
             let mut span = parent.rpc_client(ask.method(), address);
             let at = Place { peer: &peer, address, deadline, kept };
@@ -267,8 +266,10 @@ impl Puller {
                 Err(error) => break Err(error),
             }
         };
-        if finished.is_err() && !source.survives_peer() {
-            order.discard();
+        match finished {
+            Ok(_) => source.finish(),
+            Err(_) if source.survives_peer() => {}
+            Err(_) => order.discard(),
         }
         Ok((transport.kind(), finished?))
     }

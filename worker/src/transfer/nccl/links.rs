@@ -9,6 +9,7 @@ use baton_cuda::nccl::{self, ID_BYTES};
 use baton_cuda::{Device, KvMemory};
 use parking_lot::Mutex;
 use tokio::task::{JoinHandle, spawn_blocking};
+use tonic::Status;
 use tracing::info;
 
 use super::KIND;
@@ -144,6 +145,8 @@ impl Links {
 pub(super) struct End {
     links: Arc<Links>,
     id: u64,
+    /// The request's: a link that is not joined by then says nothing about the peer.
+    deadline: Instant,
     state: State,
 }
 
@@ -159,17 +162,19 @@ impl End {
     /// Of a link that was kept.
     pub(super) fn of(links: Arc<Links>, kept: Kept) -> Self {
         links.in_use.fetch_add(1, Relaxed);
-        Self { links, id: kept.id, state: State::Free(kept.link) }
+        let deadline = Instant::now();
+        Self { links, id: kept.id, deadline, state: State::Free(kept.link) }
     }
 
     /// Of a new link, which is joined from now on.
     pub(super) fn join(
         links: Arc<Links>,
         id: u64,
+        deadline: Instant,
         join: impl FnOnce() -> Result<Link, DeviceError> + Send + 'static,
     ) -> Self {
         links.in_use.fetch_add(1, Relaxed);
-        Self { links, id, state: State::Joining(spawn_blocking(join)) }
+        Self { links, id, deadline, state: State::Joining(spawn_blocking(join)) }
     }
 
     /// Has a thread do something with the link, which is joined first. Gives the link. When this
@@ -184,7 +189,10 @@ impl End {
                 Ok(link) => State::Free(link),
                 Err(error) => {
                     self.state = State::Gone;
-                    return Err(TransferError::NotHere { transport: KIND, reason: error.0 });
+                    return Err(match self.deadline <= Instant::now() {
+                        true => Status::deadline_exceeded(error.0).into(),
+                        false => TransferError::NotHere { transport: KIND, reason: error.0 },
+                    });
                 }
             };
         }
