@@ -80,6 +80,8 @@ pub struct Builder {
     gateway_env: Vec<(OsString, OsString)>,
     worker_env: Vec<(OsString, OsString)>,
     coordinator_env: Vec<(OsString, OsString)>,
+    /// In place of the workers' own.
+    worker_program: Option<PathBuf>,
 }
 
 impl Builder {
@@ -198,6 +200,13 @@ impl Builder {
         self
     }
 
+    /// Has another program be the workers, with these variables in its environment.
+    pub fn worker_program(mut self, program: PathBuf, env: &[(&str, String)]) -> Self {
+        self.worker_program = Some(program);
+        self.worker_env.extend(env.iter().map(|(name, value)| (name.into(), value.into())));
+        self
+    }
+
     /// Has the gateway and the workers export their traces soon.
     pub fn traces(self, url: &str) -> Self {
         let flag = "--otlp-traces-endpoint";
@@ -208,6 +217,20 @@ impl Builder {
     pub fn gateway_switch(mut self, flag: &str) -> Self {
         self.gateway_args.push(flag.into());
         self
+    }
+
+    fn worker_spec(
+        &self,
+        name: String,
+        role: Role,
+        common: &[OsString],
+        extra: &[OsString],
+    ) -> Spec {
+        let own = || program("baton-worker");
+        let program = self.worker_program.clone().unwrap_or_else(own);
+        let mut spec = Spec::new(name, program, worker_args(role, common, extra));
+        spec.env = self.worker_env.clone();
+        spec
     }
 
     /// Starts everything and waits until a request would be served as the builder says.
@@ -224,8 +247,7 @@ impl Builder {
         for (role, count) in roles {
             for n in 0..count {
                 let name = format!("{}-{n}", role.as_str());
-                let mut spec = worker_spec(name, role, &common, &self.worker_args);
-                spec.env = self.worker_env.clone();
+                let spec = self.worker_spec(name, role, &common, &self.worker_args);
                 let process = Process::start(&spec, dir.path());
                 workers.push(Worker { role, process, address: String::new() });
             }
@@ -235,8 +257,7 @@ impl Builder {
             extra.extend(["--model".into(), model.into()]);
             extra.extend(["--served-model-name".into(), name.into()]);
             let role = *role;
-            let mut spec = worker_spec(format!("{}-{n}", role.as_str()), role, &common, &extra);
-            spec.env = self.worker_env.clone();
+            let spec = self.worker_spec(format!("{}-{n}", role.as_str()), role, &common, &extra);
             let process = Process::start(&spec, dir.path());
             workers.push(Worker { role, process, address: String::new() });
         }
@@ -302,6 +323,7 @@ impl Cluster {
             gateway_env: Vec::new(),
             worker_env: Vec::new(),
             coordinator_env: Vec::new(),
+            worker_program: None,
         };
         builder.worker_arg("--threads", "2").kv_memory("512MiB")
     }
@@ -322,8 +344,7 @@ impl Cluster {
         let common = common_args(&self.etcd, self.builder.lease_ttl);
         let mut extra = self.builder.worker_args.clone();
         extra.extend(flags.iter().flat_map(|(flag, value)| [(*flag).into(), (*value).into()]));
-        let mut spec = worker_spec(name, role, &common, &extra);
-        spec.env = self.builder.worker_env.clone();
+        let spec = self.builder.worker_spec(name, role, &common, &extra);
         let mut process = Process::start(&spec, self.dir.path());
         let address = process.ready().await;
         self.workers.push(Worker { role, process, address });
@@ -457,7 +478,7 @@ fn common_args(etcd: &Etcd, lease_ttl: u64) -> Vec<OsString> {
     ["--listen", "127.0.0.1:0", "--etcd", etcd.url(), "--lease-ttl", &ttl].map(Into::into).into()
 }
 
-fn worker_spec(name: String, role: Role, common: &[OsString], extra: &[OsString]) -> Spec {
+fn worker_args(role: Role, common: &[OsString], extra: &[OsString]) -> Vec<OsString> {
     let mut args = common.to_vec();
     args.extend(["--role".into(), role.as_str().into()]);
     let defaults =
@@ -470,7 +491,7 @@ fn worker_spec(name: String, role: Role, common: &[OsString], extra: &[OsString]
             args.extend(pair.iter().cloned());
         }
     }
-    Spec::new(name, program("baton-worker"), args)
+    args
 }
 
 async fn start_daemon(

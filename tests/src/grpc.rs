@@ -79,7 +79,10 @@ pub fn owned_blocks(status: &WorkerStatus) -> u64 {
 
 /// Bytes that arrived in hand-offs, by whatever transport.
 pub fn handoff_bytes(status: &WorkerStatus) -> u64 {
-    status.handoff_bytes_shared_memory + status.handoff_bytes_grpc
+    status.handoff_bytes_shared_memory
+        + status.handoff_bytes_grpc
+        + status.handoff_bytes_cuda_ipc
+        + status.handoff_bytes_nccl
 }
 
 async fn connect(address: &str) -> Channel {

@@ -13,6 +13,7 @@
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.
+//! * [`gpu`]: workers on a GPU, or on its double.
 //! * [`grpc`]: the workers' and the coordinator's own view, asked directly.
 //! * [`speech`]: recordings of known text.
 //! * [`lora`]: adapters of random weights.
@@ -43,6 +44,7 @@ pub mod contract;
 mod deployed;
 pub mod elastic;
 pub mod etcd;
+pub mod gpu;
 pub mod grpc;
 pub mod http;
 pub mod kubernetes;

@@ -8,6 +8,7 @@ use baton_membership::daemon::ClusterArgs;
 use baton_proto::v1;
 use clap::Parser;
 
+use crate::device::Device;
 use crate::model::Precision;
 use crate::pooling::{Dtype, Pooling};
 use crate::scheduler::Speculation;
@@ -63,7 +64,14 @@ pub struct Settings {
     #[command(flatten)]
     pub cluster: ClusterArgs,
 
-    /// Memory for the KV cache, such as 512MiB or 2GiB. Touched only as it fills.
+    /// What computes: cpu, or an NVIDIA GPU: cuda is the first one, cuda:N the one of this number.
+    /// A worker on a GPU rounds weights and KV cache to bfloat16; it must have been built with the
+    /// feature `cuda`. Equal on all workers that hand KV over.
+    #[arg(long, env = "BATON_DEVICE", default_value = "cpu")]
+    pub device: Device,
+
+    /// Memory for the KV cache, such as 512MiB or 2GiB. Touched only as it fills; a GPU's is taken at
+    /// once.
     #[arg(long, env = "BATON_KV_MEMORY", default_value = "1GiB", value_parser = parse_bytes)]
     pub kv_memory: Bytes,
 
@@ -71,7 +79,7 @@ pub struct Settings {
     #[arg(long, env = "BATON_BLOCK_SIZE", default_value = "16", value_parser = parse_block_size)]
     pub block_size: usize,
 
-    /// Bits of the KV cache: int8 holds twice the tokens and halves the hand-off, at a small cost in
+    /// Bits of the KV cache on a processor: int8 holds twice the tokens and halves the hand-off, at a small cost in
     /// quality. Equal on all workers.
     #[arg(long, env = "BATON_KV_CACHE_DTYPE", default_value = "int16")]
     pub kv_cache_dtype: KvCacheDtype,
@@ -130,8 +138,9 @@ pub struct Settings {
     #[arg(long, env = "BATON_THREADS", value_parser = parse_positive)]
     pub threads: Option<usize>,
 
-    /// How KV blocks may cross between workers, best first.
-    #[arg(long, env = "BATON_TRANSPORTS", value_delimiter = ',', default_value = "shm,grpc")]
+    /// How KV blocks may cross between workers, best first. By default shm,grpc; between GPUs
+    /// cuda-ipc,nccl,grpc, as far as they are built in.
+    #[arg(long, env = "BATON_TRANSPORTS", value_delimiter = ',')]
     pub transports: Vec<Transport>,
 
     /// Seconds that finished blocks are kept for the worker that asked for them.
@@ -224,6 +233,37 @@ pub enum Transport {
     Shm,
     /// A gRPC stream, between any hosts.
     Grpc,
+    /// From GPU to GPU, on one host.
+    CudaIpc,
+    /// From GPU to GPU, between any hosts.
+    Nccl,
+}
+
+impl Transport {
+    /// Those of a device, best first.
+    fn of(device: Device) -> &'static [Self] {
+        match device {
+            Device::Cpu => &[Self::Shm, Self::Grpc],
+            Device::Cuda(_) => &[Self::CudaIpc, Self::Nccl, Self::Grpc],
+        }
+    }
+
+    fn built_in(self) -> bool {
+        match self {
+            Self::Shm | Self::Grpc => true,
+            Self::CudaIpc => cfg!(feature = "cuda"),
+            Self::Nccl => cfg!(feature = "nccl"),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Grpc => "grpc",
+            Self::CudaIpc => "cuda-ipc",
+            Self::Nccl => "nccl",
+        }
+    }
 }
 
 impl Settings {
@@ -241,6 +281,55 @@ impl Settings {
             }
         }
         if names.is_empty() { Err("--served-model-name is needed".into()) } else { Ok(names) }
+    }
+
+    /// How KV blocks may cross, best first, or what is wrong with it.
+    pub fn transports(&self) -> Result<Vec<Transport>, String> {
+        let possible = Transport::of(self.device);
+        if self.transports.is_empty() {
+            return Ok(possible.iter().copied().filter(|it| it.built_in()).collect());
+        }
+        for transport in &self.transports {
+            let name = transport.name();
+            if !possible.contains(transport) {
+                let possible: Vec<_> = possible.iter().map(|it| it.name()).collect();
+                return Err(format!(
+                    "--transports {name}: with --device {} KV blocks cross by {}",
+                    self.device,
+                    possible.join(", "),
+                ));
+            }
+            if !transport.built_in() {
+                return Err(format!(
+                    "--transports {name}: this baton-worker was built without the feature `{}`",
+                    if *transport == Transport::Nccl { "nccl" } else { "cuda" },
+                ));
+            }
+        }
+        Ok(self.transports.clone())
+    }
+
+    /// What a GPU is asked for that it cannot do.
+    pub fn check_device(&self) -> Result<(), String> {
+        if self.device == Device::Cpu {
+            return Ok(());
+        }
+        let device = format!("--device {}", self.device);
+        if !self.device.built_in() {
+            return Err(format!(
+                "{device}: this baton-worker was built without the feature `cuda`; docs/gpu.md says \
+                 how to build it, or start it with --device cpu"
+            ));
+        }
+        let wrong = match self {
+            Self { role: Role::Pooling, .. } => "--role pooling",
+            Self { role: Role::Audio, .. } => "--role audio",
+            Self { kv_cache_dtype: KvCacheDtype::Int8, .. } => "--kv-cache-dtype int8",
+            Self { activation_bits: ActivationBits::Eight, .. } => "--activation-bits 8",
+            _ if self.lora_modules().next().is_some() => "--lora-modules",
+            _ => return Ok(()),
+        };
+        Err(format!("{wrong} is not supported on a GPU; start the worker with --device cpu"))
     }
 
     /// The adapters to serve from the start.
@@ -277,6 +366,8 @@ impl From<Transport> for v1::Transport {
         match transport {
             Transport::Shm => Self::SharedMemory,
             Transport::Grpc => Self::Grpc,
+            Transport::CudaIpc => Self::CudaIpc,
+            Transport::Nccl => Self::Nccl,
         }
     }
 }
@@ -356,6 +447,33 @@ mod tests {
             let error = settings(&["--lora-modules", bad]).unwrap_err();
             assert!(error.contains("--lora-modules"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn a_device_has_its_own_transports_and_limits() {
+        let settings = |flags: &[&str]| {
+            let start = ["baton-worker", "--role", "unified", "--model", "a/b.gguf"];
+            Settings::try_parse_from(start.iter().chain(flags)).unwrap()
+        };
+        let transports = |flags: &[&str]| settings(flags).transports();
+        assert_eq!(transports(&[]).unwrap(), [Transport::Shm, Transport::Grpc]);
+        assert_eq!(transports(&["--transports", "grpc"]).unwrap(), [Transport::Grpc]);
+        let on_gpu = transports(&["--device", "cuda"]).unwrap();
+        assert_eq!(on_gpu.last(), Some(&Transport::Grpc));
+        assert_eq!(on_gpu.contains(&Transport::Nccl), cfg!(feature = "nccl"));
+        let error = transports(&["--transports", "cuda-ipc"]).unwrap_err();
+        assert!(error.contains("--device cpu"), "{error}");
+        let error = transports(&["--device", "cuda:1", "--transports", "shm"]).unwrap_err();
+        assert!(error.contains("--device cuda:1"), "{error}");
+
+        let check = |flags: &[&str]| settings(flags).check_device();
+        assert_eq!(check(&["--kv-cache-dtype", "int8", "--lora-modules", "a=/a"]), Ok(()));
+        for wrong in [["--kv-cache-dtype", "int8"], ["--activation-bits", "8"]] {
+            let error = check(&[&["--device", "cuda"], &wrong[..]].concat()).unwrap_err();
+            let expected = if cfg!(feature = "cuda") { wrong[0] } else { "feature `cuda`" };
+            assert!(error.contains(expected), "{error}");
+        }
+        assert_eq!(check(&["--device", "cuda"]).is_ok(), cfg!(feature = "cuda"));
     }
 
     #[test]

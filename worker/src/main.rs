@@ -15,15 +15,16 @@ use baton_membership::{Backoff, EtcdSettings, InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
 use baton_worker::checkpoint::{LoadError, WhisperFolder};
 use baton_worker::config::{Role, Settings};
+use baton_worker::device::Device;
 use baton_worker::engine::{self, Engine};
-use baton_worker::kv::pool::KvPool;
 use baton_worker::lora::{self, AdapterError, Adapters};
-use baton_worker::model;
+use baton_worker::model::{self, LoadedModel};
 use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Identity, Member, Parts, PoolingParts, WorkerService};
+use baton_worker::transfer::Transports;
 use tokio::net::TcpSocket;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
@@ -31,7 +32,7 @@ const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
 const BACKLOG: u32 = 1024;
 
 #[tokio::main(worker_threads = 2)]
-async fn main() -> ExitCode {
+pub(crate) async fn main() -> ExitCode {
     let settings: Settings = config::parse(SCHEMA);
     settings.cluster.init_log();
     daemon::exit(run(settings).await)
@@ -54,6 +55,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     }
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
     let mut stop_signals = StopSignals::take()?;
+    settings.check_device().map_err(|message| Failure::new(Exit::Config, message))?;
 
     let (service, engine, instance) = match settings.role {
         Role::Pooling => {
@@ -81,16 +83,21 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     println!("ready {} {}", instance.role, instance.address);
     info!(id = instance.id, address = instance.address, "serving");
 
+    let mut lost = None;
     tokio::select! {
         () = stop_signals.next() => {}
+        reason = engine.lost() => lost = Some(reason),
         () = change_roles(member, &etcd, &instance, &mut registration) => {}
     }
-    info!("stopping: running requests go elsewhere, or finish");
+    match &lost {
+        None => info!("stopping: running requests go elsewhere, or finish"),
+        Some(reason) => error!(reason, "stopping: running requests were given up"),
+    }
     drain.begin(None);
     let drained = async {
         // Beside the drain: etcd may be away.
         let drained = async {
-            while !drain.done() {
+            while lost.is_none() && !drain.done() {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -110,7 +117,10 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     // Streams of status never end by themselves.
     let _ = tokio::time::timeout(Duration::from_millis(500), server).await;
     traces.stop().await;
-    Ok(())
+    match lost {
+        None => Ok(()),
+        Some(reason) => Err(Failure::new(Exit::Failure, format!("{reason}; start it again"))),
+    }
 }
 
 /// The address is taken, and nobody is let in yet.
@@ -153,13 +163,12 @@ async fn change_roles(
 }
 
 async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRecord), Failure> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = settings.threads.unwrap_or(cores);
-    let speculation =
-        settings.speculation().map_err(|message| Failure::new(Exit::Config, message))?;
-    let (path, activations) = (settings.model.clone(), settings.activation_bits.into());
+    let config_error = |message: String| Failure::new(Exit::Config, message);
+    let speculation = settings.speculation().map_err(config_error)?;
+    let transports = settings.transports().map_err(config_error)?;
     let template = chat_template(settings)?;
-    let mut loaded = tokio::task::spawn_blocking(move || model::load(&path, threads, activations))
+    let of_settings = settings.clone();
+    let mut loaded = tokio::task::spawn_blocking(move || load_model(&of_settings))
         .await
         .map_err(|error| Failure::new(Exit::BadModel, error))?
         .map_err(bad_model)?;
@@ -172,7 +181,7 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         let message = "--lora-modules: a speech model takes no adapters";
         return Err(Failure::new(Exit::Config, message));
     }
-    let layout = model::kv_layout(&config, settings.block_size, settings.kv_cache_dtype.into());
+    let layout = loaded.model.kv_layout(settings.block_size, settings.kv_cache_dtype.into());
     let blocks = settings.kv_memory.0 / layout.block_bytes as usize;
     if blocks < 2 {
         let message = format!(
@@ -182,8 +191,11 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         );
         return Err(Failure::new(Exit::Config, message));
     }
-    let pool = KvPool::new(layout, blocks)
-        .map_err(|error| Failure::new(Exit::Failure, format!("cannot map the KV pool: {error}")))?;
+    let pool = loaded.model.kv_pool(layout, blocks).map_err(|error| {
+        let wanted = blocks as u64 * layout.block_bytes;
+        let message = format!("cannot make a KV pool of {wanted} bytes (--kv-memory): {error}");
+        Failure::new(Exit::Failure, message)
+    })?;
     let limits = Limits {
         block_size: settings.block_size,
         blocks,
@@ -204,7 +216,8 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     })?;
     let role = settings.role.into();
     let names = settings.model_names().map_err(|message| Failure::new(Exit::Config, message))?;
-    let max_loras = if leading > 0 { 0 } else { settings.max_loras };
+    let takes_loras = leading == 0 && settings.device == Device::Cpu;
+    let max_loras = if takes_loras { settings.max_loras } else { 0 };
     let bounds = lora::Bounds { adapters: max_loras, rank: settings.max_lora_rank };
     let adapters = Adapters::new(config.clone(), names.clone(), bounds);
     let adapters = load_adapters(settings, adapters, &names).await?;
@@ -229,12 +242,35 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         model,
         tokenizer: loaded.tokenizer,
         adapters,
-        transports: settings.transports.iter().map(|&transport| transport.into()).collect(),
+        transports: Transports::new(&transports.into_iter().map(Into::into).collect::<Vec<_>>()),
         hold_lease: Duration::from_secs(settings.hold_lease),
         drain_timeout: Duration::from_secs(settings.drain_timeout),
         engine: Arc::new(engine),
     };
     Ok((parts, instance))
+}
+
+/// Reads the model for what computes it.
+fn load_model(settings: &Settings) -> Result<LoadedModel, LoadError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = settings.threads.unwrap_or(cores);
+    match settings.device {
+        Device::Cpu => model::load(&settings.model, threads, settings.activation_bits.into()),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => Err(LoadError::Device("built without the feature `cuda`".into())),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => {
+            let options = model::cuda::Options {
+                ordinal,
+                threads,
+                block_size: settings.block_size,
+                rows: settings.max_batch_tokens,
+                sequences: settings.max_running,
+                context: settings.max_model_len.unwrap_or(usize::MAX),
+            };
+            model::cuda::load(&settings.model, &options)
+        }
+    }
 }
 
 /// As [`load`], for a worker that pools.
@@ -310,6 +346,7 @@ fn chat_template(settings: &Settings) -> Result<Option<String>, Failure> {
 fn bad_model(error: LoadError) -> Failure {
     match error {
         LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
+        LoadError::Device(_) => Failure::new(Exit::Config, error),
         _ => Failure::new(Exit::BadModel, error),
     }
 }

@@ -183,7 +183,7 @@ fn logits(loaded: &mut LoadedModel, block: usize, audio: &[u8], prompt: &[u32]) 
     for block in 0..count {
         // Unwritten memory must not matter, whatever it holds.
         // SAFETY: the pool is this test's alone.
-        unsafe { kv.write_block(block as u32, &vec![0xff; kv.block_bytes()]) };
+        unsafe { kv.write_block(block as u32, &vec![0xff; kv.block_bytes()]) }.unwrap();
     }
     let blocks: Vec<u32> = (0..count as u32).rev().collect();
     let tokens = [vec![0; span], prompt.to_vec()].concat();

@@ -38,7 +38,8 @@ use crate::workers::recent::Placement;
 ///       "block_bytes": 195840,
 ///       "prompt_tokens": 900, "generation_tokens": 5000,         // since its start, as all below
 ///       "preemptions": 0,
-///       "handoffs": {"requests": 4, "failures": 0, "bytes_shm": 800000, "bytes_grpc": 0},
+///       "handoffs": {"requests": 4, "failures": 0, "bytes_shm": 800000, "bytes_grpc": 0,
+///                    "bytes_cuda_ipc": 0, "bytes_nccl": 0},
 ///       "pooled": {"texts": 0, "batches": 0}                     // of pooling workers
 ///     }
 ///   }],
@@ -48,7 +49,7 @@ use crate::workers::recent::Placement;
 ///     "started": 1790000000.25,   // Unix time of the first token, in seconds
 ///     "decode": "decode-5f0c…",   // who generates
 ///     "prefill": "prefill-91aa…", // who computed the prompt; null when `decode` did
-///     "transport": "shm",         // how its KV came: shm, grpc or null
+///     "transport": "shm",         // how its KV came: shm, grpc, cuda-ipc, nccl or null
 ///     "prompt_tokens": 80,
 ///     "cached_tokens": 16,        // found in the prefix cache of `decode`
 ///     "handed_off_tokens": 64,    // computed by `prefill`
@@ -116,6 +117,8 @@ fn describe(worker: &Worker) -> Value {
                 "failures": status.handoff_failures,
                 "bytes_shm": status.handoff_bytes_shared_memory,
                 "bytes_grpc": status.handoff_bytes_grpc,
+                "bytes_cuda_ipc": status.handoff_bytes_cuda_ipc,
+                "bytes_nccl": status.handoff_bytes_nccl,
             },
             "pooled": {"texts": status.pooled_inputs, "batches": status.pooled_batches},
         })

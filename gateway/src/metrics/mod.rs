@@ -646,6 +646,8 @@ impl Metrics {
         let bytes = [
             (Transport::SharedMemory, grown(|status| status.handoff_bytes_shared_memory)),
             (Transport::Grpc, grown(|status| status.handoff_bytes_grpc)),
+            (Transport::CudaIpc, grown(|status| status.handoff_bytes_cuda_ipc)),
+            (Transport::Nccl, grown(|status| status.handoff_bytes_nccl)),
         ];
         for (kind, bytes) in bytes {
             let labels = [model, ENGINE, transport(kind)];
@@ -691,7 +693,7 @@ impl Metrics {
         for source in SOURCES {
             self.by_source.with_label_values(&[name, engine, source]);
         }
-        for kind in [Transport::SharedMemory, Transport::Grpc] {
+        for kind in TRANSPORTS {
             for counter in [&self.handoffs, &self.handoff_tokens] {
                 counter.with_label_values(&[name, engine, transport(kind)]);
             }
@@ -719,14 +721,22 @@ fn dtype(layout: &KvLayout) -> &'static str {
     match layout.dtype() {
         KvDtype::I16 => "int16",
         KvDtype::I8 => "int8",
+        KvDtype::Bf16 => "bfloat16",
         KvDtype::Unspecified => "unknown",
     }
 }
 
-fn transport(kind: Transport) -> &'static str {
+/// All ways in which KV comes.
+const TRANSPORTS: [Transport; 4] =
+    [Transport::SharedMemory, Transport::Grpc, Transport::CudaIpc, Transport::Nccl];
+
+/// A transport's name, as workers' flags have it.
+pub fn transport(kind: Transport) -> &'static str {
     match kind {
         Transport::SharedMemory => "shm",
         Transport::Grpc => "grpc",
+        Transport::CudaIpc => "cuda-ipc",
+        Transport::Nccl => "nccl",
         Transport::Unspecified => "none",
     }
 }

@@ -9,6 +9,7 @@ use baton_proto::v1::{Started, Transport};
 use parking_lot::Mutex;
 
 use super::{Served, Worker};
+use crate::metrics::transport;
 
 /// Sequences remembered.
 pub const KEPT: usize = 64;
@@ -29,7 +30,7 @@ pub struct Placement {
     /// The prefill worker that computed the prompt; `None` when `decode` did. After a migration,
     /// the worker that the KV came from.
     pub prefill: Option<String>,
-    /// How the KV blocks came from there: `shm` or `grpc`; `None` when none did.
+    /// How the KV blocks came from there: `shm`, `grpc`, `cuda-ipc` or `nccl`; `None` when none did.
     pub transport: Option<&'static str>,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
@@ -65,11 +66,9 @@ impl Placement {
             ttft,
             decode: worker.record.id.clone(),
             prefill: handed_off.then(|| started.prefill_instance_id.clone()),
-            transport: match started.transport() {
-                Transport::SharedMemory if handed_off => Some("shm"),
-                Transport::Grpc if handed_off => Some("grpc"),
-                _ => None,
-            },
+            transport: Some(started.transport())
+                .filter(|kind| handed_off && *kind != Transport::Unspecified)
+                .map(transport),
             prompt_tokens,
             cached_tokens: started.cached_tokens,
             handed_off_tokens: started.handed_off_tokens,

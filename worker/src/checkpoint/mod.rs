@@ -76,6 +76,9 @@ pub enum LoadError {
         /// What it asks for.
         reason: String,
     },
+    /// What is to compute it cannot.
+    #[error("--device: {0}")]
+    Device(String),
 }
 
 /// A tensor's bytes in the mapping.

@@ -9,6 +9,7 @@
 //! at most three for each live request.
 
 mod inbox;
+mod order;
 mod run;
 
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use baton_proto::v1::{PromptTokenLogprob, SamplingParams, SpeechCard, Token, WorkerStatus};
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::constraint::Compiled;
 use crate::kv::BlockId;
@@ -25,8 +26,10 @@ use crate::kv::changes::ChangeLog;
 use crate::kv::pool::KvPool;
 use crate::lora::Adapter;
 use crate::model::{Aligned, Model};
-use crate::scheduler::{Limits, Pulled, Refusal, SequenceId};
+use crate::scheduler::{Limits, Refusal, SequenceId};
 use inbox::{Command, Inbox};
+
+pub use order::{FillError, PullOrder};
 
 /// A sequence to compute.
 #[derive(Clone, Debug)]
@@ -148,6 +151,8 @@ pub struct Engine {
     speech: Option<Arc<SpeechCard>>,
     pool: Arc<KvPool>,
     changes: Arc<ChangeLog>,
+    /// Why the engine has ended by itself, once it has.
+    lost: watch::Receiver<Option<String>>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -164,12 +169,17 @@ impl Engine {
         let vocab = model.config().vocab;
         let speech = settings.speech.map(Arc::new);
         let special = (settings.eos_token_ids, speech.clone());
+        let (tell_lost, lost) = watch::channel(None);
         let engine =
             run::Running::new(model, pool.clone(), limits, special, &inbox, &status, &changes);
-        let thread =
-            std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+        let run = move || {
+            if let Some(reason) = engine.run() {
+                tell_lost.send_replace(Some(reason));
+            }
+        };
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(run)?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { inbox, status, limits, vocab, speech, pool, changes, thread })
+        Ok(Self { inbox, status, limits, vocab, speech, pool, changes, lost, thread })
     }
 
     /// The KV pool.
@@ -272,6 +282,17 @@ impl Engine {
     /// Takes new requests again.
     pub fn undrain(&self) {
         self.inbox.undrain();
+    }
+
+    /// Waits until the engine has ended by itself: what computes is gone. Says why.
+    pub async fn lost(&self) -> String {
+        let mut lost = self.lost.clone();
+        let found = lost.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        match found {
+            Some(reason) => reason,
+            // It was stopped.
+            None => std::future::pending().await,
+        }
     }
 
     /// Ends all requests and the thread.
@@ -383,98 +404,5 @@ impl RequestHandle {
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         self.inbox.push(Command::Abort(self.id));
-    }
-}
-
-/// Blocks of a sequence, to be filled by whoever holds the order. The engine neither reads nor
-/// frees them until the order is gone.
-pub struct PullOrder {
-    id: SequenceId,
-    /// All blocks of the sequence.
-    blocks: Vec<BlockId>,
-    /// Leading blocks that are filled already.
-    cached: usize,
-    /// Blocks filled so far, in order, after the cached ones.
-    arrived: usize,
-    /// The peer's first token, when every block is filled.
-    first: Option<Token>,
-    /// Leading positions that are filled, where the peer had no more.
-    positions: Option<usize>,
-    pool: Arc<KvPool>,
-    inbox: Arc<Inbox>,
-}
-
-impl PullOrder {
-    /// Leading blocks that need not be sent.
-    pub fn cached_blocks(&self) -> usize {
-        self.cached
-    }
-
-    /// Bytes of a block.
-    pub fn block_bytes(&self) -> usize {
-        self.pool.block_bytes()
-    }
-
-    /// Fills the next block. `index` is its position in the sequence: blocks come in order.
-    pub fn fill(&mut self, index: usize, bytes: &[u8]) -> Result<(), String> {
-        if index != self.cached + self.arrived || index >= self.blocks.len() {
-            return Err(format!("block {index} came out of order"));
-        }
-        if bytes.len() != self.pool.block_bytes() {
-            return Err(format!("block {index} has {} bytes", bytes.len()));
-        }
-        // SAFETY: the engine gave this block to the order and touches it only when that is gone.
-        unsafe { self.pool.write_block(self.blocks[index], bytes) };
-        self.arrived += 1;
-        Ok(())
-    }
-
-    /// Forgets what has come: it may be wrong.
-    pub fn discard(&mut self) {
-        self.arrived = 0;
-    }
-
-    /// Ends the pull well. An error when blocks are missing.
-    pub fn complete(mut self, first: Token) -> Result<(), String> {
-        let missing = self.blocks.len() - self.cached - self.arrived;
-        if missing > 0 {
-            return Err(format!("{missing} blocks did not come"));
-        }
-        self.first = Some(first);
-        Ok(())
-    }
-
-    /// Ends the pull of a peer's `positions` leading positions well. An error when blocks of them
-    /// are missing.
-    pub fn complete_part(mut self, positions: usize) -> Result<(), String> {
-        let wanted = positions.div_ceil(self.block_size());
-        let missing = wanted.saturating_sub(self.cached + self.arrived);
-        if missing > 0 {
-            return Err(format!("{missing} blocks did not come"));
-        }
-        self.positions = Some(positions);
-        Ok(())
-    }
-
-    fn block_size(&self) -> usize {
-        self.pool.layout().block_size as usize
-    }
-}
-
-impl Drop for PullOrder {
-    fn drop(&mut self) {
-        let first = self.first.take();
-        let pulled = match (&first, self.positions) {
-            (Some(_), _) => Pulled::All,
-            (None, Some(positions)) => Pulled::Positions(positions),
-            (None, None) => Pulled::Blocks(self.arrived),
-        };
-        self.inbox.push(Command::PullEnded { id: self.id, pulled, first });
-    }
-}
-
-impl std::fmt::Debug for PullOrder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PullOrder").field("id", &self.id).field("arrived", &self.arrived).finish()
     }
 }

@@ -78,6 +78,8 @@ pub(super) struct Running {
     scratch: Scratch,
     /// Empty between steps.
     batch: Vec<SequenceSlice<'static>>,
+    /// Why nothing can be computed any more.
+    lost: Option<String>,
 }
 
 impl Running {
@@ -117,10 +119,12 @@ impl Running {
             logits: Vec::new(),
             scratch: Scratch::default(),
             batch: Vec::new(),
+            lost: None,
         }
     }
 
-    pub(super) fn run(mut self) {
+    /// Runs until it is stopped, or what computes is lost: then it says why.
+    pub(super) fn run(mut self) -> Option<String> {
         let mut plan = Plan::default();
         let mut interrupted = false;
         let mut idle = true;
@@ -130,8 +134,18 @@ impl Running {
             if batch.stopping {
                 let all: Vec<SequenceId> = self.requests.keys().copied().collect();
                 all.into_iter().for_each(|id| self.end(id, Finish::Stopping));
+                for command in batch.commands {
+                    if let Command::Add { events, .. } = command {
+                        // An error: nobody waits for it.
+                        let _ = events.try_send(Event::Finished(Finish::Stopping));
+                    }
+                }
                 self.publish();
-                return;
+                // Sequences that peers fetch, or are being pulled, end with the process.
+                let mut status = self.status.lock();
+                (status.running, status.waiting, status.held) = (0, 0, 0);
+                drop(status);
+                return self.lost;
             }
             batch.commands.into_iter().for_each(|command| self.apply(command));
             self.enforce_deadlines();
@@ -375,6 +389,13 @@ impl Running {
         let failure = match pass {
             Ok(Ok(())) => None,
             Ok(Err(ModelError::Interrupted)) => return true,
+            Ok(Err(ModelError::Lost(reason))) => {
+                error!(reason, "nothing can be computed any more");
+                self.lost = Some(reason);
+                // Requests are given up, and computed elsewhere.
+                self.inbox.stop();
+                return false;
+            }
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some("the forward pass panicked".to_owned()),
         };

@@ -695,7 +695,7 @@ mod tests {
             // Unwritten memory must not matter, whatever it holds.
             for block in 0..=count {
                 // SAFETY: the pool is this test's alone.
-                unsafe { kv.write_block(block as u32, &vec![0xff; kv.block_bytes()]) };
+                unsafe { kv.write_block(block as u32, &vec![0xff; kv.block_bytes()]) }.unwrap();
             }
             let blocks: Vec<u32> = (0..count as u32).rev().collect();
             let width = shape.heads * shape.head_dim;

@@ -69,13 +69,20 @@ pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<Loade
 
 /// The layout of a model's KV blocks.
 pub fn kv_layout(config: &ModelConfig, block_size: usize, dtype: KvDtype) -> KvLayout {
+    let layer_bytes = match dtype {
+        // A GPU's: keys and values of each position, without scales.
+        KvDtype::Bf16 => {
+            2 * config.kv_heads * config.head_dim * block_size * size_of::<half::bf16>()
+        }
+        _ => shape(config, block_size, dtype).layer_bytes(),
+    };
     KvLayout {
         block_size: block_size as u32,
         layers: config.layers as u32,
         kv_heads: config.kv_heads as u32,
         head_dim: config.head_dim as u32,
         dtype: dtype.into(),
-        block_bytes: (config.layers * shape(config, block_size, dtype).layer_bytes()) as u64,
+        block_bytes: (config.layers * layer_bytes) as u64,
     }
 }
 

@@ -4,6 +4,8 @@
 //! which knows how. The engine thread owns the model and calls it once per step.
 
 mod config;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod decoder;
 mod weights;
 mod whisper;
@@ -17,8 +19,10 @@ pub use crate::kernels::activations::Precision;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use baton_proto::v1::{KvDtype, KvLayout};
+
 use crate::kv::BlockId;
-use crate::kv::pool::KvPool;
+use crate::kv::pool::{DeviceError, KvPool};
 use crate::lora::Adapter;
 
 /// The new tokens of one sequence in one step.
@@ -63,6 +67,12 @@ pub enum ModelError {
     /// A token id that the embedding table does not have.
     #[error("token id {0} is outside the vocabulary")]
     TokenOutOfRange(u32),
+    /// The device failed, and may do better next time.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The device is gone: no pass will ever succeed. The engine gives all requests up and ends.
+    #[error("{0}")]
+    Lost(String),
 }
 
 /// A causal language model over paged KV.
@@ -74,6 +84,16 @@ pub trait Model: Send {
     /// [`Model::forward`] return [`ModelError::Interrupted`] at once. So a cancelled prompt gives
     /// its blocks back within a layer's time, not a step's.
     fn set_interrupt(&mut self, _flag: Arc<AtomicBool>) {}
+
+    /// The layout of its KV blocks. `dtype` is what the operator chose, where there is a choice.
+    fn kv_layout(&self, block_size: usize, dtype: KvDtype) -> KvLayout {
+        kv_layout(self.config(), block_size, dtype)
+    }
+
+    /// A pool of such blocks, where the model can use them.
+    fn kv_pool(&self, layout: KvLayout, blocks: usize) -> std::io::Result<KvPool> {
+        KvPool::new(layout, blocks)
+    }
 
     /// Positions that the sound takes before the text of each sequence; 0 for models of text. Their
     /// tokens mean nothing.

@@ -34,13 +34,16 @@ pub(super) fn start(
         // It lasts until the caller has let go.
         let _call = call;
         debug!(positions = held.positions, have, "blocks are fetched");
-        // An error: nobody listens.
-        let _ = publish(&shared, &*transport, &held, have / block_size, &sender).await;
+        let parts = (&*transport, request.nccl_link);
+        let published = publish(&shared, parts, &held, have / block_size, &sender).await;
+        if let Err(status) = published {
+            let _ = sender.send(Err(status)).await;
+        }
     };
     Ok(Owned::spawn(move |sender| task(sender).instrument(span)))
 }
 
-type Fetch = (Box<dyn Transport>, Arc<Held>);
+type Fetch = (Arc<dyn Transport>, Arc<Held>);
 
 fn check(shared: &Shared, request: &FetchBlocksRequest) -> Result<Fetch, Status> {
     prefill::check_peer(shared, request.kv_layout.as_ref(), &request.weights_digest)?;
@@ -61,19 +64,25 @@ type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
 /// Sends the blocks from `first` on, and keeps them until the caller has let go.
 async fn publish(
     shared: &Shared,
-    transport: &dyn Transport,
+    (transport, kept): (&dyn Transport, u64),
     held: &Held,
     first: usize,
     sender: &Sender,
-) -> Result<(), mpsc::error::SendError<Result<PrefillEvent, Status>>> {
-    let send = |event: Out| sender.send(Ok(PrefillEvent { event: Some(event) }));
-    let pool = shared.engine.pool();
-    send(Out::Accepted(transport.accept(pool))).await?;
+) -> Result<(), Status> {
+    let send = async |event: Out| {
+        let sent = sender.send(Ok(PrefillEvent { event: Some(event) })).await;
+        sent.map_err(|_| Status::cancelled("the caller has gone"))
+    };
+    let mut outlet = transport.offer(shared.engine.pool(), kept).map_err(prefill::broken)?;
+    send(Out::Accepted(outlet.accepted())).await?;
     for (i, piece) in held.blocks[first..].chunks(PIECE).enumerate() {
-        for event in transport.publish(pool, first + i * PIECE, piece) {
+        let events = outlet.publish(first + i * PIECE, piece).map_err(prefill::broken)?;
+        for event in events {
             send(event).await?;
         }
+        prefill::flush(&mut *outlet, sender).await?;
     }
+    outlet.finish();
     let held_positions = held.positions as u32;
     send(Out::Finished(PrefillFinished { held_positions, ..PrefillFinished::default() })).await?;
     let _ = tokio::time::timeout(shared.hold_lease, sender.closed()).await;

@@ -307,6 +307,7 @@ impl Driver {
             kv_layout: Some(layout),
             weights_digest: self.shared.model.weights_digest.clone(),
             transports: Vec::new(),
+            nccl_link: 0,
         };
         (Ask::Held(request), peer.held_positions as usize)
     }
@@ -326,6 +327,7 @@ impl Driver {
             kv_layout: Some(layout),
             weights_digest: self.shared.model.weights_digest.clone(),
             transports: Vec::new(),
+            nccl_link: 0,
             timeout_ms: 0,
             priority: self.request.priority,
             adapter: self.request.adapter.clone(),

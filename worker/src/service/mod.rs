@@ -29,6 +29,7 @@ use baton_proto::v1::{self, ModelCard, Role, SamplingParams, WorkerDescription, 
 use baton_proto::{InstanceRole, MAX_MESSAGE_BYTES, TokenizerBundle};
 use bytes::Bytes;
 use futures::Stream;
+use futures::future::BoxFuture;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -39,6 +40,7 @@ use crate::engine::{Engine, SubmitError};
 use crate::lora::Adapters;
 use crate::pooling::Pooler;
 use crate::scheduler::Refusal;
+use crate::transfer::Transports;
 use crate::transfer::pull::Puller;
 
 use self::role::Roles;
@@ -64,9 +66,17 @@ pub trait Computes: Send + Sync {
     fn undrain(&self);
     /// Ends all requests and the threads.
     fn stop(&self);
+    /// Waits until it has ended by itself, if it ever does. Says why.
+    fn lost(&self) -> BoxFuture<'_, String> {
+        Box::pin(std::future::pending())
+    }
 }
 
 impl Computes for Engine {
+    fn lost(&self) -> BoxFuture<'_, String> {
+        Box::pin(self.lost())
+    }
+
     fn status(&self) -> WorkerStatus {
         self.status()
     }
@@ -113,7 +123,7 @@ pub struct Parts {
     /// The adapters that requests may name.
     pub adapters: Adapters,
     /// How blocks may cross, best first.
-    pub transports: Vec<v1::Transport>,
+    pub transports: Transports,
     /// How long finished blocks are kept for a peer.
     pub hold_lease: Duration,
     /// How long a drain may take that names no time.
@@ -148,7 +158,7 @@ impl Serves {
 struct Shared {
     roles: Roles,
     model: ModelCard,
-    transports: Vec<v1::Transport>,
+    transports: Transports,
     hold_lease: Duration,
     drain: Arc<Drain>,
     adapters: Arc<Adapters>,
@@ -358,7 +368,7 @@ impl Worker for WorkerService {
             version: env!("CARGO_PKG_VERSION").into(),
             model: Some(shared.model.clone()),
             kv_layout: Some(*shared.engine.pool().layout()),
-            transports: shared.transports.iter().map(|&kind| kind.into()).collect(),
+            transports: shared.transports.kinds().map(Into::into).collect(),
             max_loras: shared.adapters.bounds().adapters as u32,
         }))
     }

@@ -15,7 +15,8 @@ use super::drain::given_up;
 use super::spans::{self, Spans};
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
-use crate::transfer::{Transport, transports};
+use crate::kv::pool::DeviceError;
+use crate::transfer::{Outlet, Transport};
 
 /// Checks a request, puts it into the engine and publishes its blocks.
 pub(super) async fn start(
@@ -29,12 +30,13 @@ pub(super) async fn start(
     let (have, len) = (request.have_tokens as usize, request.token_ids.len());
     let first_wanted = have / shared.engine.limits().block_size;
     let mut spans = Spans::new(call, shared.engine.limits().leading + len);
+    let kept = request.nccl_link;
     let submitted = submit(&shared, request).await;
     let (transport, handle) = submitted.inspect_err(|status| spans.fail(status.code()))?;
     let task = move |sender: Sender| async move {
         debug!(tokens = len, have, "accepted");
         let published = tokio::select! {
-            published = publish(&shared, &*transport, handle, first_wanted, &sender, &mut spans) => published,
+            published = publish(&shared, (&*transport, kept), handle, first_wanted, &sender, &mut spans) => published,
             () = shared.drain.over() => Err(given_up()),
         };
         if let Err(status) = published {
@@ -49,7 +51,7 @@ pub(super) async fn start(
 async fn submit(
     shared: &Shared,
     request: PrefillRequest,
-) -> Result<(Box<dyn Transport>, RequestHandle), Status> {
+) -> Result<(Arc<dyn Transport>, RequestHandle), Status> {
     shared.is_not(InstanceRole::Decode)?;
     check_peer(shared, request.kv_layout.as_ref(), &request.weights_digest)?;
     let block_size = shared.engine.limits().block_size;
@@ -108,10 +110,26 @@ pub(super) fn check_peer(
 pub(super) fn transport(
     shared: &Shared,
     offered: impl Iterator<Item = v1::Transport>,
-) -> Result<Box<dyn Transport>, Status> {
-    let wanted: Vec<_> = offered.filter(|kind| shared.transports.contains(kind)).collect();
-    let mut known = transports(&wanted).into_iter();
-    known.next().ok_or_else(|| Status::failed_precondition("no transport in common"))
+) -> Result<Arc<dyn Transport>, Status> {
+    let first = shared.transports.first(offered);
+    first.ok_or_else(|| Status::failed_precondition("no transport in common"))
+}
+
+/// What a caller is told whose blocks cannot be read: it computes them itself.
+pub(super) fn broken(error: DeviceError) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+/// Waits until the blocks that were published have left. An error where they do not, or nobody
+/// listens any more.
+pub(super) async fn flush<T>(
+    outlet: &mut dyn Outlet,
+    sender: &mpsc::Sender<Result<T, Status>>,
+) -> Result<(), Status> {
+    tokio::select! {
+        flushed = outlet.flush() => flushed.map_err(|error| Status::unavailable(error.to_string())),
+        () = sender.closed() => Err(Status::cancelled("the caller has gone")),
+    }
 }
 
 type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
@@ -120,7 +138,7 @@ type Sender = mpsc::Sender<Result<PrefillEvent, Status>>;
 /// lease ends. Returns early when nobody listens.
 async fn publish(
     shared: &Shared,
-    transport: &dyn Transport,
+    (transport, kept): (&dyn Transport, u64),
     mut handle: RequestHandle,
     first_wanted: usize,
     sender: &Sender,
@@ -130,8 +148,8 @@ async fn publish(
     let send = async |event: Out| {
         sender.send(Ok(PrefillEvent { event: Some(event) })).await.map_err(|_| gone())
     };
-    let pool = shared.engine.pool();
-    send(Out::Accepted(transport.accept(pool))).await?;
+    let mut outlet = transport.offer(shared.engine.pool(), kept).map_err(broken)?;
+    send(Out::Accepted(outlet.accepted())).await?;
     let mut finished = PrefillFinished::default();
     while let Some(event) = handle.next().await {
         match event {
@@ -142,14 +160,17 @@ async fn publish(
             Event::Blocks { first, blocks } => {
                 let skip = first_wanted.saturating_sub(first).min(blocks.len());
                 if skip < blocks.len() {
-                    for event in transport.publish(pool, first + skip, &blocks[skip..]) {
+                    let events = outlet.publish(first + skip, &blocks[skip..]).map_err(broken)?;
+                    for event in events {
                         send(event).await?;
                     }
+                    flush(&mut *outlet, sender).await?;
                 }
             }
             Event::Token(token) => finished.first_token = Some(token),
             Event::Finished(Finish::Length) => {
                 spans.computed();
+                outlet.finish();
                 send(Out::Finished(finished)).await?;
                 tokio::select! {
                     () = sender.closed() => {}

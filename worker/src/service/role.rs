@@ -149,6 +149,7 @@ fn subtract(status: &mut WorkerStatus, before: &WorkerStatus) {
     subtract!(
         preemptions prompt_tokens generation_tokens prefix_cache_queries prefix_cache_hits
         handoff_requests handoff_failures handoff_bytes_shared_memory handoff_bytes_grpc
+        handoff_bytes_cuda_ipc handoff_bytes_nccl
         spec_decode_drafts spec_decode_draft_tokens spec_decode_accepted_tokens
         constrained_tokens constraint_wait_us step_tokens released pooled_inputs pooled_batches
         busy_us computed_prompt_tokens requests finished

@@ -1,6 +1,6 @@
 //! One hand-off, from the decode worker's side.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -16,11 +16,13 @@ use tonic::Status;
 use tonic::transport::Channel;
 use tracing::{info, warn};
 
-use super::{Source, TransferError, Transport, transports};
+use super::{Kept, Opening, TransferError, Transports};
 use crate::engine::PullOrder;
 
 /// How long a peer may take to say that it has the request.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Events that are read before their turn. Those of gRPC, which are large, never are.
+const MAX_AHEAD: usize = 64;
 /// Peers whose connection is kept.
 const MAX_PEERS: usize = 256;
 
@@ -34,14 +36,19 @@ pub enum Ask {
 }
 
 impl Ask {
-    fn offer(&mut self, kinds: &[v1::Transport], deadline: Instant) {
+    fn offer(&mut self, kinds: &[v1::Transport], kept: Option<&Kept>, deadline: Instant) {
         let kinds = kinds.iter().map(|&kind| kind.into()).collect();
+        let kept = kept.map_or(0, |kept| kept.id);
         match self {
             Self::Compute(request) => {
                 request.transports = kinds;
+                request.nccl_link = kept;
                 request.timeout_ms = millis_until(deadline);
             }
-            Self::Held(request) => request.transports = kinds,
+            Self::Held(request) => {
+                request.transports = kinds;
+                request.nccl_link = kept;
+            }
         }
     }
 
@@ -76,7 +83,7 @@ impl Ask {
 
 /// Connections to peers, and what came over them.
 pub struct Puller {
-    transports: Vec<v1::Transport>,
+    transports: Transports,
     peers: Mutex<HashMap<String, Peer>>,
     counters: Counters,
 }
@@ -89,17 +96,39 @@ struct Peer {
     kinds: Vec<v1::Transport>,
 }
 
+/// One attempt's circumstances.
+struct Place<'a> {
+    peer: &'a Peer,
+    address: &'a str,
+    deadline: Instant,
+    kept: Option<Kept>,
+}
+
 #[derive(Default)]
 struct Counters {
     requests: AtomicU64,
     failures: AtomicU64,
     bytes_shared_memory: AtomicU64,
     bytes_grpc: AtomicU64,
+    bytes_cuda_ipc: AtomicU64,
+    bytes_nccl: AtomicU64,
+}
+
+impl Counters {
+    /// The bytes that came over a transport.
+    fn bytes(&self, kind: v1::Transport) -> &AtomicU64 {
+        match kind {
+            v1::Transport::SharedMemory => &self.bytes_shared_memory,
+            v1::Transport::CudaIpc => &self.bytes_cuda_ipc,
+            v1::Transport::Nccl => &self.bytes_nccl,
+            v1::Transport::Grpc | v1::Transport::Unspecified => &self.bytes_grpc,
+        }
+    }
 }
 
 impl Puller {
     /// Pulls over these transports, best first.
-    pub fn new(transports: Vec<v1::Transport>) -> Self {
+    pub fn new(transports: Transports) -> Self {
         Self { transports, peers: Mutex::default(), counters: Counters::default() }
     }
 
@@ -109,6 +138,8 @@ impl Puller {
         status.handoff_failures = self.counters.failures.load(Relaxed);
         status.handoff_bytes_shared_memory = self.counters.bytes_shared_memory.load(Relaxed);
         status.handoff_bytes_grpc = self.counters.bytes_grpc.load(Relaxed);
+        status.handoff_bytes_cuda_ipc = self.counters.bytes_cuda_ipc.load(Relaxed);
+        status.handoff_bytes_nccl = self.counters.bytes_nccl.load(Relaxed);
     }
 
     /// Fills an order from a peer and ends it; returns what carried the blocks, and of a speech
@@ -149,10 +180,14 @@ impl Puller {
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
         loop {
             let peer = self.peer(address)?;
-            ask.offer(&peer.kinds, deadline);
+            let known = peer.kinds.iter().filter_map(|&kind| self.transports.get(kind));
+            let free: Vec<_> = known.filter(|transport| transport.available()).collect();
+            let kept = free.iter().find_map(|transport| transport.kept(address));
+            let kinds: Vec<_> = free.iter().map(|transport| transport.kind()).collect();
+            ask.offer(&kinds, kept.as_ref(), deadline);
             let mut span = parent.rpc_client(ask.method(), address);
-            let attempt =
-                self.attempt(&peer, &ask, &mut order, deadline, (span.as_parent(), bytes)).await;
+            let at = Place { peer: &peer, address, deadline, kept };
+            let attempt = self.attempt(at, &ask, &mut order, (span.as_parent(), bytes)).await;
             if let Err(error) = &attempt {
                 span.fail(error.kind());
             }
@@ -169,10 +204,12 @@ impl Puller {
                     completed.map_err(TransferError::Protocol)?;
                     return Ok((transport, finished.no_speech_probability));
                 }
-                // The best transport does not reach this peer: go on without it.
-                Err(error @ TransferError::NotHere { .. }) if peer.kinds.len() > 1 => {
-                    info!(%error, address, "falling back to the next transport");
-                    let kinds = peer.kinds[1..].to_vec();
+                // A transport does not reach this peer: go on without it.
+                Err(TransferError::NotHere { transport, reason }) if peer.kinds.len() > 1 => {
+                    let kind = transport.as_str_name();
+                    info!(kind, reason, address, "falling back to the next transport");
+                    let others = peer.kinds.iter().copied().filter(|kind| *kind != transport);
+                    let kinds = others.collect();
                     self.peers.lock().insert(address.to_owned(), Peer { kinds, ..peer });
                     order.discard();
                 }
@@ -187,12 +224,12 @@ impl Puller {
 
     async fn attempt(
         &self,
-        peer: &Peer,
+        at: Place<'_>,
         ask: &Ask,
         order: &mut PullOrder,
-        deadline: Instant,
         (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, v1::PrefillFinished), TransferError> {
+        let Place { peer, address, deadline, kept } = at;
         let mut client = WorkerClient::new(peer.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -201,34 +238,40 @@ impl Puller {
         let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
             return Err(TransferError::Protocol("expected the acceptance".into()));
         };
-        let transport: Box<dyn Transport> = transports(&peer.kinds)
-            .into_iter()
-            .find(|transport| transport.kind() == accepted.transport())
+        let offered = peer.kinds.contains(&accepted.transport());
+        let transport = self.transports.get(accepted.transport()).filter(|_| offered);
+        let transport = transport
             .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
-        let mut source = transport.open(&accepted, &ask.layout())?;
-        let arrived = match transport.kind() {
-            v1::Transport::SharedMemory => &self.counters.bytes_shared_memory,
-            _ => &self.counters.bytes_grpc,
-        };
-        loop {
-            match next(&mut events, deadline).await {
-                Ok(Some(Event::Finished(finished))) => return Ok((transport.kind(), finished)),
-                Ok(Some(event)) => {
-                    let came = source.take(event, order)?;
+        let mut source = transport.open(Opening {
+            accepted: &accepted,
+            layout: &ask.layout(),
+            pool: order.pool(),
+            peer: address,
+            kept,
+            deadline,
+        })?;
+        let arrived = self.counters.bytes(transport.kind());
+        let mut events = Events { stream: events, ahead: VecDeque::new(), deadline };
+        let finished = loop {
+            let event = match events.next().await {
+                Ok(Event::Finished(finished)) => break Ok(finished),
+                Ok(event) => event,
+                Err(error) => break Err(error),
+            };
+            match events.meanwhile(source.take(event, order)).await {
+                Ok(came) => {
                     arrived.fetch_add(came, Relaxed);
                     *bytes += came;
                 }
-                Ok(None) => {
-                    keep_or_discard(source.as_ref(), order);
-                    let status = Status::unavailable("the peer ended the stream early");
-                    return Err(TransferError::Peer(status));
-                }
-                Err(error) => {
-                    keep_or_discard(source.as_ref(), order);
-                    return Err(error);
-                }
+                Err(error) => break Err(error),
             }
+        };
+        match finished {
+            Ok(_) => source.finish(),
+            Err(_) if source.survives_peer() => {}
+            Err(_) => order.discard(),
         }
+        Ok((transport.kind(), finished?))
     }
 
     fn peer(&self, address: &str) -> Result<Peer, TransferError> {
@@ -246,15 +289,48 @@ impl Puller {
         if peers.len() >= MAX_PEERS {
             peers.clear();
         }
-        let peer = Peer { channel, kinds: self.transports.clone() };
+        let peer = Peer { channel, kinds: self.transports.kinds().collect() };
         peers.insert(address.to_owned(), peer.clone());
         Ok(peer)
     }
 }
 
-fn keep_or_discard(source: &dyn Source, order: &mut PullOrder) {
-    if !source.survives_peer() {
-        order.discard();
+/// A peer's events. While blocks come in another way it is listened to all the same, so that its end
+/// is noticed at once.
+struct Events {
+    stream: tonic::Streaming<v1::PrefillEvent>,
+    /// Heard, and not yet wanted.
+    ahead: VecDeque<Event>,
+    deadline: Instant,
+}
+
+impl Events {
+    async fn next(&mut self) -> Result<Event, TransferError> {
+        match self.ahead.pop_front() {
+            Some(event) => Ok(event),
+            None => self.hear().await,
+        }
+    }
+
+    async fn hear(&mut self) -> Result<Event, TransferError> {
+        let ended = || TransferError::Peer(Status::unavailable("the peer ended the stream early"));
+        next(&mut self.stream, self.deadline).await?.ok_or_else(ended)
+    }
+
+    /// Waits for something else, for as long as the peer is there.
+    async fn meanwhile<T>(
+        &mut self,
+        other: impl Future<Output = Result<T, TransferError>>,
+    ) -> Result<T, TransferError> {
+        let mut other = std::pin::pin!(other);
+        loop {
+            let full = self.ahead.len() >= MAX_AHEAD;
+            tokio::select! {
+                biased;
+                done = &mut other => return done,
+                event = self.hear(), if !full => self.ahead.push_back(event?),
+            }
+        }
     }
 }
 

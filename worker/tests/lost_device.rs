@@ -1,0 +1,122 @@
+//! What the engine does when what computes fails: once, or for good.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::{KvDtype, SamplingParams};
+use baton_worker::engine::{
+    Engine, Event, Finish, NewRequest, Purpose, RequestHandle, Settings, SubmitError,
+};
+use baton_worker::kv::pool::{DeviceError, KvPool};
+use baton_worker::model::{
+    Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
+};
+use baton_worker::scheduler::{Limits, Refusal, Speculation};
+
+/// A model whose passes end like this, one after the other; those after them succeed.
+struct Failing {
+    model: Box<dyn Model>,
+    passes: VecDeque<Option<ModelError>>,
+}
+
+impl Model for Failing {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn forward(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        kv: &KvPool,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        match self.passes.pop_front().flatten() {
+            Some(error) => Err(error),
+            None => self.model.forward(batch, kv, logits),
+        }
+    }
+}
+
+fn engine(passes: Vec<Option<ModelError>>) -> Engine {
+    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small/qwen3");
+    let model = load(&small, 1, Precision::Sixteen).unwrap().model;
+    let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 40).unwrap();
+    let limits = Limits {
+        block_size: 16,
+        blocks: 40,
+        max_batch_tokens: 64,
+        max_running: 4,
+        max_waiting: 4,
+        max_model_len: 200,
+        leading: 0,
+        speculation: Speculation::OFF,
+        priority_aging: Duration::from_secs(30),
+    };
+    let model = Box::new(Failing { model, passes: passes.into() });
+    Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new(), speech: None })
+        .unwrap()
+}
+
+fn submit(engine: &Engine) -> Result<RequestHandle, SubmitError> {
+    engine.submit(NewRequest {
+        prompt: vec![5, 6, 7],
+        audio: None,
+        output: Vec::new(),
+        sampling: SamplingParams {
+            max_tokens: 4,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..SamplingParams::default()
+        },
+        constraint: None,
+        priority: 0,
+        salt: String::new(),
+        adapter: None,
+        purpose: Purpose::Generate { pull_from: None },
+        deadline: Instant::now() + Duration::from_secs(60),
+        returning: false,
+    })
+}
+
+/// Tokens of a request, and how it ended.
+async fn ended(mut handle: RequestHandle) -> (usize, Finish) {
+    let mut tokens = 0;
+    loop {
+        match handle.next().await.expect("an end") {
+            Event::Token(_) => tokens += 1,
+            Event::Finished(finish) => return (tokens, finish),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_device_that_fails_once_fails_the_requests_of_its_step_alone() {
+    let error = ModelError::Device(DeviceError("out of memory".into()));
+    let engine = engine(vec![Some(error)]);
+    let (tokens, finish) = ended(submit(&engine).unwrap()).await;
+    assert_eq!(tokens, 0);
+    assert!(matches!(&finish, Finish::Failed(reason) if reason.contains("out of memory")));
+    let whole = ended(submit(&engine).unwrap()).await;
+    assert_eq!(whole, (4, Finish::Length));
+}
+
+#[tokio::test]
+async fn a_device_that_is_lost_gives_its_requests_up_and_takes_no_more() {
+    let error = ModelError::Lost("the GPU fell off the bus".into());
+    let engine = engine(vec![None, None, Some(error)]);
+    let serving = tokio::time::timeout(Duration::from_millis(50), engine.lost()).await;
+    assert!(serving.is_err(), "nothing is lost yet");
+    let (tokens, finish) = ended(submit(&engine).unwrap()).await;
+    // As when the worker is stopped: it goes on elsewhere.
+    assert_eq!((tokens, finish), (2, Finish::Stopping));
+    let reason = tokio::time::timeout(Duration::from_secs(5), engine.lost()).await;
+    assert_eq!(reason.expect("it is told"), "the GPU fell off the bus");
+    let refused = submit(&engine).map(drop);
+    assert_eq!(refused, Err(SubmitError::Refused(Refusal::Stopping)));
+    let status = engine.status();
+    assert_eq!((status.running, status.waiting, status.kv_blocks_requests), (0, 0, 0));
+}
