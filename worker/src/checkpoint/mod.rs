@@ -171,6 +171,64 @@ pub trait Checkpoint {
     }
 }
 
+impl dyn Checkpoint + '_ {
+    /// A tensor of two dimensions.
+    pub(crate) fn matrix(
+        &self,
+        name: &str,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<TensorBytes, LoadError> {
+        let tensor = self.tensor(name)?;
+        if tensor.dims != [outputs, inputs] {
+            return Err(self.corrupt(format!(
+                "tensor {name} is {:?}, expected [{outputs}, {inputs}]",
+                tensor.dims
+            )));
+        }
+        Ok(tensor)
+    }
+
+    /// A tensor of one dimension, as floats.
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.tensor(name)?;
+        let known = quant::supported(tensor.dtype) && len.is_multiple_of(tensor.dtype.block_size());
+        if tensor.dims != [len] || !known {
+            return Err(self.corrupt(format!(
+                "tensor {name} is {:?} {:?}, expected [{len}]",
+                tensor.dtype, tensor.dims
+            )));
+        }
+        Ok(tensor.floats())
+    }
+
+    /// The weights of a norm.
+    pub(crate) fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        let mut values = self.vector(name, len)?;
+        let offset = self.norm_offset();
+        values.iter_mut().for_each(|value| *value += offset);
+        Ok(values)
+    }
+
+    /// [`Self::vector`] where there is one.
+    pub(crate) fn optional_vector(
+        &self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
+        self.has_tensor(name).then(|| self.vector(name, len)).transpose()
+    }
+
+    /// [`Self::norm`] where there is one.
+    pub(crate) fn optional_norm(
+        &self,
+        name: &str,
+        len: usize,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
+        self.has_tensor(name).then(|| self.norm(name, len)).transpose()
+    }
+}
+
 /// Opens a GGUF file, or a folder with `config.json` and `*.safetensors`.
 pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>, LoadError> {
     match path.is_dir() {

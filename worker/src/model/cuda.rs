@@ -171,9 +171,9 @@ impl Weights<'_> {
                 matrix("attn_v.weight", kv, hidden)?,
             ];
             let [query_bias, key_bias, value_bias] = [
-                self.optional_vector(&name("attn_q.bias"), q)?,
-                self.optional_vector(&name("attn_k.bias"), kv)?,
-                self.optional_vector(&name("attn_v.bias"), kv)?,
+                self.checkpoint.optional_vector(&name("attn_q.bias"), q)?,
+                self.checkpoint.optional_vector(&name("attn_k.bias"), kv)?,
+                self.checkpoint.optional_vector(&name("attn_v.bias"), kv)?,
             ];
             // Where only some have a bias, the others' are zeros.
             let any = query_bias.is_some() || key_bias.is_some() || value_bias.is_some();
@@ -181,74 +181,45 @@ impl Weights<'_> {
             let (query_bias, key_bias, value_bias) =
                 (filled(query_bias, q), filled(key_bias, kv), filled(value_bias, kv));
             let biases = Projections { query: &query_bias[..], key: &key_bias, value: &value_bias };
-            let query_norm = self.optional_norm(&name("attn_q_norm.weight"), head_dim)?;
-            let key_norm = self.optional_norm(&name("attn_k_norm.weight"), head_dim)?;
+            let query_norm =
+                self.checkpoint.optional_norm(&name("attn_q_norm.weight"), head_dim)?;
+            let key_norm = self.checkpoint.optional_norm(&name("attn_k_norm.weight"), head_dim)?;
             let layer = LayerWeights {
-                attention_norm: &self.norm(&name("attn_norm.weight"), hidden)?,
+                attention_norm: &self.checkpoint.norm(&name("attn_norm.weight"), hidden)?,
                 projections: Projections { query: &query[..], key: &key, value: &value },
                 biases: any.then_some(biases),
                 query_norm: query_norm.as_deref(),
                 key_norm: key_norm.as_deref(),
                 output: &matrix("attn_output.weight", hidden, q)?,
-                ffn_norm: &self.norm(&name("ffn_norm.weight"), hidden)?,
+                ffn_norm: &self.checkpoint.norm(&name("ffn_norm.weight"), hidden)?,
                 gate: &matrix("ffn_gate.weight", ffn, hidden)?,
                 up: &matrix("ffn_up.weight", ffn, hidden)?,
                 down: &matrix("ffn_down.weight", hidden, ffn)?,
             };
             loader.layer(i, &layer).map_err(device_error)?;
         }
-        loader.norm(&self.norm("output_norm.weight", hidden)?).map_err(device_error)?;
+        loader.norm(&self.checkpoint.norm("output_norm.weight", hidden)?).map_err(device_error)?;
         if self.checkpoint.has_tensor("output.weight") {
             let head = self.matrix("output.weight", vocab, hidden)?;
             loader.head(&head).map_err(device_error)?;
         }
-        if let Some(factors) = self.optional_vector("rope_freqs.weight", head_dim / 2)? {
+        if let Some(factors) = self.checkpoint.optional_vector("rope_freqs.weight", head_dim / 2)? {
             loader.rope_factors(&factors).map_err(device_error)?;
         }
         Ok(())
     }
 
-    fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorBytes, LoadError> {
-        let tensor = self.checkpoint.tensor(name)?;
-        if tensor.dims != dims {
-            return Err(self
-                .checkpoint
-                .corrupt(format!("tensor {name} is {:?}, expected {dims:?}", tensor.dims)));
-        }
-        let row = dims.last().copied().unwrap_or_default();
-        if !quant::supported(tensor.dtype) || !row.is_multiple_of(tensor.dtype.block_size()) {
+    fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Vec<bf16>, LoadError> {
+        let tensor = self.checkpoint.matrix(name, outputs, inputs)?;
+        if !quant::supported(tensor.dtype) || !inputs.is_multiple_of(tensor.dtype.block_size()) {
             let dtype = tensor.dtype;
             return Err(self
                 .checkpoint
-                .unsupported(format!("tensor {name}: {dtype:?} rows of {row} elements")));
+                .unsupported(format!("tensor {name}: {dtype:?} rows of {inputs} elements")));
         }
-        Ok(tensor)
-    }
-
-    fn matrix(&self, name: &str, outputs: usize, inputs: usize) -> Result<Vec<bf16>, LoadError> {
-        let tensor = self.tensor(name, &[outputs, inputs])?;
         let values = rounded(&tensor, inputs, self.threads);
         tensor.forget();
         Ok(values)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        Ok(self.tensor(name, &[len])?.floats())
-    }
-
-    fn optional_vector(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
-        self.checkpoint.has_tensor(name).then(|| self.vector(name, len)).transpose()
-    }
-
-    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let mut values = self.vector(name, len)?;
-        let offset = self.checkpoint.norm_offset();
-        values.iter_mut().for_each(|value| *value += offset);
-        Ok(values)
-    }
-
-    fn optional_norm(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
-        self.checkpoint.has_tensor(name).then(|| self.norm(name, len)).transpose()
     }
 }
 

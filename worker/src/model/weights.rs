@@ -5,7 +5,6 @@ use crate::checkpoint::{Checkpoint, LoadError};
 use crate::kernels::arena::Arena;
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
-use crate::kernels::quant;
 
 /// All weights.
 pub(super) struct Weights {
@@ -63,8 +62,9 @@ impl Weights {
                             outputs,
                             hidden,
                         )?,
-                        bias: reader.optional_vector(&name(&format!("{which}.bias")), outputs)?,
-                        norm: reader
+                        bias: checkpoint
+                            .optional_vector(&name(&format!("{which}.bias")), outputs)?,
+                        norm: checkpoint
                             .optional_norm(&name(&format!("{which}_norm.weight")), head_dim)?,
                     })
                 };
@@ -72,27 +72,28 @@ impl Weights {
                     query: projection("attn_q", q)?,
                     key: projection("attn_k", kv)?,
                     value: projection("attn_v", kv)?,
-                    attention_norm: reader.norm(&name("attn_norm.weight"), hidden)?,
+                    attention_norm: checkpoint.norm(&name("attn_norm.weight"), hidden)?,
                     output: reader.linear(&name("attn_output.weight"), hidden, q)?,
-                    post_attention_norm: reader
+                    post_attention_norm: checkpoint
                         .optional_norm(&name("post_attention_norm.weight"), hidden)?,
-                    ffn_norm: reader.norm(&name("ffn_norm.weight"), hidden)?,
+                    ffn_norm: checkpoint.norm(&name("ffn_norm.weight"), hidden)?,
                     gate: reader.linear(&name("ffn_gate.weight"), ffn, hidden)?,
                     up: reader.linear(&name("ffn_up.weight"), ffn, hidden)?,
                     down: reader.linear(&name("ffn_down.weight"), hidden, ffn)?,
-                    post_ffn_norm: reader.optional_norm(&name("post_ffw_norm.weight"), hidden)?,
+                    post_ffn_norm: checkpoint
+                        .optional_norm(&name("post_ffw_norm.weight"), hidden)?,
                 })
             })
             .collect::<Result<Vec<_>, LoadError>>()?;
         Ok(Self {
             embedding: reader.linear("token_embd.weight", vocab, hidden)?,
             layers,
-            norm: reader.norm("output_norm.weight", hidden)?,
+            norm: checkpoint.norm("output_norm.weight", hidden)?,
             head: match checkpoint.has_tensor("output.weight") {
                 true => Some(reader.linear("output.weight", vocab, hidden)?),
                 false => None,
             },
-            rope_factors: reader.optional_vector("rope_freqs.weight", head_dim / 2)?,
+            rope_factors: checkpoint.optional_vector("rope_freqs.weight", head_dim / 2)?,
         })
     }
 }
@@ -110,13 +111,7 @@ impl Reader<'_> {
         outputs: usize,
         inputs: usize,
     ) -> Result<Linear, LoadError> {
-        let tensor = self.checkpoint.tensor(name)?;
-        if tensor.dims != [outputs, inputs] {
-            return Err(self.checkpoint.corrupt(format!(
-                "tensor {name} is {:?}, expected [{outputs}, {inputs}]",
-                tensor.dims
-            )));
-        }
+        let tensor = self.checkpoint.matrix(name, outputs, inputs)?;
         let linear =
             Linear::new(self.threads, &mut self.arena, tensor.clone()).ok_or_else(|| {
                 let dtype = tensor.dtype;
@@ -127,36 +122,5 @@ impl Reader<'_> {
             tensor.forget();
         }
         Ok(linear)
-    }
-
-    pub(super) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.checkpoint.tensor(name)?;
-        if tensor.dims != [len] || !quant::supported(tensor.dtype) {
-            return Err(self.checkpoint.corrupt(format!(
-                "tensor {name} is {:?} {:?}, expected [{len}]",
-                tensor.dtype, tensor.dims
-            )));
-        }
-        Ok(tensor.floats())
-    }
-
-    /// The weights of a norm.
-    fn norm(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let mut values = self.vector(name, len)?;
-        let offset = self.checkpoint.norm_offset();
-        values.iter_mut().for_each(|value| *value += offset);
-        Ok(values)
-    }
-
-    fn optional_norm(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>, LoadError> {
-        self.checkpoint.has_tensor(name).then(|| self.norm(name, len)).transpose()
-    }
-
-    pub(super) fn optional_vector(
-        &self,
-        name: &str,
-        len: usize,
-    ) -> Result<Option<Vec<f32>>, LoadError> {
-        self.checkpoint.has_tensor(name).then(|| self.vector(name, len)).transpose()
     }
 }

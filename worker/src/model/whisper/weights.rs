@@ -136,7 +136,7 @@ impl Source<'_> {
 
     fn affine(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Affine, LoadError> {
         let weight = self.reader.linear(&format!("{name}.weight"), outputs, inputs)?;
-        let bias = self.reader.optional_vector(&format!("{name}.bias"), outputs)?;
+        let bias = self.reader.checkpoint.optional_vector(&format!("{name}.bias"), outputs)?;
         // Keys have none; some files write it out.
         let bias = bias.filter(|bias| bias.iter().any(|x| *x != 0.0));
         Ok(Affine { weight, bias })
@@ -145,8 +145,8 @@ impl Source<'_> {
     fn norm(&self, name: &str) -> Result<LayerNorm, LoadError> {
         let hidden = self.shape.hidden;
         Ok(LayerNorm {
-            weight: self.reader.vector(&format!("{name}.weight"), hidden)?,
-            bias: Some(self.reader.vector(&format!("{name}.bias"), hidden)?),
+            weight: self.reader.checkpoint.vector(&format!("{name}.weight"), hidden)?,
+            bias: Some(self.reader.checkpoint.vector(&format!("{name}.bias"), hidden)?),
             eps: EPSILON,
         })
     }
@@ -176,7 +176,7 @@ impl Source<'_> {
         let Reader { threads, arena, .. } = &mut self.reader;
         let weight = Linear::new(threads, arena, turned)
             .ok_or_else(|| self.folder.unsupported(format!("tensor {name}.weight")))?;
-        let bias = Some(self.reader.vector(&format!("{name}.bias"), hidden)?);
+        let bias = Some(self.reader.checkpoint.vector(&format!("{name}.bias"), hidden)?);
         Ok(Affine { weight, bias })
     }
 
