@@ -126,6 +126,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
             () = worker.suspect.notified() => return Err(Status::unavailable("a request failed")),
         };
         let Some(status) = status else { return Ok(()) };
+        is_still(worker, &status.instance_id)?;
         // Nobody asks a worker that computes no sequences for adapters.
         if worker.record.role != InstanceRole::Pooling
             && worker.adapters.load().version() != Some(status.adapters_version)
@@ -152,6 +153,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
 
 async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
     let description = within(worker.control().describe(DescribeRequest {})).await?.into_inner();
+    is_still(worker, &description.instance_id)?;
     let card = description
         .model
         .clone()
@@ -166,6 +168,16 @@ async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
         }
     };
     Ok(Served { description, card, text, adapter: None })
+}
+
+/// Whether who answers is who is registered. A worker that changed its role, or whose process was
+/// started again at its address, is another: what is known of the one before is void. Earlier
+/// workers do not say.
+fn is_still(worker: &Worker, answers: &str) -> Result<(), Status> {
+    if answers.is_empty() || worker.record.id == answers {
+        return Ok(());
+    }
+    Err(Status::not_found(format!("{answers} answers at its address")))
 }
 
 async fn fetch_text(worker: &Worker) -> Result<TextModel, Status> {

@@ -49,7 +49,7 @@ impl Shared {
     }
 
     pub(super) fn status(&self) -> WorkerStatus {
-        self.pooler.status()
+        WorkerStatus { instance_id: self.instance_id.clone(), ..self.pooler.status() }
     }
 
     /// Checks a call, waits for its answer. When the caller goes, what is left of it leaves the

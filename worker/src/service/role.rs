@@ -135,6 +135,7 @@ impl Roles {
     /// A status with this instance's own counts, from one with all since the process began.
     pub(super) fn own(&self, mut status: WorkerStatus) -> WorkerStatus {
         subtract(&mut status, &self.before.lock());
+        status.instance_id.clone_from(&self.current().instance_id);
         status
     }
 }
