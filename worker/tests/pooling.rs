@@ -154,6 +154,24 @@ async fn minilm_is_as_in_sentence_transformers() {
     assert!(worst <= VECTORS, "largest difference {worst}");
 }
 
+/// Two trainings of one model differ in no name, shape or length.
+#[test]
+fn other_weights_of_the_same_shapes_are_another_model() {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(minilm()).unwrap().flatten().filter(|it| it.path().is_file()) {
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let digest = || open(copy.path(), None).weights_digest;
+    let same = digest();
+    assert_eq!(same, open(&minilm(), None).weights_digest);
+    let file = copy.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    // The last number of the last tensor.
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    assert_ne!(digest(), same);
+}
+
 #[tokio::test]
 async fn rounded_weights_keep_their_vectors_close() {
     let fixture = Fixture::read("minilm");

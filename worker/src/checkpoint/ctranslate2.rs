@@ -59,7 +59,7 @@ pub(super) fn open(path: &Path, hasher: &mut blake3::Hasher) -> Result<Variables
         let start = at;
         let data = file.bytes(&mut at, len, &name)?;
         hasher.update(name.as_bytes());
-        hasher.update(&data[..len.min(64)]);
+        super::hash_sample(hasher, data);
         let elements = dims.iter().try_fold(1usize, |all, dim| all.checked_mul(*dim));
         let sized = |bytes: usize| match elements.and_then(|all| all.checked_mul(bytes)) {
             Some(bytes) if bytes == len => Ok(()),

@@ -155,12 +155,18 @@ impl Checkpoint for Gguf {
         gguf_tokenizer::eos_token_ids(self)
     }
 
-    /// Of the header and the file's length.
+    /// Of the header, the file's length, and a sample of each tensor.
     fn digest(&self) -> String {
         let header = (self.content.tensor_data_offset as usize).min(self.map.len());
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.map[..header]);
         hasher.update(&(self.map.len() as u64).to_le_bytes());
+        let mut names: Vec<_> = self.content.tensor_infos.keys().collect();
+        names.sort();
+        // All were found sound when the file was opened.
+        for tensor in names.into_iter().filter_map(|name| self.tensor(name).ok()) {
+            super::hash_sample(&mut hasher, tensor.bytes());
+        }
         hasher.finalize().to_hex().to_string()
     }
 }

@@ -82,8 +82,11 @@ pub(super) fn tensors(
         let data = header + 8;
         hasher.update(&map[..data]);
         hasher.update(&(map.len() as u64).to_le_bytes());
-        for (name, info) in metadata.tensors() {
+        let mut listed: Vec<_> = metadata.tensors().into_iter().collect();
+        listed.sort_by(|(one, _), (two, _)| one.cmp(two));
+        for (name, info) in listed {
             let (start, end) = info.data_offsets;
+            super::hash_sample(hasher, &map[data + start..data + end]);
             let Some(dtype) = dtype(info.dtype) else { continue };
             let tensor = tensor(&map, data + start, end - start, dtype, &info.shape);
             tensors.insert(name, tensor);
