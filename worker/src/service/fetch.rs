@@ -14,7 +14,7 @@ use super::{Owned, Shared, prefill, spans};
 use crate::transfer::Transport;
 
 /// Blocks in one piece: what is copied for messages that wait.
-const PIECE: usize = 16;
+pub(super) const PIECE: usize = 16;
 
 /// Checks a request and publishes the blocks.
 pub(super) fn start(

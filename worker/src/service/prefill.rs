@@ -12,6 +12,7 @@ use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
 use super::drain::given_up;
+use super::fetch::PIECE;
 use super::spans::{self, Spans};
 use super::{Owned, Shared, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
@@ -159,9 +160,10 @@ async fn publish(
             }
             Event::Blocks { first, blocks } => {
                 let skip = first_wanted.saturating_sub(first).min(blocks.len());
-                if skip < blocks.len() {
-                    let events = outlet.publish(first + skip, &blocks[skip..]).map_err(broken)?;
-                    for event in events {
+                // What was cached comes all at once, but is not copied so.
+                for (i, piece) in blocks[skip..].chunks(PIECE).enumerate() {
+                    let at = first + skip + i * PIECE;
+                    for event in outlet.publish(at, piece).map_err(broken)? {
                         send(event).await?;
                     }
                     flush(&mut *outlet, sender).await?;
