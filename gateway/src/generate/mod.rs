@@ -85,8 +85,14 @@ impl Job {
 
     /// Whether `token`, the `count`th, stops the sequence.
     fn stops(&self, token: u32, count: usize) -> bool {
-        let eos = !self.sampling.ignore_eos && self.served.card.eos_token_ids.contains(&token);
-        (eos || self.sampling.stop_token_ids.contains(&token)) && self.may_stop(count)
+        let eos = self.served.card.eos_token_ids.contains(&token);
+        // A constraint lets it come where the output is complete, and nothing follows.
+        if eos && self.sampling.constraint.is_some() {
+            return true;
+        }
+        let stops =
+            (eos && !self.sampling.ignore_eos) || self.sampling.stop_token_ids.contains(&token);
+        stops && self.may_stop(count)
     }
 }
 
@@ -399,7 +405,7 @@ async fn open(
     let mut no_room = false;
     loop {
         let began = Instant::now();
-        let others = registry.choose_decode(&job.served, missing, &job.hashes, &asked);
+        let others = registry.choose_decode(&job.served, (tokens, missing), &job.hashes, &asked);
         // Where it was, although that worker drains, when nobody else takes it.
         let back = || {
             let held = held.filter(|held| !asked.contains(&held.worker.record.id))?;

@@ -329,7 +329,9 @@ impl Listener {
         let mut avoid = Vec::new();
         let mut failure = None;
         for _ in 0..MAX_FAILURES {
-            let Some(ticket) = registry.choose_decode(served, tokens.len(), &[], &avoid) else {
+            let Some(ticket) =
+                registry.choose_decode(served, (tokens.len(), tokens.len()), &[], &avoid)
+            else {
                 break;
             };
             let until = (*deadline).min(Instant::now() + ALIGN_WITHIN);

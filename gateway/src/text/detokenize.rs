@@ -2,6 +2,10 @@
 
 use super::TextModel;
 
+/// Tokens that may wait for those that follow to become text. A character has four bytes, each a token
+/// at most; more that wait are none, and would all be decoded again for every token.
+const WAITING: usize = 64;
+
 /// Turns a growing list of tokens into growing text.
 ///
 /// A token's text depends on its neighbours (byte pieces of one character, leading blanks), so the
@@ -25,11 +29,20 @@ impl Detokenizer {
 
     /// Adds a token and gives the text that is now certain.
     pub fn push(&mut self, model: &TextModel, id: u32) -> String {
+        if self.skip_special_tokens && model.special.contains(&id) {
+            return String::new();
+        }
         self.ids.push(id);
         let before = self.decode(model, self.settled);
         let after = self.decode(model, self.ids.len());
         // An unfinished character decodes to U+FFFD; one that stays so is given out at the end.
-        if after.len() <= before.len() || after.ends_with('\u{fffd}') {
+        let waits = after.len() <= before.len() || after.ends_with('\u{fffd}');
+        if waits && self.ids.len() - self.settled <= WAITING {
+            return String::new();
+        }
+        if after.len() <= before.len() {
+            // They are no text.
+            self.ids.truncate(self.settled);
             return String::new();
         }
         let text = after.get(before.len()..).unwrap_or_default().to_owned();
@@ -55,5 +68,77 @@ impl Detokenizer {
             [] => String::new(),
             ids => model.decode(ids, self.skip_special_tokens),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::TokenizerBundle;
+    use serde_json::{Map, json};
+
+    use super::*;
+
+    const A: u32 = 0;
+    /// The bytes of `é`.
+    const E: [u32; 2] = [1, 2];
+    const EOS: u32 = 3;
+
+    fn model() -> TextModel {
+        let tokenizer = json!({
+            "version": "1.0",
+            "added_tokens": [{
+                "id": EOS, "content": "<eos>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true,
+            }],
+            "decoder": {
+                "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
+                "use_regex": true,
+            },
+            "model": {"type": "BPE", "vocab": {"a": A, "Ã": E[0], "©": E[1]}, "merges": []},
+        });
+        let bundle = TokenizerBundle {
+            tokenizer_json: tokenizer.to_string(),
+            chat_template: None,
+            bos_token: None,
+            eos_token: None,
+            tokenizer_config: Map::new(),
+            generation_config: Map::new(),
+        };
+        TextModel::new(&bundle).unwrap()
+    }
+
+    #[test]
+    fn half_a_character_waits_for_its_other_half() {
+        let (model, mut text) = (model(), Detokenizer::new(true));
+        assert_eq!(text.push(&model, A), "a");
+        assert_eq!(text.push(&model, E[0]), "");
+        assert_eq!(text.push(&model, E[1]), "é");
+        assert_eq!(text.push(&model, E[0]), "");
+        assert_eq!(text.finish(&model), "\u{fffd}");
+    }
+
+    #[test]
+    fn tokens_without_text_are_not_kept() {
+        let (model, mut text) = (model(), Detokenizer::new(true));
+        assert_eq!(text.push(&model, A), "a");
+        for _ in 0..10_000 {
+            assert_eq!(text.push(&model, EOS), "");
+        }
+        assert_eq!(text.ids, [A]);
+        assert_eq!(text.push(&model, A), "a");
+        // They are text where they are asked for.
+        assert_eq!(Detokenizer::new(false).push(&model, EOS), "<eos>");
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_are_given_out() {
+        let (model, mut text) = (model(), Detokenizer::new(true));
+        let mut all = String::new();
+        for _ in 0..1000 {
+            all += &text.push(&model, E[0]);
+            assert!(text.ids.len() - text.settled <= WAITING);
+        }
+        all += &text.push(&model, A);
+        assert_eq!(all, format!("{}a", "\u{fffd}".repeat(1000)));
     }
 }

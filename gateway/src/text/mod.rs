@@ -7,6 +7,7 @@ pub mod sequences;
 pub mod stop;
 pub mod template;
 
+use std::collections::HashSet;
 use std::str::FromStr as _;
 
 use baton_proto::TokenizerBundle;
@@ -25,6 +26,8 @@ pub struct TextModel {
     pub template: Option<ChatTemplate>,
     /// Bytes of the longest token: a prompt with more bytes than this times the context cannot fit.
     pub longest_token: usize,
+    /// Tokens that stand for no text.
+    special: HashSet<u32>,
     /// How the model writes tool calls, as far as its template tells.
     pub tool_syntax: Option<ToolSyntax>,
     /// How it writes its reasoning, likewise.
@@ -46,6 +49,8 @@ impl TextModel {
         tokenizer.with_padding(None);
         let longest_token =
             tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1).max(1);
+        let added = tokenizer.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special).map(|(id, _)| id).collect();
         let template = bundle
             .chat_template
             .as_ref()
@@ -58,6 +63,7 @@ impl TextModel {
             tokenizer,
             template,
             longest_token,
+            special,
             tool_syntax: bundle.chat_template.as_deref().and_then(ToolSyntax::detect),
             reasoning_syntax: bundle.chat_template.as_deref().and_then(ReasoningSyntax::detect),
             defaults: Defaults::of(&bundle.generation_config),

@@ -336,16 +336,22 @@ impl Registry {
         let _ = tokio::time::timeout(within, found).await;
     }
 
-    /// Chooses the worker that generates; `None` when nobody answers but instances in `avoid`.
+    /// Chooses the worker that generates after `tokens` tokens, of which it has to compute
+    /// `missing`; `None` when nobody answers that has room for them but instances in `avoid`.
     pub fn choose_decode(
         &self,
         served: &Served,
-        prompt_tokens: usize,
+        (tokens, missing): (usize, usize),
         hashes: &[BlockHash],
         avoid: &[String],
     ) -> Option<Ticket> {
-        let ticket = self.choose(served, prompt_tokens, hashes, &self.turns[0], |worker| {
-            worker.record.role.generates() && !avoid.contains(&worker.record.id)
+        // Workers of a model may have been given different lengths.
+        let fits = |worker: &Worker| {
+            worker.served().is_some_and(|served| served.card.max_model_len as usize > tokens)
+        };
+        let ticket = self.choose(served, missing, hashes, &self.turns[0], |worker| {
+            let record = &worker.record;
+            record.role.generates() && !avoid.contains(&record.id) && fits(worker)
         })?;
         if let Some(prefixes) = &mut *ticket.worker.prefixes.lock() {
             prefixes.insert(hashes);

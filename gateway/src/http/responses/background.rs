@@ -31,6 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const BEAT: u64 = 4;
 const SEARCH: u64 = 10;
 const EXPIRE: u64 = 120;
+/// Batches of expired responses that are deleted at a time.
+const EXPIRE_BATCHES: usize = 10;
 /// How long a gateway may be silent before its responses are given up.
 const SILENT: Duration = Duration::from_secs(15);
 /// Responses that one search, or one deletion, takes.
@@ -364,7 +366,11 @@ async fn look_after(background: &Background, store: &Store, look: u64) -> Result
         }
     }
     if look % EXPIRE == SEARCH {
-        while store.expire(BATCH).await? == BATCH as u64 {
+        // Not all at once: our own are looked after by the same task.
+        for _ in 0..EXPIRE_BATCHES {
+            if store.expire(BATCH).await? < BATCH as u64 {
+                break;
+            }
             // Others want to write, too.
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
