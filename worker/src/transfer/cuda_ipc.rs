@@ -15,28 +15,19 @@ use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
 use futures::future::BoxFuture;
 
+use super::device::{blocks_of, in_place};
+use super::refs::{ready, refs};
 use super::region::{self, Region};
-use super::shm::{ready, refs};
 use super::{Opening, Outlet, Source, TransferError, Transport};
 use crate::engine::PullOrder;
 use crate::kv::BlockId;
-use crate::kv::cuda::{CudaBlocks, failed};
+use crate::kv::cuda::failed;
 use crate::kv::pool::{DeviceError, KvPool};
 
 /// CUDA IPC.
 pub struct CudaIpc;
 
 const KIND: v1::Transport = v1::Transport::CudaIpc;
-
-/// Waits for a GPU, a few milliseconds at most, while other threads take over what this one would do.
-pub(super) fn in_place<T>(call: impl FnOnce() -> T) -> T {
-    tokio::task::block_in_place(call)
-}
-
-/// The GPU's memory of a pool.
-pub(super) fn blocks_of(pool: &KvPool) -> Result<&CudaBlocks, DeviceError> {
-    pool.device().ok_or_else(|| DeviceError("the KV cache is not in a GPU's memory".into()))
-}
 
 impl Transport for CudaIpc {
     fn kind(&self) -> v1::Transport {

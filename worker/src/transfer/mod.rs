@@ -11,10 +11,13 @@
 
 #[cfg(feature = "cuda")]
 pub mod cuda_ipc;
+#[cfg(feature = "cuda")]
+mod device;
 pub mod grpc;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 pub mod pull;
+mod refs;
 pub mod region;
 pub mod shm;
 

@@ -19,8 +19,8 @@ use baton_proto::v1::prefill_event::Event;
 use futures::future::BoxFuture;
 
 use self::links::{End, Links};
-use super::cuda_ipc::{blocks_of, in_place};
-use super::shm::{ready, refs};
+use super::device::{blocks_of, in_place};
+use super::refs::{ready, refs};
 use super::{Kept, Opening, Outlet, Source, TransferError, Transport};
 use crate::engine::PullOrder;
 use crate::kv::BlockId;

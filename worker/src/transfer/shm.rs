@@ -8,6 +8,7 @@ use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
 use futures::future::BoxFuture;
 
+use super::refs::{ready, refs};
 use super::region::{self, Region};
 use super::{Opening, Outlet, Source, TransferError, Transport};
 use crate::engine::PullOrder;
@@ -53,24 +54,6 @@ impl Outlet for Offer {
         blocks: &[(BlockId, u64)],
     ) -> Result<Vec<Event>, DeviceError> {
         Ok(vec![ready(first, blocks)])
-    }
-}
-
-/// The event that tells where blocks are. `first` is the position of the first in the sequence.
-pub(super) fn ready(first: usize, blocks: &[(BlockId, u64)]) -> Event {
-    let reference = |(i, &(block, generation)): (usize, &(BlockId, u64))| v1::BlockRef {
-        index: (first + i) as u32,
-        block,
-        generation,
-    };
-    Event::Ready(v1::BlocksReady { blocks: blocks.iter().enumerate().map(reference).collect() })
-}
-
-/// The blocks that such an event tells of.
-pub(super) fn refs(event: Event) -> Result<Vec<v1::BlockRef>, TransferError> {
-    match event {
-        Event::Ready(ready) => Ok(ready.blocks),
-        _ => Err(TransferError::Protocol("expected block references".into())),
     }
 }
 
