@@ -3,13 +3,16 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use baton_tests::binaries::{model, program, repository};
 use baton_tests::etcd::Etcd;
 use baton_tests::process::{Process, Spec};
 use baton_tests::{Api, MODEL_NAME, eventually, python};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -51,6 +54,18 @@ impl Bench {
         assert_eq!((code, &*stderr), (0, ""), "baton config {args:?}");
         stdout
     }
+}
+
+/// As `baton config | head` has it.
+#[test]
+fn a_reader_that_leaves_ends_the_command_without_a_word() {
+    let mut command = Command::new(program("baton"));
+    command.args(["config", "--schema"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut baton = command.spawn().expect("start baton");
+    drop(baton.stdout.take());
+    let output = baton.wait_with_output().expect("its end");
+    assert_eq!(output.status.signal(), Some(Signal::SIGPIPE as i32), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
 
 fn text(path: &Path) -> &str {

@@ -14,5 +14,10 @@ const SCHEMA: &str = include_str!("../../../deploy/baton.schema.json");
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let command: Command = config::parse_subcommand(cli::UP, SCHEMA);
+    if !command.runs_a_cluster() {
+        // Who reads the output may have seen enough, as `head` has: no reason to panic. What `up`
+        // has started must be stopped in order, though.
+        sigpipe::reset();
+    }
     daemon::exit(cli::run(command, SCHEMA).await)
 }

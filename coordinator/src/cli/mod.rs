@@ -46,6 +46,13 @@ pub struct Command {
     action: Action,
 }
 
+impl Command {
+    /// Whether it starts processes, and ends them at its own end.
+    pub fn runs_a_cluster(&self) -> bool {
+        matches!(self.action, Action::Up(_))
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Starts a cluster on this machine and runs it until Ctrl-C.
