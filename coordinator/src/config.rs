@@ -223,7 +223,8 @@ impl PlannerArgs {
                 (None, [only]) => only.clone(),
                 (_, []) => {
                     return Err(wrong(format!(
-                        "--planner-pool {role}: the file of --workers has no command for this pool"
+                        "--planner-pool {role}: no worker of this pool can be launched: the file \
+                         of --workers has no command for it, or there is no StatefulSet of it"
                     )));
                 }
                 _ => {

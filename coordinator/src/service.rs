@@ -108,14 +108,7 @@ impl CoordinatorService {
                 false => InstanceRole::Unified,
             });
         }
-        let roles = [
-            InstanceRole::Prefill,
-            InstanceRole::Decode,
-            InstanceRole::Unified,
-            InstanceRole::Pooling,
-            InstanceRole::Audio,
-        ];
-        named("pool", name, &roles)
+        named("pool", name, &InstanceRole::WORKERS)
     }
 
     /// The pool that new workers of another come from.

@@ -187,6 +187,8 @@ impl World {
             donors: of(InstanceRole::Prefill),
             cannot_convert: (!self.launches).then(|| "no template".to_owned()),
             others: self.others,
+            others_serving: self.others,
+            keeper: String::new(),
             taken: self.workers.keys().cloned().collect(),
             cannot_launch: (!self.launches).then(|| "no template".to_owned()),
             trouble: None,
@@ -370,6 +372,16 @@ proptest! {
             prop_assert!(!world.workers[name].draining, "{} drains", name);
         }
         let there = world.workers.len() as u32 + others;
+        let told = match &record.phase {
+            Phase::Failed(failure) => ["put back", "does not end", "may still drain", "be read"]
+                .iter()
+                .any(|words| failure.reason.contains(words)),
+            _ => false,
+        };
+        if record.phase != Phase::Done && !told {
+            let drains = |it: &Worker| it.process == Process::Ready && it.draining;
+            prop_assert!(!world.workers.values().any(drains), "{:?}\n{:?}", record, world);
+        }
         match &record.phase {
             Phase::Done => prop_assert_eq!(there, size),
             Phase::Cancelled => {
@@ -379,9 +391,6 @@ proptest! {
             Phase::Failed(failure) => {
                 prop_assert!(!failure.reason.is_empty());
                 // Where undoing fails too, the reason says so; and nobody undoes a retirement.
-                let told = failure.reason.contains("could not be put back")
-                    || failure.reason.contains("does not end")
-                    || failure.reason.contains("cannot be read");
                 if !told {
                     prop_assert!(world.workers.values().all(|worker| !worker.new), "{:?}", failure);
                     prop_assert_eq!(there, count + others);

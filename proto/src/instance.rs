@@ -30,6 +30,10 @@ pub enum InstanceRole {
 }
 
 impl InstanceRole {
+    /// Those of workers.
+    pub const WORKERS: [Self; 5] =
+        [Self::Prefill, Self::Decode, Self::Unified, Self::Pooling, Self::Audio];
+
     /// The name used in records, on the command line and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -55,7 +59,7 @@ impl InstanceRole {
 
     /// Whether it is a worker, of whatever kind.
     pub fn is_worker(self) -> bool {
-        !matches!(self, Self::Gateway | Self::Coordinator)
+        Self::WORKERS.contains(&self)
     }
 }
 

@@ -13,7 +13,9 @@ use baton_proto::v1::worker_client::WorkerClient;
 use baton_tests::authority::Authority;
 use baton_tests::binaries::{MODEL_NAME, model, program};
 use baton_tests::cluster::Builder;
+use baton_tests::http::ids;
 use baton_tests::process::{Process, Spec};
+use baton_tests::prometheus::Scrape;
 use baton_tests::{Api, Cluster, Role, eventually, ports};
 use serde_json::{Value, json};
 
@@ -153,6 +155,49 @@ async fn a_cluster_under_mutual_tls_answers_and_nobody_else_may_call_its_process
     }
     says("plain text", &cluster.only(Role::Decode).process, &["a caller was refused"]).await;
     cluster.still_serves().await;
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn a_sequence_moves_on_under_mutual_tls_and_takes_its_kv_along() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ours = authority(folder.path());
+    let node = Identity::of(&ours, "node");
+    node.install();
+    let builder = Cluster::builder().unified(2).coordinator().transport("grpc");
+    let cluster = node.give(builder).start().await;
+    let mut wanted = request(1, false);
+    wanted["max_tokens"] = 400.into();
+    wanted["return_token_ids"] = true.into();
+    // Caches of their own: what moves is not found where it goes.
+    wanted["cache_salt"] = "undisturbed".into();
+    let undisturbed = cluster.api.ok("/v1/completions", &wanted).await;
+    wanted["cache_salt"] = "moved".into();
+    wanted["stream"] = true.into();
+    let mut stream = cluster.api.stream("/v1/completions", &wanted).await;
+    let mut tokens = Vec::new();
+    while tokens.len() < 20 {
+        let event = stream.next().await.expect("the stream goes on");
+        tokens.extend(ids(&event["choices"][0]["token_ids"]));
+    }
+    let mut busy = None;
+    for worker in &cluster.workers {
+        if worker.status().await.running > 0 {
+            busy = Some(worker);
+        }
+    }
+    let busy = &*busy.expect("a worker computes it").address;
+    let coordinator = ["--coordinator", cluster.coordinator()];
+    let said = baton(&[&["drain", busy], &coordinator[..], &node.flags()].concat()).await;
+    assert!(said.status.success(), "{said:?}");
+    while let Some(event) = stream.next().await {
+        assert!(event["error"].is_null(), "{event}");
+        tokens.extend(ids(&event["choices"][0]["token_ids"]));
+    }
+    assert_eq!(tokens, ids(&undisturbed["choices"][0]["token_ids"]));
+    let metrics = Scrape::parse(&cluster.api.get("/metrics").await.text).expect("metrics");
+    let pulled = metrics.sum("baton_migrations_total", &[("kv", "pulled")]);
+    assert_eq!(pulled, Some(1.0));
     cluster.finish().await;
 }
 

@@ -1,14 +1,15 @@
 //! The planner on real workers: load makes a pool grow, its end makes it shrink, and a dry run only
 //! talks.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use baton_proto::v1::ListPlansRequest;
+use baton_proto::v1::{CancelScaleRequest, ListPlansRequest, ScaleRequest};
 use baton_tests::binaries::{MODEL_NAME, program};
-use baton_tests::elastic::{Elastic, worker};
+use baton_tests::elastic::{Elastic, command, worker};
 use baton_tests::{eventually, grpc};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -132,6 +133,56 @@ async fn load_makes_a_pool_grow_and_its_end_makes_it_shrink() {
     let last = &decisions.last().expect("a decision")["decision"]["pools"][0];
     let reason = last["reason"].as_str().expect("a reason");
     assert!(reason.contains("an operator has set the size"), "{last}");
+    cluster.finish().await;
+}
+
+/// A worker that never serves keeps the planner's operation under way.
+#[tokio::test]
+async fn an_operators_request_takes_back_what_the_planner_has_begun() {
+    let flags = [&["--planner", "on"][..], &FLAGS].concat();
+    let never = |_: &baton_tests::etcd::Etcd| {
+        vec![command("unified", MODEL_NAME, Path::new("sleep"), &["1000"])]
+    };
+    let cluster = Elastic::start(1, &flags, never).await;
+    let planned = cluster.phase("join").await;
+    assert!(planned.planned && planned.size == 1, "{planned:?}");
+    let (_, address) = cluster.coordinators.last().expect("a coordinator");
+    let mut client = grpc::coordinator(address).await;
+    let wanted = ScaleRequest { pool: "unified".into(), size: 2, ..Default::default() };
+    let asked = client.scale(wanted).await.expect("the planner gives way").into_inner();
+    assert!(!asked.planned && asked.size == 2, "{asked:?}");
+    let operations = cluster.operations().await;
+    let taken = operations.iter().find(|it| it.id == planned.id).expect("its record");
+    assert_eq!(taken.phase, "cancelled", "{taken:?}");
+    // The planner lets it be, also once it is over.
+    cluster.phase("join").await;
+    let cancel = CancelScaleRequest { id: asked.id.clone(), pool: String::new() };
+    client.cancel_scale(cancel).await.expect("it can be taken back");
+    cluster.phase("cancelled").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let last = cluster.operations().await.pop().expect("a history");
+    assert_eq!(last.id, asked.id, "{last:?}");
+    cluster.finish().await;
+}
+
+#[tokio::test]
+async fn an_operator_who_asks_for_what_the_planner_does_is_an_operator() {
+    let flags = [&["--planner", "on"][..], &FLAGS].concat();
+    let never = |_: &baton_tests::etcd::Etcd| {
+        vec![command("unified", MODEL_NAME, Path::new("sleep"), &["1000"])]
+    };
+    let cluster = Elastic::start(1, &flags, never).await;
+    let planned = cluster.phase("join").await;
+    let (_, address) = cluster.coordinators.last().expect("a coordinator");
+    let mut client = grpc::coordinator(address).await;
+    let wanted = |size| ScaleRequest { pool: "unified".into(), size, ..Default::default() };
+    let asked = client.scale(wanted(1)).await.expect("it joins").into_inner();
+    assert_eq!((asked.id, asked.planned), (planned.id.clone(), false));
+    // Another operator's wish does not take it back.
+    let refused = client.scale(wanted(2)).await.expect_err("an operation runs");
+    assert_eq!(refused.code(), tonic::Code::AlreadyExists, "{refused:?}");
+    let running = cluster.operations().await.pop().expect("it runs");
+    assert_eq!((running.id, running.phase.as_str(), running.planned), (planned.id, "join", false));
     cluster.finish().await;
 }
 

@@ -18,6 +18,7 @@ use baton_proto::v1::CancelScaleRequest;
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::elastic::{Elastic, command, worker};
 use baton_tests::http::{RawClient, ids, streamed_ids};
+use baton_tests::prometheus::Scrape;
 use baton_tests::{Api, eventually, grpc};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -171,6 +172,16 @@ async fn workers_change_their_role_under_load_and_keep_their_model() {
         }
     })
     .await;
+    // Nobody takes them for what they were: neither the changed nor the one that was killed.
+    eventually("the gateway knows each worker once", Duration::from_secs(20), async || {
+        let metrics = Scrape::parse(&cluster.api.get("/metrics").await.text)?;
+        let of = |role| metrics.sum("baton_workers", &[("role", role)]);
+        match (of("prefill"), of("decode")) {
+            (Some(1.0), Some(3.0)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
     // On a quiet machine a change takes less time than an answer.
     tokio::time::sleep(Duration::from_secs(5)).await;
     let back = convert("prefill", "decode", 2).await;
@@ -224,6 +235,27 @@ async fn a_change_of_role_that_is_not_made_is_taken_back() {
     .await;
     let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});
     cluster.api.ok("/v1/completions", &body).await;
+    cluster.finish().await;
+}
+
+/// A worker that was killed and serves again is one worker, although its old record is still there.
+#[tokio::test]
+async fn the_record_of_a_killed_worker_is_no_worker() {
+    let cluster = Elastic::start(1, &[], both).await;
+    cluster.scaled("decode", 1).await;
+    let before = cluster.pid("decode-1");
+    kill(Pid::from_raw(before), Signal::SIGKILL).expect("it runs");
+    eventually("it serves again", Duration::from_secs(20), async || {
+        let status = cluster.status("decode-1");
+        let again = status["state"] == "ready" && status["pid"] != before;
+        if again { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    println!("records: {:?}", cluster.registered("decode"));
+    cluster.scale("decode", 1).await.ok();
+    let last = cluster.operations().await.pop().expect("a history");
+    assert_eq!((last.from, last.retired.len()), (1, 0), "{last:?}");
+    assert_eq!(cluster.launched(), ["decode-1"]);
     cluster.finish().await;
 }
 
@@ -433,6 +465,17 @@ async fn a_launch_that_fails_is_rolled_back_with_the_workers_own_reason() {
         assert!(message.starts_with("Scale failed") && message.contains(reason), "{message}");
         assert_eq!(cluster.launched(), ["decode-1"], "after {pool}");
     }
+    eventually("the metrics tell which pool failed", Duration::from_secs(20), async || {
+        let metrics = Scrape::parse(&cluster.api.get("/metrics").await.text)?;
+        let failed = |pool| metrics.sum("baton_scale_failed", &[("pool", pool)]);
+        let told = ["prefill", "audio", "decode"].map(failed);
+        let coordinators = metrics.sum("baton_coordinators", &[]);
+        match (told, coordinators) {
+            ([Some(1.0), Some(1.0), Some(0.0)], Some(1.0)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
     let body = json!({"model": MODEL_NAME, "prompt": "One two three", "max_tokens": 2});
     cluster.api.ok("/v1/completions", &body).await;
     cluster.finish().await;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use baton_tests::authority::Authority;
 use baton_tests::binaries::{model_dir, program};
 use baton_tests::process::{Process, STOP_WITHIN, Spec};
 use baton_tests::{eventually, leftovers, ports};
@@ -173,19 +174,49 @@ async fn an_embedder_runs_beside_the_model_that_chats() {
 async fn a_file_has_settings_of_up_and_of_what_it_starts() {
     let operator = Operator::new();
     let text = "etcd = ['http://127.0.0.1:1']\n\
-                [gateway]\nmax-logprobs = 3\n\
+                [gateway]\nmax-logprobs = 3\nguard-all = true\n\
+                [coordinator]\nadvertise = 'http://192.0.2.1:7700'\n\
                 [worker]\nmax-running = 7\nrole = 'pooling'\n\
-                [up]\nprefill = 0\ndecode = 0\nunified = 1\nkv-memory = '64MiB'\n";
+                [up]\nprefill = 0\ndecode = 0\nunified = 1\nkv-memory = '64MiB'\napi-key = ['k']\n";
     std::fs::write(operator.dir().join("baton.toml"), text).expect("write a file");
     let file = operator.dir().join("baton.toml");
     let file = file.to_str().expect("a path in UTF-8");
     let (mut up, printed, _) = operator.up(&["--config", file]).await;
     assert!(paste(&printed)["choices"].is_array());
     let url = format!("http://127.0.0.1:{}/server_info?config_format=json", operator.port);
-    let info = paste(&format!("curl -s '{url}'"));
+    let info = paste(&format!("curl -s -H 'Authorization: Bearer k' '{url}'"));
     assert_eq!(info["vllm_config"]["max_logprobs"], 3, "{info}");
     assert_eq!(info["baton"]["workers"][0]["role"], "unified", "{info}");
     assert_eq!(info["baton"]["workers"].as_array().map(Vec::len), Some(1), "{info}");
+    // The coordinator is where `up` has put it.
+    let (code, status, stderr) = operator.run(&["status"]).await;
+    assert_eq!(code, 0, "{status}{stderr}");
+    up.interrupt();
+    let ended = up.end(STOP_WITHIN).await;
+    assert!(ended.success(), "{ended}: {}", up.stderr());
+    operator.nothing_left().await;
+}
+
+#[tokio::test]
+async fn a_cluster_under_mutual_tls_starts_serves_and_is_scaled_by_one_command_each() {
+    let operator = Operator::new();
+    let authority = Authority::new(operator.dir().join("authority"));
+    authority.sign_for("node", "DNS:baton");
+    let [ca, cert, key] = ["ca.pem", "node.pem", "node.key"].map(|file| authority.file(file));
+    let identity =
+        ["--cluster-tls-ca", &ca, "--cluster-tls-cert", &cert, "--cluster-tls-key", &key];
+    let (mut up, printed, _) = operator.up(&identity).await;
+    assert!(paste(&printed)["choices"].is_array());
+    let scale = [&["scale", "2", "--pool", "decode"], &identity[..]].concat();
+    let (code, stdout, stderr) = operator.run(&scale).await;
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let (code, status, stderr) = operator.run(&[&["status"], &identity[..]].concat()).await;
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(status.matches("decode").count(), 2, "{status}");
+    assert!(paste(&printed)["choices"].is_array());
+    // Without the identity nothing is told.
+    let (code, _, stderr) = operator.run(&["status"]).await;
+    assert_eq!(code, 69, "{stderr}");
     up.interrupt();
     let ended = up.end(STOP_WITHIN).await;
     assert!(ended.success(), "{ended}: {}", up.stderr());

@@ -15,6 +15,7 @@ use clap::Args;
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use reqwest::StatusCode;
 
 use super::model;
 use super::process::{Process, Spec, programs};
@@ -252,6 +253,7 @@ impl Cluster {
         let file = |name: &str| directory.join(name).display().to_string();
         let flags = [
             ["--listen".into(), format!("127.0.0.1:{}", self.coordinator)],
+            ["--advertise".into(), format!("http://127.0.0.1:{}", self.coordinator)],
             ["--workers".into(), file("workers.json")],
             ["--workers-dir".into(), file("workers")],
             ["--workers-logs".into(), file("logs")],
@@ -360,13 +362,18 @@ impl Cluster {
             .timeout(Duration::from_secs(2))
             .build()
             .map_err(|error| Failure::new(Exit::Failure, error))?;
-        let url = format!("{}/metrics", loopback(gateway));
+        let get = async |path| client.get(format!("{}{path}", loopback(gateway))).send().await;
         let since = Instant::now();
         while since.elapsed() < READY_WITHIN {
-            if let Ok(reply) = client.get(&url).send().await
-                && let Ok(text) = reply.text().await
-                && workers_up(&text) >= expected
-            {
+            let served = match get("/metrics").await {
+                // Not for everybody, with --guard-all: that it serves must do.
+                Ok(reply) if reply.status() == StatusCode::UNAUTHORIZED => {
+                    get("/health").await.is_ok_and(|reply| reply.status().is_success())
+                }
+                Ok(reply) => reply.text().await.is_ok_and(|text| workers_up(&text) >= expected),
+                Err(_) => false,
+            };
+            if served {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;

@@ -1,7 +1,7 @@
 //! The workers of `baton up`. They belong to the coordinator: `up` only starts the first ones, waits
 //! for them, and ends all when the cluster ends.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -93,18 +93,29 @@ pub(super) async fn workers_ready(workers: &LocalProcesses) -> Result<(), Failur
 /// Says when a worker ends by itself and when it runs again, for ever.
 pub(super) async fn tell_of_crashes(workers: &LocalProcesses) -> Infallible {
     let mut down = BTreeSet::new();
+    // Of those that were ready. Some are started again between two looks.
+    let mut pids: BTreeMap<String, u32> = BTreeMap::new();
     loop {
-        for LocalWorker { launched, log, .. } in workers.workers().unwrap_or_default() {
+        let all = workers.all().await.unwrap_or_default();
+        pids.retain(|name, _| all.iter().any(|it| it.launched.spec.name == *name));
+        for LocalWorker { launched, log, pid } in all {
             let name = launched.spec.name;
-            match launched.process {
-                Process::Crashed { .. } if down.insert(name.clone()) => {
-                    let (said, log) = (launched.said, log.display());
-                    eprintln!("{name} ended: {said}; it is started again; see {log}");
+            let ended = match launched.process {
+                Process::Crashed { .. } => true,
+                Process::Ready => {
+                    pids.insert(name.clone(), pid).is_some_and(|before| before != pid)
                 }
-                Process::Ready if down.remove(&name) => {
-                    eprintln!("{name} runs again at {}", launched.address);
-                }
-                _ => {}
+                _ => false,
+            };
+            if ended && down.insert(name.clone()) {
+                let said = match launched.said.as_str() {
+                    "" => String::new(),
+                    said => format!(": {said}"),
+                };
+                eprintln!("{name} ended{said}; it is started again; see {}", log.display());
+            }
+            if launched.process == Process::Ready && down.remove(&name) {
+                eprintln!("{name} runs again at {}", launched.address);
             }
         }
         tokio::time::sleep(Duration::from_secs(1)).await;

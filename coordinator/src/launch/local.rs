@@ -7,7 +7,7 @@
 //! leaves the folders and the supervisors, and the next one finds them. `fence` is the newest
 //! leader that gave an order. All looks and orders are taken under one lock.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,9 @@ use crate::scale::record::unix_ms;
 
 /// How much of a log's end is read, and how much of it is told.
 const LOG_TAIL: (u64, usize) = (8 * 1024, 600);
+/// How long another coordinator of this machine may have the lock: it holds it for milliseconds, or
+/// has been stopped in the middle.
+const LOCK_WITHIN: Duration = Duration::from_secs(5);
 
 /// Where workers are kept, and how they are started.
 #[derive(Clone, Debug)]
@@ -188,6 +191,11 @@ impl LocalProcesses {
         Ok(folders.filter_map(|dir| self.look(&dir)).collect())
     }
 
+    /// The same, where waiting for the folder would hold up other tasks.
+    pub async fn all(&self) -> Result<Vec<LocalWorker>, LaunchError> {
+        self.blocking(|this| this.workers()).await
+    }
+
     /// A worker as its folder tells; `None` when it is gone. Under the lock.
     fn look(&self, dir: &Path) -> Option<LocalWorker> {
         // Not made here: the supervisor may be removing the folder.
@@ -267,8 +275,22 @@ impl LocalProcesses {
 
     fn lock(&self) -> Result<File, LaunchError> {
         let path = self.settings.dir.join("lock");
-        let locked = open(&path).and_then(|file| file.lock().map(|()| file));
-        locked.map_err(|error| system("lock", &path, error))
+        let file = open(&path).map_err(|error| system("open", &path, error))?;
+        let until = Instant::now() + LOCK_WITHIN;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let held = format!("another coordinator has held it for {LOCK_WITHIN:?}");
+                    let held = io::Error::new(io::ErrorKind::TimedOut, held);
+                    return Err(system("lock", &path, held));
+                }
+                Err(TryLockError::Error(error)) => return Err(system("lock", &path, error)),
+            }
+        }
     }
 
     /// Refuses the orders of a leader that was followed by another; notes a new one. Under the
@@ -325,8 +347,15 @@ impl Launcher for LocalProcesses {
     }
 
     async fn list(&self) -> Result<Vec<Launched>, LaunchError> {
-        let all = self.blocking(|this| this.workers()).await?;
+        let all = self.all().await?;
         Ok(all.into_iter().map(|worker| worker.launched).collect())
+    }
+
+    fn keeper(&self) -> String {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let dir =
+            fs::canonicalize(&self.settings.dir).unwrap_or_else(|_| self.settings.dir.clone());
+        format!("{}:{}", host.trim(), dir.display())
     }
 
     fn models(&self, pool: InstanceRole) -> Vec<String> {

@@ -153,6 +153,9 @@ pub trait Launcher: Send + Sync {
     /// it is told by whoever asks for this.
     async fn assign(&self, fence: i64, name: &str, pool: InstanceRole) -> Result<(), LaunchError>;
 
+    /// Whose the workers are, for people: equal for launchers that have the same ones.
+    fn keeper(&self) -> String;
+
     /// Why no worker can be one of another pool, if so.
     fn keeps_roles(&self) -> Option<&'static str> {
         None

@@ -108,6 +108,8 @@ struct Memory {
     operator: BTreeMap<PoolId, u64>,
     /// The last launch that told how long one takes.
     launched: BTreeMap<PoolId, String>,
+    /// Workers that were drained by hand: the planner does not count them, an operation does.
+    drained: BTreeMap<PoolId, u32>,
 }
 
 impl Planning {
@@ -141,7 +143,7 @@ impl Planning {
             let now_ms = start_ms + start.elapsed().as_millis() as u64;
             let decision = planner.observe(now_ms, &seen);
             let asked = match self.mode {
-                Mode::On => self.ask(leader, &decision).await,
+                Mode::On => self.ask(leader, &decision, &memory).await,
                 Mode::Off | Mode::DryRun => Vec::new(),
             };
             let mode = self.mode.as_str();
@@ -152,13 +154,16 @@ impl Planning {
     }
 
     /// Asks for the operations that carry a decision out. Gives their ids.
-    async fn ask(&self, leader: &Leadership, decision: &Decision) -> Vec<String> {
+    async fn ask(&self, leader: &Leadership, decision: &Decision, memory: &Memory) -> Vec<String> {
         let mut asked = Vec::new();
         for pool in decision.pools.iter().filter(|pool| pool.target != pool.size) {
             let (role, model) = (pool.pool.role, pool.pool.model.clone());
             let timeout = DRAIN_TIMEOUT.as_millis() as u64;
             let donor = pool.donor.as_ref().map(|donor| donor.role);
-            let new = Record::new(role, model, pool.target, timeout);
+            let drained = memory.drained.get(&pool.pool).copied().unwrap_or_default();
+            // One that shrinks loses them first.
+            let beside = if pool.target > pool.size { drained } else { 0 };
+            let new = Record::new(role, model, pool.target + beside, timeout);
             let request = Record { planned: true, donor, ..new };
             let id = request.id.clone();
             match self.store.propose(leader, request).await {
@@ -209,8 +214,10 @@ impl Planning {
             (it.spec.pool, &it.spec.model) == (pool.role, &pool.model)
                 && it.process != Process::Stopping
         };
-        let others =
-            registered.iter().filter(|it| !launched.iter().any(|one| one.address == it.address));
+        // Who does not answer may be gone: a record outlives its worker by its lease.
+        let others = registered.iter().filter(|it| {
+            statuses.contains_key(&it.id) && !launched.iter().any(|one| one.address == it.address)
+        });
         let size = launched.iter().filter(ours).count() + others.count();
         let workers = statuses.iter().filter(|(_, status)| !status.draining);
         let workers = workers
@@ -226,6 +233,7 @@ impl Planning {
             (known.as_ref() != Some(&it.id)).then_some(took)
         });
         let held = self.held(pool, operations, &ended, memory).or_else(|| blind.clone());
+        memory.drained.insert(pool.clone(), draining as u32);
         PoolSeen {
             pool: pool.clone(),
             size: size.saturating_sub(draining) as u32,

@@ -17,8 +17,13 @@ pub struct Observed {
     pub now_ms: u64,
     /// The workers of the pool and the model that a launcher has, by name.
     pub workers: BTreeMap<String, Seen>,
-    /// Workers of the pool and the model that serve, but that no launcher has.
+    /// Workers of the pool and the model that answer, but that no launcher has; and how many of
+    /// them take requests.
     pub others: u32,
+    /// See `others`.
+    pub others_serving: u32,
+    /// Whose the workers are that the launcher has: as [`Record::keeper`].
+    pub keeper: String,
     /// The workers of the same model that a launcher has in the pool that new ones come from.
     pub donors: BTreeMap<String, Seen>,
     /// Why workers of that pool cannot be given another role, if so.
@@ -156,8 +161,7 @@ pub fn step(record: &Record, seen: &Observed, limits: &Limits) -> (Record, Vec<E
             Phase::Plan => limits.answer_ms,
             _ => limits.launch_ms.max(record.drain_timeout_ms),
         });
-        let failure = Failure { reason: blind.clone(), drain_timed_out: false };
-        return if late { next.to(Phase::Failed(failure)) } else { next.act(Vec::new()) };
+        return if late { next.give_up(blind) } else { next.act(Vec::new()) };
     }
     if record.cancel {
         match record.phase {
@@ -215,6 +219,20 @@ impl Next<'_> {
         self.to(Phase::Undo(Outcome::Failed(failure)))
     }
 
+    /// Ends it although nothing can be seen. What was begun stays: better than to undo what cannot
+    /// be seen. But drained workers are put back as soon as they are seen again.
+    fn give_up(&self, blind: &str) -> Step {
+        let mut failure = Failure { reason: blind.to_owned(), drain_timed_out: false };
+        match &self.record.phase {
+            Phase::Drain => self.to(Phase::Undo(Outcome::Failed(failure))),
+            Phase::Undo(_) if !self.record.retired.is_empty() => {
+                failure.reason += &may_drain(&self.record.retired.join(", "));
+                self.to(Phase::Failed(failure))
+            }
+            _ => self.to(Phase::Failed(failure)),
+        }
+    }
+
     /// Whether the phase has taken longer.
     fn over(&self, limit_ms: u64) -> bool {
         self.seen.now_ms >= self.record.phase_ms.saturating_add(limit_ms)
@@ -233,7 +251,8 @@ impl Next<'_> {
         let size = self.record.size;
         let ours = self.kept().count() as u32;
         let from = ours + self.seen.others;
-        let mut record = Record { from, ..self.moved(Phase::Done) };
+        let keeper = self.seen.keeper.clone();
+        let mut record = Record { from, keeper, ..self.moved(Phase::Done) };
         let failed = |reason: String| {
             let failure = Failure { reason, drain_timed_out: false };
             (Record { from, ..self.moved(Phase::Failed(failure)) }, Vec::new())
@@ -249,14 +268,14 @@ impl Next<'_> {
             match told {
                 Err(why) => return failed(why),
                 Ok(converted) => {
-                    record = Record { from, converted, ..self.moved(Phase::Convert) };
+                    record = Record { converted, phase: Phase::Convert, ended_ms: 0, ..record };
                 }
             }
         } else if size > from {
             if let Some(why) = &self.seen.cannot_launch {
                 return failed(why.clone());
             }
-            record = Record { from, ..self.moved(Phase::Launch) };
+            record = Record { phase: Phase::Launch, ended_ms: 0, ..record };
             record.launched = self.new_names(size - from);
         } else if size < from {
             let surplus = from - size;
@@ -266,7 +285,7 @@ impl Next<'_> {
                      by a coordinator: stop others where they were started"
                 ));
             }
-            record = Record { from, ..self.moved(Phase::Rebalance) };
+            record = Record { phase: Phase::Rebalance, ended_ms: 0, ..record };
             record.retired = self.choose(surplus as usize);
             let draining = |name: &&String| self.seen.workers[*name].draining();
             record.held = record.retired.iter().filter(draining).cloned().collect();
@@ -432,7 +451,7 @@ impl Next<'_> {
         let stays = |name: &String| !self.record.retired.contains(name);
         let staying = || self.kept().filter(|(name, _)| stays(name));
         let serving = staying().filter(|(_, worker)| worker.serves()).count() as u32;
-        if serving + self.seen.others >= self.record.size {
+        if serving + self.seen.others_serving >= self.record.size {
             return self.to(Phase::Drain);
         }
         if self.over(self.limits.answer_ms) {
@@ -510,13 +529,14 @@ impl Next<'_> {
     fn undo(&self, outcome: &Outcome) -> Step {
         let there = |name: &&String| self.seen.workers.contains_key(*name);
         let launched = self.record.launched.iter().find(there);
-        let draining: Vec<&String> = self
-            .record
-            .retired
-            .iter()
-            .filter(|name| !self.record.held.contains(name))
-            .filter(|name| self.seen.workers.get(*name).is_some_and(Seen::draining))
-            .collect();
+        let told = |is: fn(&Seen) -> bool| -> Vec<&String> {
+            let retired = self.record.retired.iter();
+            let told = retired.filter(|name| !self.record.held.contains(name));
+            told.filter(|name| self.seen.workers.get(*name).is_some_and(is)).collect()
+        };
+        let draining = told(Seen::draining);
+        // They may have been told to drain before they fell silent.
+        let silent = told(|worker| worker.process == Process::Ready && worker.load.is_none());
         // Those that have not been told, or have not done it, to be again what they were.
         let changed: Vec<&String> = self
             .record
@@ -528,24 +548,29 @@ impl Next<'_> {
                 self.seen.workers.contains_key(*name) || back.is_some_and(waits)
             })
             .collect();
-        if launched.is_none() && draining.is_empty() && changed.is_empty() {
-            return self.to(match outcome.clone() {
-                Outcome::Failed(failure) => Phase::Failed(failure),
-                Outcome::Cancelled => Phase::Cancelled,
-            });
-        }
-        if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
-            let first = draining.first().or(changed.first()).copied();
-            let left = launched.or(first).map_or("", String::as_str);
-            let trouble = self.trouble("no answer");
+        let failed = |why: String| {
             let mut failure = match outcome.clone() {
                 Outcome::Failed(failure) => failure,
                 Outcome::Cancelled => {
                     Failure { reason: "cancelled".into(), drain_timed_out: false }
                 }
             };
-            failure.reason += &format!("; {left} could not be put back: {trouble}");
-            return self.to(Phase::Failed(failure));
+            failure.reason += &why;
+            self.to(Phase::Failed(failure))
+        };
+        if launched.is_none() && draining.is_empty() && changed.is_empty() {
+            return match (silent.first(), outcome.clone()) {
+                (None, Outcome::Failed(failure)) => self.to(Phase::Failed(failure)),
+                (None, Outcome::Cancelled) => self.to(Phase::Cancelled),
+                (Some(name), _) if self.over(self.limits.answer_ms) => failed(may_drain(name)),
+                (Some(_), _) => self.act(Vec::new()),
+            };
+        }
+        if self.over(self.record.drain_timeout_ms.saturating_add(self.limits.end_ms)) {
+            let first = draining.first().or(changed.first()).copied();
+            let left = launched.or(first).map_or("", String::as_str);
+            let trouble = self.trouble("no answer");
+            return failed(format!("; {left} could not be put back: {trouble}"));
         }
         let mut effects: Vec<Effect> = draining.into_iter().cloned().map(Effect::Undrain).collect();
         // The last first: of a row, no other can be ended.
@@ -556,6 +581,11 @@ impl Next<'_> {
         }
         self.act(effects)
     }
+}
+
+/// What an operator is told of workers that could not be asked.
+fn may_drain(names: &str) -> String {
+    format!("; {names} may still drain: put back what does with `baton drain --undo`")
 }
 
 impl Seen {

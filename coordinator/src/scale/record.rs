@@ -52,6 +52,10 @@ pub struct Record {
     /// Somebody has taken it back.
     #[serde(default)]
     pub cancel: bool,
+    /// Whose the workers are, as [`crate::launch::Launcher::keeper`] of the coordinator that planned
+    /// it says: one that has others cannot go on with it.
+    #[serde(default)]
+    pub keeper: String,
     /// The planner asked for it, and no operator.
     #[serde(default)]
     pub planned: bool,
@@ -156,6 +160,7 @@ impl Record {
             phase_ms: now,
             ended_ms: 0,
             cancel: false,
+            keeper: String::new(),
             planned: false,
         }
     }

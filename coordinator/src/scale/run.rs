@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use baton_membership::traces::Parent;
-use baton_membership::{ClusterWatch, Membership, MembershipError};
+use baton_membership::{ClusterWatch, InstanceRecord, Membership, MembershipError};
 use baton_proto::InstanceRole;
 use futures::future::join_all;
 use tokio::sync::watch;
@@ -220,13 +220,23 @@ impl Runner {
             None => BTreeMap::new(),
         };
         let launched = |address: &String| all.iter().any(|it| it.address == *address);
-        let others = membership.instances.values().filter(|it| {
+        let outside = membership.instances.values().filter(|it| {
             (it.role, &it.model) == (record.pool, &record.model) && !launched(&it.address)
         });
-        // Those that the launcher has and that register at this moment are no others.
-        let joins =
+        let starts =
             |it: &&Launched| ours(it) && it.process == Process::Starting && it.address.is_empty();
-        let joining = all.iter().filter(joins).count();
+        let starting: Vec<u64> = all.iter().filter(starts).map(|it| it.started_ms).collect();
+        let (others, others_serving) = look_outside(outside, &starting).await;
+        let keeper = self.launcher.as_ref().map(|it| it.keeper()).unwrap_or_default();
+        let blind = blind.or_else(|| {
+            let anothers = !record.keeper.is_empty() && record.keeper != keeper;
+            anothers.then(|| {
+                format!(
+                    "its workers are kept by {}, and the coordinator that leads has none of them",
+                    record.keeper
+                )
+            })
+        });
         let cannot_launch = match &self.launcher {
             None => Some(no_launcher()),
             Some(launcher) if !launcher.models(record.pool).contains(&record.model) => {
@@ -242,7 +252,9 @@ impl Runner {
         Observation {
             seen: Observed {
                 now_ms: unix_ms(),
-                others: others.count().saturating_sub(joining) as u32,
+                others,
+                others_serving,
+                keeper,
                 workers,
                 donors,
                 cannot_convert,
@@ -305,6 +317,25 @@ async fn look_at<'a>(
         (launched.spec.name.clone(), Seen { process, load, started_ms, said })
     });
     join_all(looks).await.into_iter().collect()
+}
+
+/// Workers that are registered and that no launcher has: how many there are, and how many of them
+/// take requests. Who does not answer is none: a record outlives its worker by its lease. Nor are
+/// those that a launcher is `starting`, since so many Unix milliseconds, and that have registered
+/// before it knows their addresses.
+async fn look_outside(
+    records: impl Iterator<Item = &InstanceRecord>,
+    starting: &[u64],
+) -> (u32, u32) {
+    let looks = records.map(|record| async {
+        let status = workers::status(&record.address).await.ok()?;
+        Some((record.started_ms, status.draining))
+    });
+    let there: Vec<(u64, bool)> = join_all(looks).await.into_iter().flatten().collect();
+    let new = |(registered, _): &&(u64, bool)| starting.iter().any(|since| since <= registered);
+    let joining = there.iter().filter(new).count().min(starting.len());
+    let serving = there.iter().filter(|(_, draining)| !draining).count();
+    (there.len().saturating_sub(joining) as u32, serving.saturating_sub(joining) as u32)
 }
 
 /// What a launched worker says of itself.

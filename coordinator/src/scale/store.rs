@@ -135,18 +135,25 @@ impl ScaleStore {
     pub async fn begin(&self, request: Record) -> Result<Begun, MembershipError> {
         let keys = self.running_keys(&request);
         let gets: Vec<_> = keys.iter().map(|key| TxnOp::get(key.as_str(), None)).collect();
-        // A record may end, or not be readable, between two looks.
-        for _ in 0..3 {
+        // A record may end, move, or not be readable, between two looks.
+        for _ in 0..10 {
             let txn = Txn::new().when(self.free(&request)).and_then(self.puts(&request));
             let answer = self.txn(txn.or_else(gets.clone())).await?;
             if answer.succeeded() {
                 return Ok(Begun::Runs(request));
             }
             if let Some(stored) = first(answer.op_responses()) {
-                return Ok(match stored.record.is_asked_by(&request) {
-                    true => Begun::Runs(stored.record),
-                    false => Begun::Conflict(stored.record),
-                });
+                if !stored.record.is_asked_by(&request) {
+                    return Ok(Begun::Conflict(stored.record));
+                }
+                if !stored.record.planned || request.planned {
+                    return Ok(Begun::Runs(stored.record));
+                }
+                // What the planner has begun is an operator's wish now, and stands like one.
+                let wished = Record { planned: false, ..stored.record.clone() };
+                if let Advanced::Written(_) = self.change(&stored, &wished).await? {
+                    return Ok(Begun::Runs(wished));
+                }
             }
         }
         let keys = keys.join(" or ");
@@ -169,10 +176,14 @@ impl ScaleStore {
 
     /// Marks a running operation as taken back, if it is still the one that was seen.
     pub async fn cancel(&self, stored: &Stored) -> Result<Advanced, MembershipError> {
-        let record = Record { cancel: true, ..stored.record.clone() };
-        let key = self.running_key(record.pool);
+        self.change(stored, &Record { cancel: true, ..stored.record.clone() }).await
+    }
+
+    /// Writes what anybody may change of a running operation, if it is still the one that was seen.
+    async fn change(&self, stored: &Stored, to: &Record) -> Result<Advanced, MembershipError> {
+        let key = self.running_key(to.pool);
         let same = Compare::mod_revision(key, CompareOp::Equal, stored.revision);
-        let answer = self.txn(Txn::new().when([same]).and_then(self.puts(&record))).await?;
+        let answer = self.txn(Txn::new().when([same]).and_then(self.puts(to))).await?;
         Ok(match answer.succeeded() {
             true => Advanced::Written(revision(&answer)),
             false => Advanced::Changed,

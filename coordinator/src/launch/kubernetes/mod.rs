@@ -295,6 +295,10 @@ impl Launcher for Kubernetes {
         Err(LaunchError::KeepsRoles(KEEPS_ROLES))
     }
 
+    fn keeper(&self) -> String {
+        format!("Kubernetes, namespace {}", self.namespace)
+    }
+
     fn keeps_roles(&self) -> Option<&'static str> {
         Some(KEEPS_ROLES)
     }
