@@ -19,10 +19,9 @@ use baton_coordinator::scale::run::Runner;
 use baton_coordinator::scale::store::ScaleStore;
 use baton_coordinator::service::CoordinatorService;
 use baton_membership::config;
-use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::daemon::{self, BACKLOG, Exit, Failure, StopSignals, bind};
 use baton_membership::traces::Traces;
 use baton_membership::{ClusterWatch, InstanceRole, Registration};
-use tokio::net::TcpListener;
 use tracing::info;
 
 /// Of the file of settings: it tells what settings other programs have.
@@ -44,10 +43,9 @@ fn main() -> ExitCode {
 async fn run(settings: Settings) -> Result<(), Failure> {
     baton_membership::tls::install(&settings.cluster.tls)?;
     let local = local(&settings.launch)?;
-    let listener = TcpListener::bind(settings.listen)
-        .await
-        .map_err(|error| Failure::listen("--listen", settings.listen, &error))?;
-    let address = listener.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
+    let cannot_listen = |error| Failure::listen("--listen", settings.listen, &error);
+    let socket = bind(settings.listen).map_err(cannot_listen)?;
+    let address = socket.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
     let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
     let mut stop_signals = StopSignals::take()?;
 
@@ -100,6 +98,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let running = tokio::spawn(runner.run(service.election.own()));
     let planning = planning.map(|planning| tokio::spawn(planning.run(service.election.own())));
     let resignation = service.election.resignation();
+    let listener = socket.listen(BACKLOG).map_err(cannot_listen)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(service.serve(listener, async {
         let _ = stopped.await;

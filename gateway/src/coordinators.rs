@@ -3,16 +3,22 @@
 //! Any of them takes a request: it records it in etcd, and the one that leads carries it out. So a
 //! call goes to whichever answers.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_membership::tls::connect;
 use baton_proto::endpoint;
+use baton_proto::v1::ListScalesRequest;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 use tracing::debug;
 
+use crate::metrics::Metrics;
 use crate::workers::Registry;
+
+/// Between two looks at the scale operations.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// How long one of them may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
@@ -48,6 +54,23 @@ pub async fn ask<T>(
         }
     }
     Err(Status::unavailable("No coordinator answers; try again soon."))
+}
+
+/// Has the metrics tell how scale operations do, for ever. While no coordinator answers they tell
+/// what was known last.
+pub async fn follow_scaling(registry: Arc<Registry>, metrics: Arc<Metrics>) {
+    loop {
+        let list = async |mut client: CoordinatorClient<Channel>| {
+            client.list_scales(ListScalesRequest {}).await
+        };
+        if !registry.coordinators().is_empty() {
+            match ask(&registry, list).await {
+                Ok(listed) => metrics.scaling(&listed.operations),
+                Err(status) => debug!(%status, "no news of scale operations"),
+            }
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Whether another coordinator may do better.

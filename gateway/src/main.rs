@@ -14,6 +14,7 @@ use baton_gateway::adapters::Catalog;
 use baton_gateway::audio::windows::Decoders;
 use baton_gateway::auth::{KeySet, Keys};
 use baton_gateway::config::{AccessArgs, Settings};
+use baton_gateway::coordinators::follow_scaling;
 use baton_gateway::http::{self, Limits, Listening, Load, Parsers, Policy, Responses, Shared};
 use baton_gateway::metrics::Metrics;
 use baton_gateway::quota::Quota;
@@ -123,6 +124,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     tls.map(|tls| tokio::spawn(tls.refresh()));
     tokio::spawn(shared.quota.clone().sweep());
     tokio::spawn(Responses::tend(shared.clone()));
+    tokio::spawn(follow_scaling(shared.registry.clone(), shared.metrics.clone()));
     let handle = server.handle();
     let serving = tokio::spawn(server);
     let registration = Registration::start(&etcd, record).await?;

@@ -2,14 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::io;
-use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_membership::config;
-use baton_membership::daemon::{self, Exit, Failure, StopSignals};
+use baton_membership::daemon::{self, BACKLOG, Exit, Failure, StopSignals, bind};
 use baton_membership::traces::Traces;
 use baton_membership::{Backoff, EtcdSettings, InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
@@ -23,13 +21,10 @@ use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Identity, Member, Parts, PoolingParts, WorkerService};
 use baton_worker::transfer::Transports;
-use tokio::net::TcpSocket;
 use tracing::{error, info, warn};
 
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
-/// Connections that wait to be taken, as `TcpListener::bind` has it.
-const BACKLOG: u32 = 1024;
 
 #[tokio::main(worker_threads = 2)]
 pub(crate) async fn main() -> ExitCode {
@@ -40,8 +35,6 @@ pub(crate) async fn main() -> ExitCode {
 
 async fn run(settings: Settings) -> Result<(), Failure> {
     baton_membership::tls::install(&settings.cluster.tls)?;
-    // Before anything slow, so that a bad address is told at once. Connections are taken once it
-    // serves: whoever looks whether it does, by TCP alone, must not find it while it loads.
     let cannot_listen = |error| Failure::listen("--listen", settings.listen, &error);
     let socket = bind(settings.listen).map_err(cannot_listen)?;
     let address = socket.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
@@ -121,18 +114,6 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         None => Ok(()),
         Some(reason) => Err(Failure::new(Exit::Failure, format!("{reason}; start it again"))),
     }
-}
-
-/// The address is taken, and nobody is let in yet.
-fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
-    // As `TcpListener::bind` does: connections of the worker before may linger.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    Ok(socket)
 }
 
 /// Has the worker be in the cluster what it is told to be. Never returns.

@@ -1,6 +1,6 @@
 //! What all daemons do alike: flags of the cluster, logs, signals, exit codes.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use baton_proto::{InstanceRecord, InstanceRole};
 use clap::{Args, ValueEnum};
+use tokio::net::TcpSocket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
@@ -264,6 +265,26 @@ impl StopSignals {
             () = self.next() => warn!("stopping at once"),
         }
     }
+}
+
+/// Connections that wait to be taken, as tokio's `TcpListener::bind` has it.
+pub const BACKLOG: u32 = 1024;
+
+/// Takes an address at once, so that one that is bad or taken is told before anything slow, and lets
+/// nobody in yet: whoever looks whether it serves, by TCP alone, must not find it before it does. It
+/// does after `listen` with [`BACKLOG`].
+///
+/// # Errors
+/// The system's, as for `TcpListener::bind`.
+pub fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // As `TcpListener::bind` does: connections of the process before may linger.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    Ok(socket)
 }
 
 /// The record of this process, under an id that no other start has.

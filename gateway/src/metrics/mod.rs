@@ -7,6 +7,7 @@ mod families;
 mod http;
 pub(crate) mod lora;
 mod pooling;
+mod scaling;
 mod steps;
 mod tokens;
 
@@ -15,7 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_proto::InstanceRole;
-use baton_proto::v1::{KvDtype, KvLayout, ModelCard, Started, Transport, WorkerStatus};
+use baton_proto::v1::{
+    KvDtype, KvLayout, ModelCard, ScaleOperation, Started, Transport, WorkerStatus,
+};
 use parking_lot::{Mutex, RwLock};
 use prometheus::{Encoder as _, HistogramVec, Opts, Registry, TextEncoder};
 
@@ -28,6 +31,7 @@ use families::{
 };
 use http::HttpMetrics;
 pub use pooling::PoolingRecord;
+use scaling::ScaleMetrics;
 use steps::StepTokens;
 pub use tokens::Siblings;
 use tokens::TokenHistograms;
@@ -38,15 +42,6 @@ const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
 const SOURCES: [&str; 3] = ["local_compute", "local_cache_hit", "external_kv_transfer"];
 /// Where the KV of a sequence came from that went on with another worker.
 const MIGRATED_KV: [&str; 3] = ["pulled", "cached", "computed"];
-
-/// Workers' roles.
-const ROLES: [InstanceRole; 5] = [
-    InstanceRole::Prefill,
-    InstanceRole::Decode,
-    InstanceRole::Unified,
-    InstanceRole::Pooling,
-    InstanceRole::Audio,
-];
 
 /// Whether a worker is sent requests, ends those that it has, or does not answer.
 const STATES: [&str; 3] = ["up", "draining", "down"];
@@ -131,6 +126,7 @@ pub struct Metrics {
     heard: prometheus::CounterVec,
     pub(crate) lora: LoraRequests,
     store_errors: CounterVec,
+    scaling: ScaleMetrics,
     /// Each worker's counters at the last scrape.
     seen: Mutex<HashMap<String, Arc<WorkerStatus>>>,
 }
@@ -412,6 +408,7 @@ impl Metrics {
             )?,
             lora: LoraRequests::new(&r)?,
             store_errors: store_errors(&r)?,
+            scaling: ScaleMetrics::new(&r)?,
             registry: r,
             seen: Mutex::default(),
         })
@@ -420,6 +417,11 @@ impl Metrics {
     /// The store of responses has failed at `operation`.
     pub fn store_failed(&self, operation: &str) {
         self.store_errors.with_label_values(&[operation]).inc();
+    }
+
+    /// What the coordinators tell of scale operations: those that run and the last ones that ended.
+    pub fn scaling(&self, operations: &[ScaleOperation]) {
+        self.scaling.show(operations);
     }
 
     /// A model has listened to so many seconds of a recording.
@@ -555,7 +557,7 @@ impl Metrics {
         ];
         gauges.iter().for_each(|gauge| gauge.reset());
         // No worker is a number too: an alert must see it.
-        for role in ROLES {
+        for role in InstanceRole::WORKERS {
             for state in STATES {
                 self.workers.with_label_values(&[role.as_str(), state]);
             }
@@ -563,6 +565,7 @@ impl Metrics {
         let indexed = workers.kv.read().len() as f64;
         self.kv_index.with_label_values::<&str>(&[]).set(indexed);
         self.etcd.with_label_values::<&str>(&[]).set(workers.etcd_connected().into());
+        self.scaling.coordinators(workers.coordinators().len());
         self.lora.show(workers);
         let mut blocks: HashMap<String, (u64, u64)> = HashMap::new();
         let mut layouts: BTreeMap<(u32, &str), u64> = BTreeMap::new();
