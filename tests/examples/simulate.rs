@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -298,6 +299,43 @@ fn markdown(settings: &Settings, slo: &Slo, runs: &[Run]) -> String {
     );
     for run in runs {
         let _ = writeln!(text, "{}", line(run));
+    }
+    text + &over_all(runs)
+}
+
+/// Policies that have one setting for all workloads: who runs a cluster does not know which one
+/// would have been best.
+fn over_all(runs: &[Run]) -> String {
+    let mut text = "\n## One setting for all workloads\n\nBoth promises kept, in the mean of the \
+                    workloads; worker-hours as multiples of those of the fixed pool for the mean \
+                    rate, in the geometric mean; changes in all.\n\n\
+                    | policy | both kept | worker-hours | changes |\n| --- | --- | --- | --- |\n"
+        .to_owned();
+    let of =
+        |policy: &str| -> Vec<&Run> { runs.iter().filter(|run| run.policy == policy).collect() };
+    let fixed: BTreeMap<&str, f64> = of("static, mean")
+        .into_iter()
+        .map(|run| (run.workload.as_str(), run.worker_hours))
+        .collect();
+    for policy in ["utilization", "planner"] {
+        let mut settings: Vec<f64> = of(policy).iter().map(|run| run.setting).collect();
+        settings.sort_by(f64::total_cmp);
+        settings.dedup();
+        for setting in settings {
+            let mut same = of(policy);
+            same.retain(|run| run.setting == setting);
+            let mean = |value: &dyn Fn(&Run) -> f64| {
+                same.iter().map(|run| value(run)).sum::<f64>() / same.len() as f64
+            };
+            let hours = mean(&|run| (run.worker_hours / fixed[run.workload.as_str()]).ln()).exp();
+            let changes: u32 = same.iter().map(|run| run.changes).sum();
+            let _ = writeln!(
+                text,
+                "| {policy} {:.0} % | {:.1} % | {hours:.2} | {changes} |",
+                setting * 100.0,
+                100.0 * mean(&|run| run.good),
+            );
+        }
     }
     text
 }

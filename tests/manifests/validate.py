@@ -41,8 +41,11 @@ def flag(args, name):
 def monitors(monitor, services):
     """The one kind that is not Kubernetes' own: that it finds a port to read from."""
     spec, group = monitor["spec"], monitor["apiVersion"]
-    assert group == "monitoring.coreos.com/v1" and spec.keys() == {"selector", "endpoints"}, monitor
+    assert group == "monitoring.coreos.com/v1", monitor
+    assert spec.keys() == {"jobLabel", "selector", "endpoints"}, monitor
     found = [it for it in services if matches(spec["selector"], it["metadata"]["labels"])]
+    # Alerts and dashboard ask for this job.
+    assert {it["metadata"]["labels"][spec["jobLabel"]] for it in found} == {"baton"}, monitor
     (ports,) = [{port["name"] for port in it["spec"]["ports"]} for it in found]
     for endpoint in spec["endpoints"]:
         assert endpoint.keys() == {"port", "path", "interval"} and endpoint["port"] in ports, endpoint
