@@ -128,6 +128,60 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
 }
 
 /// Image, chart and programs are of one version.
+/// Whether a file is left out of the context of an image's build: the last pattern that matches
+/// counts. Of what patterns can be, these are the ones that the file uses.
+fn ignored(file: &str, patterns: &str) -> bool {
+    let lines = patterns.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let mut out = false;
+    for line in lines {
+        let (pattern, matched) = match line.strip_prefix('!') {
+            Some(pattern) => (pattern, false),
+            None => (line, true),
+        };
+        let inside = |folder: &str| file == folder || file.starts_with(&format!("{folder}/"));
+        let matches = match (pattern.strip_prefix("**/"), pattern.strip_suffix("/*")) {
+            (Some(name), _) => format!("/{file}/").contains(&format!("/{name}/")),
+            (_, Some(folder)) => inside(folder),
+            _ => inside(pattern),
+        };
+        if matches {
+            out = matched;
+        }
+    }
+    out
+}
+
+#[test]
+fn an_image_s_build_has_the_files_that_programs_include() {
+    let patterns =
+        std::fs::read_to_string(repository().join(".dockerignore")).expect("it is there");
+    assert!(ignored("docs/operate.md", &patterns) && ignored("gateway/target/x", &patterns));
+    let root = repository().canonicalize().expect("a folder");
+    let mut found = 0;
+    let mut folders: Vec<_> =
+        ["proto", "gateway", "worker", "coordinator"].map(|name| root.join(name)).into();
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(&folder).expect("a folder").flatten().map(|it| it.path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            if path.extension().is_none_or(|end| end != "rs") {
+                continue;
+            }
+            let source = std::fs::read_to_string(&path).expect("a source");
+            let calls = source.split("include_str!(\"").chain(source.split("include_bytes!(\""));
+            for file in calls.filter_map(|rest| rest.strip_prefix("../")?.split('"').next()) {
+                let file = folder.join("..").join(file).canonicalize().expect(file);
+                let file = text(file.strip_prefix(&root).expect("a file of the repository"));
+                assert!(!ignored(file, &patterns), "{} includes {file}", path.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 5, "{found}");
+}
+
 #[test]
 fn the_version_is_the_same_everywhere() {
     let version = env!("CARGO_PKG_VERSION");
