@@ -347,7 +347,7 @@ impl Registry {
     ) -> Option<Ticket> {
         // Workers of a model may have been given different lengths.
         let fits = |worker: &Worker| {
-            worker.served().is_some_and(|served| served.card.max_model_len as usize > tokens)
+            worker.served().is_some_and(|served| served.card.max_model_len as usize >= tokens)
         };
         let ticket = self.choose(served, missing, hashes, &self.turns[0], |worker| {
             let record = &worker.record;
