@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use baton_proto::v1::{CancelScaleRequest, ListPlansRequest, ScaleRequest};
+use baton_proto::v1::{CancelScaleRequest, ListPlansRequest, ScaleOperation, ScaleRequest};
 use baton_tests::binaries::{MODEL_NAME, program};
 use baton_tests::elastic::{Elastic, command, worker};
 use baton_tests::{eventually, grpc};
@@ -136,9 +136,8 @@ async fn load_makes_a_pool_grow_and_its_end_makes_it_shrink() {
     cluster.finish().await;
 }
 
-/// A worker that never serves keeps the planner's operation under way.
-#[tokio::test]
-async fn an_operators_request_takes_back_what_the_planner_has_begun() {
+/// A cluster whose planner has begun an operation, which a worker that never serves keeps under way.
+async fn begun() -> (Elastic, ScaleOperation) {
     let flags = [&["--planner", "on"][..], &FLAGS].concat();
     let never = |_: &baton_tests::etcd::Etcd| {
         vec![command("unified", MODEL_NAME, Path::new("sleep"), &["1000"])]
@@ -146,10 +145,19 @@ async fn an_operators_request_takes_back_what_the_planner_has_begun() {
     let cluster = Elastic::start(1, &flags, never).await;
     let planned = cluster.phase("join").await;
     assert!(planned.planned && planned.size == 1, "{planned:?}");
+    (cluster, planned)
+}
+
+fn wanted(size: u32) -> ScaleRequest {
+    ScaleRequest { pool: "unified".into(), size, ..Default::default() }
+}
+
+#[tokio::test]
+async fn an_operators_request_takes_back_what_the_planner_has_begun() {
+    let (cluster, planned) = begun().await;
     let (_, address) = cluster.coordinators.last().expect("a coordinator");
     let mut client = grpc::coordinator(address).await;
-    let wanted = ScaleRequest { pool: "unified".into(), size: 2, ..Default::default() };
-    let asked = client.scale(wanted).await.expect("the planner gives way").into_inner();
+    let asked = client.scale(wanted(2)).await.expect("the planner gives way").into_inner();
     assert!(!asked.planned && asked.size == 2, "{asked:?}");
     let operations = cluster.operations().await;
     let taken = operations.iter().find(|it| it.id == planned.id).expect("its record");
@@ -167,15 +175,9 @@ async fn an_operators_request_takes_back_what_the_planner_has_begun() {
 
 #[tokio::test]
 async fn an_operator_who_asks_for_what_the_planner_does_is_an_operator() {
-    let flags = [&["--planner", "on"][..], &FLAGS].concat();
-    let never = |_: &baton_tests::etcd::Etcd| {
-        vec![command("unified", MODEL_NAME, Path::new("sleep"), &["1000"])]
-    };
-    let cluster = Elastic::start(1, &flags, never).await;
-    let planned = cluster.phase("join").await;
+    let (cluster, planned) = begun().await;
     let (_, address) = cluster.coordinators.last().expect("a coordinator");
     let mut client = grpc::coordinator(address).await;
-    let wanted = |size| ScaleRequest { pool: "unified".into(), size, ..Default::default() };
     let asked = client.scale(wanted(1)).await.expect("it joins").into_inner();
     assert_eq!((asked.id, asked.planned), (planned.id.clone(), false));
     // Another operator's wish does not take it back.

@@ -73,8 +73,7 @@ impl Detokenizer {
 
 #[cfg(test)]
 mod tests {
-    use baton_proto::TokenizerBundle;
-    use serde_json::{Map, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -96,15 +95,7 @@ mod tests {
             },
             "model": {"type": "BPE", "vocab": {"a": A, "Ã": E[0], "©": E[1]}, "merges": []},
         });
-        let bundle = TokenizerBundle {
-            tokenizer_json: tokenizer.to_string(),
-            chat_template: None,
-            bos_token: None,
-            eos_token: None,
-            tokenizer_config: Map::new(),
-            generation_config: Map::new(),
-        };
-        TextModel::new(&bundle).unwrap()
+        TextModel::of(&tokenizer)
     }
 
     #[test]

@@ -39,6 +39,22 @@ pub struct TextModel {
     pub tokenizer_config: Map<String, Value>,
 }
 
+#[cfg(test)]
+impl TextModel {
+    /// A tokenizer alone.
+    fn of(tokenizer: &Value) -> Self {
+        Self::new(&TokenizerBundle {
+            tokenizer_json: tokenizer.to_string(),
+            chat_template: None,
+            bos_token: None,
+            eos_token: None,
+            tokenizer_config: Map::new(),
+            generation_config: Map::new(),
+        })
+        .expect("a tokenizer")
+    }
+}
+
 impl TextModel {
     /// Builds it.
     pub fn new(bundle: &TokenizerBundle) -> Result<Self, String> {

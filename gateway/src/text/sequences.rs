@@ -104,8 +104,7 @@ fn direction(cut: Cut) -> TruncationDirection {
 
 #[cfg(test)]
 mod tests {
-    use baton_proto::TokenizerBundle;
-    use serde_json::{Map, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -138,15 +137,7 @@ mod tests {
                 },
             },
         });
-        let bundle = TokenizerBundle {
-            tokenizer_json: tokenizer.to_string(),
-            chat_template: None,
-            bos_token: None,
-            eos_token: None,
-            tokenizer_config: Map::new(),
-            generation_config: Map::new(),
-        };
-        TextModel::new(&bundle).unwrap()
+        TextModel::of(&tokenizer)
     }
 
     #[test]
