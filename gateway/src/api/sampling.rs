@@ -171,6 +171,8 @@ pub struct Sampling {
     pub params: SamplingParams,
     /// `max_tokens` or `max_completion_tokens`.
     pub max_tokens: Option<u32>,
+    /// The model's, where neither the request nor the route says.
+    pub default_max_tokens: Option<u32>,
     /// Sequences for each prompt.
     pub n: usize,
     /// What ends the text, and what is left out of it.
@@ -240,7 +242,7 @@ impl SamplingFields {
         };
         let limits = i64::from(!wish.prompt_alone)..=i64::from(u32::MAX);
         let max_tokens = limit.map(|limit| in_range(limit_field, Some(limit), 0, limits));
-        let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32).or(defaults.max_tokens);
+        let max_tokens = max_tokens.transpose()?.map(|limit| limit as u32);
         let min_tokens =
             in_range("min_tokens", self.min_tokens, 0, 0..=i64::from(u32::MAX))? as u32;
         if max_tokens.is_some_and(|max| min_tokens > max) {
@@ -303,6 +305,7 @@ impl SamplingFields {
         Ok(Sampling {
             params,
             max_tokens,
+            default_max_tokens: defaults.max_tokens,
             n,
             text,
             salt,
@@ -321,8 +324,12 @@ impl SamplingFields {
         let field = "truncate_prompt_tokens";
         let keep = match self.truncate_prompt_tokens {
             None => return Ok(()),
-            // What leaves room for the answer.
-            Some(-1) => max_model_len.saturating_sub(max_tokens.unwrap_or(1).max(1)) as usize,
+            // What leaves room for the answer; but no wish for its length takes half of the context
+            // away from the prompt.
+            Some(-1) => {
+                let room = max_tokens.unwrap_or(1).clamp(1, (max_model_len / 2).max(1));
+                max_model_len.saturating_sub(room) as usize
+            }
             Some(n) => in_range(field, Some(n), 0, -1..=i64::from(max_model_len))? as usize,
         };
         let surplus = prompt.len().saturating_sub(keep);

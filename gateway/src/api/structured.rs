@@ -50,10 +50,18 @@ impl StructuredFields {
     /// The field that a constraint comes from, to be named when the worker refuses it.
     pub fn field(&self) -> &'static str {
         let format = self.response_format.as_ref().is_some_and(|it| it["type"] != "text");
+        let guided = [
+            ("guided_json", &self.guided_json),
+            ("guided_regex", &self.guided_regex),
+            ("guided_choice", &self.guided_choice),
+        ];
         match (format, &self.structured_outputs) {
             (true, _) => "response_format",
             (false, Some(_)) => "structured_outputs",
-            (false, None) => "guided_json",
+            (false, None) => {
+                let given = guided.iter().find(|(_, value)| value.is_some());
+                given.map_or("guided_grammar", |(field, _)| field)
+            }
         }
     }
 
@@ -115,10 +123,10 @@ pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Con
     let answer = match constraint.kind {
         None => return Ok(constraint),
         Some(Kind::JsonSchema(schema)) => format!("answer: %json {schema}\n"),
-        Some(Kind::Regex(regex)) => format!("answer: /{}/\n", regex.replace('/', "\\/")),
-        Some(Kind::Lark(lark)) => match lark.strip_prefix("start:") {
-            Some(rest) => format!("answer:{rest}"),
-            None => {
+        Some(Kind::Regex(regex)) => format!("answer: /{}/\n", slashes_escaped(&regex)),
+        Some(Kind::Lark(lark)) => match lark.starts_with("start:") {
+            true => renamed(&lark, "start", "answer"),
+            false => {
                 let message =
                     "A grammar for a model that reasons must begin with its `start` rule.";
                 return Err(ApiError::bad_value("structured_outputs.grammar", message));
@@ -128,6 +136,52 @@ pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Con
     // The shortest text up to the tag: what follows the first one is the answer.
     let lark = format!("{begin}think[lazy]: /(.|\\n)*<\\/think>\\s*/\n{answer}");
     Ok(Constraint { kind: Some(Kind::Lark(lark)) })
+}
+
+/// A regular expression as Lark has it between slashes.
+fn slashes_escaped(regex: &str) -> String {
+    let mut out = String::with_capacity(regex.len());
+    let mut escaped = false;
+    for c in regex.chars() {
+        if c == '/' && !escaped {
+            out.push('\\');
+        }
+        escaped = c == '\\' && !escaped;
+        out.push(c);
+    }
+    out
+}
+
+/// A Lark grammar with another name for one of its rules.
+fn renamed(lark: &str, from: &str, to: &str) -> String {
+    let mut out = String::with_capacity(lark.len());
+    let mut rest = lark;
+    while let Some(first) = rest.chars().next() {
+        let is_name = |c: char| c.is_alphanumeric() || c == '_';
+        let length = match first {
+            '"' => quoted(rest, '"'),
+            '/' if rest.starts_with("//") => rest.find('\n').unwrap_or(rest.len()),
+            '/' => quoted(rest, '/'),
+            c if is_name(c) => rest.find(|c| !is_name(c)).unwrap_or(rest.len()),
+            c => c.len_utf8(),
+        };
+        let (part, after) = rest.split_at(length);
+        out.push_str(if part == from { to } else { part });
+        rest = after;
+    }
+    out
+}
+
+/// Bytes up to the mark that ends what `text` begins with one of.
+fn quoted(text: &str, mark: char) -> usize {
+    let mut escaped = false;
+    for (at, c) in text.char_indices().skip(1) {
+        if c == mark && !escaped {
+            return at + c.len_utf8();
+        }
+        escaped = c == '\\' && !escaped;
+    }
+    text.len()
 }
 
 fn of_response_format(format: &Value) -> Result<Option<Constraint>, ApiError> {
@@ -314,6 +368,29 @@ mod tests {
             Some(Kind::Lark("start: \"a\\\"b\" | \"c\"\n".into()))
         );
         assert_eq!(kind(json!({"guided_regex": "a+"})).unwrap(), Some(Kind::Regex("a+".into())));
+    }
+
+    #[test]
+    fn what_follows_reasoning_keeps_its_meaning() {
+        let lark = |kind| {
+            let constraint = Constraint { kind: Some(kind) };
+            match after_reasoning(constraint, Reasoned::Inside).unwrap().kind {
+                Some(Kind::Lark(lark)) => lark,
+                other => panic!("{other:?}"),
+            }
+        };
+        for (regex, between_slashes) in
+            [(r"https?:\/\/[a-z]+", r"https?:\/\/[a-z]+"), ("a/b", r"a\/b"), (r"\\/", r"\\\/")]
+        {
+            let answer = format!("answer: /{between_slashes}/\n");
+            assert!(lark(Kind::Regex(regex.into())).ends_with(&answer), "{regex}");
+        }
+        let grammar = "start: \"(\" start \")\" | \"start\" | /start\\/start/ | starts // start\nstarts: \"x\"\n";
+        let answer = "answer: \"(\" answer \")\" | \"start\" | /start\\/start/ | starts // start\nstarts: \"x\"\n";
+        assert!(lark(Kind::Lark(grammar.into())).ends_with(answer));
+        let fields: StructuredFields =
+            serde_json::from_value(json!({"guided_regex": "a"})).unwrap();
+        assert_eq!(fields.field(), "guided_regex");
     }
 
     #[test]

@@ -48,6 +48,13 @@ pub struct Budget {
     pub clip: bool,
 }
 
+impl Budget {
+    /// With the model's default where the route has none.
+    pub fn or(self, default: Option<u32>) -> Self {
+        Self { default: self.default.or(default), ..self }
+    }
+}
+
 /// How many tokens may be generated: what was asked for, else the route's default, else the rest
 /// of the context. Only a wish that was spoken is refused when it does not fit.
 pub fn room(
@@ -100,5 +107,9 @@ mod tests {
         assert_eq!(room(255, 256, None, rest).unwrap(), 1);
         assert_eq!(room(250, 256, None, Budget { default: Some(16), ..rest }).unwrap(), 6);
         assert!(room(256, 256, None, rest).is_err());
+        // What the model's files say is no wish: it is clipped, and comes after the route's.
+        assert_eq!(room(200, 256, None, rest.or(Some(2048))).unwrap(), 56);
+        let sixteen = Budget { default: Some(16), ..rest };
+        assert_eq!(room(200, 256, None, sixteen.or(Some(2048))).unwrap(), 16);
     }
 }

@@ -4,18 +4,22 @@ use std::io::{Cursor, ErrorKind};
 
 use actix_web::web::Bytes;
 use symphonia::core::codecs::CodecParameters;
-use symphonia::core::codecs::audio::well_known::CODEC_ID_OPUS;
+use symphonia::core::codecs::audio::well_known::{CODEC_ID_OPUS, CODEC_ID_VORBIS};
 use symphonia::core::codecs::audio::{AudioCodecParameters, AudioDecoder, AudioDecoderOptions};
 use symphonia::core::errors::Error;
 use symphonia::core::formats::probe::Hint;
 use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::io::{MediaSourceStream, MediaSourceStreamOptions};
 
-use super::{Fault, opus, wav};
+use super::{Fault, opus, vorbis, wav};
 
 /// What may be sent, for messages.
 const KNOWN: &str =
     "WAV, MP3, FLAC, Ogg (Vorbis, Opus), WebM, MP4 or M4A (AAC, ALAC), AIFF and CAF";
+/// Samples of a packet in one channel: FLAC's longest are 65,535.
+const MAX_FRAMES: u64 = 1 << 16;
+/// Recordings that may follow each other in one file. Each has a decoder of its own.
+const MAX_LINKS: usize = 100;
 /// Of this many packets, one may be damaged: recordings of streams begin in the middle of a frame.
 const DAMAGED: usize = 50;
 /// Damaged packets that a short file may have.
@@ -29,6 +33,8 @@ pub struct Decoder {
     interleaved: Vec<f32>,
     packets: usize,
     damaged: usize,
+    /// Recordings that were put behind the first.
+    links: usize,
 }
 
 enum Codec {
@@ -52,7 +58,7 @@ impl Decoder {
                 Fault::new(format!("is not a sound file that can be read ({what}); send {KNOWN}."))
             })?;
         let (track, codec) = choose(&*format)?;
-        Ok(Self { format, track, codec, interleaved: Vec::new(), packets: 0, damaged: 0 })
+        Ok(Self { format, track, codec, interleaved: Vec::new(), packets: 0, damaged: 0, links: 0 })
     }
 
     /// Seconds of sound, as far as the file says.
@@ -79,6 +85,11 @@ impl Decoder {
                 }
                 // A recording that was put behind another one.
                 Err(Error::ResetRequired) => {
+                    self.links += 1;
+                    if self.links > MAX_LINKS {
+                        let what = format!("it is a chain of more than {MAX_LINKS} recordings");
+                        return Err(corrupt(&what));
+                    }
                     (self.track, self.codec) = choose(&*self.format)?;
                     continue;
                 }
@@ -147,6 +158,16 @@ fn choose(format: &dyn FormatReader) -> Result<(u32, Codec), Fault> {
         let head = parameters.extra_data.as_deref().unwrap_or_default();
         let channels = parameters.channels.as_ref().map_or(1, |channels| channels.count());
         return Ok((id, Codec::Opus(Box::new(opus::Decoder::new(head, channels)?))));
+    }
+    // Decoders make room for what a header says before they see a packet.
+    if parameters.max_frames_per_packet.is_some_and(|frames| frames > MAX_FRAMES) {
+        return Err(corrupt("its packets are longer than any can be"));
+    }
+    let head = parameters.extra_data.as_deref().unwrap_or_default();
+    if parameters.codec == CODEC_ID_VORBIS
+        && vorbis::table_size(head).is_some_and(|size| size > vorbis::MAX_TABLES)
+    {
+        return Err(corrupt("its tables are larger than any can be"));
     }
     let codecs = symphonia::default::get_codecs();
     let decoder = codecs.make_audio_decoder(parameters, &AudioDecoderOptions::default());

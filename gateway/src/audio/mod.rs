@@ -14,6 +14,7 @@ pub mod opus;
 pub mod resample;
 #[cfg(test)]
 mod tests;
+mod vorbis;
 mod wav;
 pub mod windows;
 

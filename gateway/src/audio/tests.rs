@@ -188,6 +188,19 @@ async fn a_recording_that_is_cut_off_is_refused() {
     }
 }
 
+/// Some bytes of a header would have a decoder make room for sixteen gigabytes.
+#[tokio::test]
+async fn packets_longer_than_any_are_refused() {
+    let mut file = read("a.caf").to_vec();
+    let desc = file.windows(4).position(|four| four == b"desc").unwrap();
+    // Behind the chunk's size: rate, format, flags, bytes of a packet.
+    let frames = desc + 12 + 8 + 4 + 4 + 4;
+    assert_eq!(file[frames..frames + 4], [0, 0, 0, 1]);
+    file[frames..frames + 4].fill(0xff);
+    let error = open(file.into()).await.err().expect("it is heard");
+    assert!(message(&error).contains("packets are longer"), "{}", message(&error));
+}
+
 /// A program that writes to a pipe does not know the length and says the longest there is.
 #[tokio::test]
 async fn a_recording_without_a_length_is_heard() {

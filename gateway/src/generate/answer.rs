@@ -104,12 +104,13 @@ impl Answer {
         let model = job.served.text.clone();
         let adapter = job.served.adapter.as_ref();
         let lora = adapter.map(|adapter| metrics.lora.begin(&adapter.name));
+        let detokenizer = Detokenizer::after(&model, &job.prompt, text.skip_special_tokens);
         let generation = Generation::start(registry, job).await?;
         Ok(Self {
             generation,
             model,
             metrics,
-            detokenizer: Detokenizer::new(text.skip_special_tokens),
+            detokenizer,
             watch: StopWatch::new(text.stop, text.include_stop),
             include_stop: text.include_stop,
             count: 0,

@@ -55,18 +55,24 @@ pub(super) async fn answer(
     let wish = completion.wish(&structured)?;
     let logprobs = wish.logprobs.is_some();
     let mut sampling = check(&shared, &served, &fields, wish)?;
-    let mut prompts: Vec<Arc<[u32]>> = Vec::new();
+    let echo = completion.echo.unwrap_or(false);
+    let (mut prompts, mut echoes): (Vec<Arc<[u32]>>, _) = (Vec::new(), Vec::new());
     for prompt in completion.prompts(served.card.vocab_size)? {
         let mut tokens = match prompt {
-            Prompt::Tokens(tokens) => tokens,
+            Prompt::Tokens(tokens) => {
+                echoes.push(None);
+                tokens
+            }
             Prompt::Text(text) => {
+                echoes.push(echo.then(|| text.clone()));
                 if !fields.truncates() {
                     check_length(&served, &text)?;
                 }
                 encode(&served.text, text, completion.add_special_tokens(), &trace).await?
             }
         };
-        fields.truncate(&mut tokens, served.card.max_model_len, sampling.max_tokens)?;
+        let wanted = sampling.max_tokens.or(Some(DEFAULT_MAX_TOKENS));
+        fields.truncate(&mut tokens, served.card.max_model_len, wanted)?;
         if tokens.is_empty() {
             let message = "`prompt` is empty, and this model puts nothing before it.";
             return Err(ApiError::bad_value("prompt", message));
@@ -83,9 +89,10 @@ pub(super) async fn answer(
         logprobs,
         prompt_logprobs: fields.wants_prompt_logprobs(),
         token_ids: fields.return_token_ids.unwrap_or(false),
-        echo: completion.echo.unwrap_or(false),
+        echo,
         prompt_alone,
         prompts: prompts.clone(),
+        echoes,
         n: sampling.n,
         begun: vec![false; answers],
         pending: vec![Vec::new(); answers],
@@ -119,6 +126,8 @@ struct Completion {
     echo: bool,
     prompt_alone: bool,
     prompts: Vec<Arc<[u32]>>,
+    /// The prompts that came as text, where they are to be given back.
+    echoes: Vec<Option<String>>,
     n: usize,
     /// Answers of which something has been sent.
     begun: Vec<bool>,
@@ -147,7 +156,10 @@ impl Completion {
         let offset = &mut self.offsets[index];
         let echoed = first && self.echo;
         if echoed {
-            text.insert_str(0, &model.decode(prompt, false));
+            match &self.echoes[index / self.n] {
+                Some(sent) => text.insert_str(0, sent),
+                None => text.insert_str(0, &model.decode(prompt, false)),
+            }
         }
         let logprobs = (self.logprobs && (echoed || !tokens.is_empty())).then(|| {
             let mut columns = match echoed {

@@ -141,6 +141,7 @@ impl Order {
         for prompt in &prompts {
             trace.prompt(prompt.len());
             let limit = served.card.max_model_len;
+            let budget = budget.or(sampling.default_max_tokens);
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
             let siblings = shared.metrics.siblings(&served.card, sampling.n);
             let hashes: Arc<[_]> =

@@ -2,6 +2,9 @@
 
 use super::TextModel;
 
+/// Tokens of the prompt that the first ones of an answer are decoded with.
+const CONTEXT: usize = 5;
+
 /// Tokens that may wait for those that follow to become text. A character has four bytes, each a token
 /// at most; more that wait are none, and would all be decoded again for every token.
 const WAITING: usize = 64;
@@ -22,9 +25,15 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// An empty text.
-    pub fn new(skip_special_tokens: bool) -> Self {
-        Self { ids: Vec::new(), context: 0, settled: 0, skip_special_tokens }
+    /// A text that goes on behind a prompt: decoders of SentencePiece take the blank away from a
+    /// text's first word.
+    pub fn after(model: &TextModel, prompt: &[u32], skip_special_tokens: bool) -> Self {
+        let mut ids = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        // Half a character at the prompt's end is none of the answer, whole or not.
+        if model.decode(&ids, skip_special_tokens).ends_with('\u{fffd}') {
+            ids.clear();
+        }
+        Self { settled: ids.len(), context: 0, ids, skip_special_tokens }
     }
 
     /// Adds a token and gives the text that is now certain.
@@ -100,7 +109,8 @@ mod tests {
 
     #[test]
     fn half_a_character_waits_for_its_other_half() {
-        let (model, mut text) = (model(), Detokenizer::new(true));
+        let model = model();
+        let mut text = Detokenizer::after(&model, &[], true);
         assert_eq!(text.push(&model, A), "a");
         assert_eq!(text.push(&model, E[0]), "");
         assert_eq!(text.push(&model, E[1]), "é");
@@ -109,8 +119,21 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_goes_on_behind_its_prompt() {
+        let tokenizer = json!({
+            "version": "1.0",
+            "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true},
+            "model": {"type": "BPE", "vocab": {"▁is": 0, "▁Paris": 1}, "merges": []},
+        });
+        let model = TextModel::of(&tokenizer);
+        assert_eq!(Detokenizer::after(&model, &[0], true).push(&model, 1), " Paris");
+        assert_eq!(Detokenizer::after(&model, &[], true).push(&model, 1), "Paris");
+    }
+
+    #[test]
     fn tokens_without_text_are_not_kept() {
-        let (model, mut text) = (model(), Detokenizer::new(true));
+        let model = model();
+        let mut text = Detokenizer::after(&model, &[], true);
         assert_eq!(text.push(&model, A), "a");
         for _ in 0..10_000 {
             assert_eq!(text.push(&model, EOS), "");
@@ -118,12 +141,13 @@ mod tests {
         assert_eq!(text.ids, [A]);
         assert_eq!(text.push(&model, A), "a");
         // They are text where they are asked for.
-        assert_eq!(Detokenizer::new(false).push(&model, EOS), "<eos>");
+        assert_eq!(Detokenizer::after(&model, &[], false).push(&model, EOS), "<eos>");
     }
 
     #[test]
     fn bytes_that_never_become_a_character_are_given_out() {
-        let (model, mut text) = (model(), Detokenizer::new(true));
+        let model = model();
+        let mut text = Detokenizer::after(&model, &[], true);
         let mut all = String::new();
         for _ in 0..1000 {
             all += &text.push(&model, E[0]);

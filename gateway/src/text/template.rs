@@ -74,9 +74,13 @@ impl ChatTemplate {
             // As transformers does it: cut the turn's end off behind the last message.
             let last =
                 messages.last().and_then(|message| message["content"].as_str()).unwrap_or("");
-            let last = last.trim_end();
-            match text.rfind(last) {
-                Some(at) => text.truncate(at + last.len()),
+            // Many templates trim messages; what is left of the blanks after it stays.
+            let (core, tail) = (last.trim(), last.trim_start());
+            match text.rfind(core) {
+                Some(at) => {
+                    let kept = if text[at..].starts_with(tail) { tail } else { core };
+                    text.truncate(at + kept.len());
+                }
                 None => {
                     let reason =
                         "the template changes the final message, so it cannot be continued";
@@ -237,6 +241,16 @@ mod tests {
             template.render(messages.as_array().unwrap(), &options).unwrap(),
             "[user]Q[end][assistant]So far"
         );
+        // Blanks stay where the template leaves them, and are none where it does not.
+        let messages = json!([{"role": "assistant", "content": " x =\n"}]);
+        let render = |source| {
+            let template = ChatTemplate::new(source, None, None).unwrap();
+            template.render(messages.as_array().unwrap(), &options).unwrap()
+        };
+        assert_eq!(render(source), "[assistant] x =\n");
+        let trimmed =
+            "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}";
+        assert_eq!(render(trimmed), "[assistant]x =");
     }
 
     #[test]

@@ -158,12 +158,14 @@ async fn learn(registry: &Registry, worker: &Worker) -> Result<Served, Status> {
         .model
         .clone()
         .ok_or_else(|| Status::internal("the worker's description names no model"))?;
-    let known = registry.texts.lock().get(&card.tokenizer_digest).and_then(|text| text.upgrade());
-    let text = match known {
+    let slot = registry.texts.lock().entry(card.tokenizer_digest.clone()).or_default().clone();
+    // One fetches it, and the others of its model wait: a gateway that starts finds all at once.
+    let mut known = slot.lock().await;
+    let text = match known.upgrade() {
         Some(text) => text,
         None => {
             let text = Arc::new(fetch_text(worker).await?);
-            registry.texts.lock().insert(card.tokenizer_digest.clone(), Arc::downgrade(&text));
+            *known = Arc::downgrade(&text);
             text
         }
     };

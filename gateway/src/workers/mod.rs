@@ -225,7 +225,8 @@ impl Drop for Ticket {
 pub struct Registry {
     workers: RwLock<BTreeMap<String, Arc<Worker>>>,
     tasks: Mutex<HashMap<String, AbortHandle>>,
-    texts: Mutex<HashMap<String, Weak<TextModel>>>,
+    /// By the digest of the tokenizer; locked while one is fetched.
+    texts: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Weak<TextModel>>>>>,
     etcd_connected: AtomicBool,
     /// Which of them hold which KV blocks.
     pub kv: Arc<RwLock<KvIndex>>,

@@ -12,6 +12,7 @@ mod inbox;
 mod order;
 mod run;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -172,8 +173,13 @@ impl Engine {
         let (tell_lost, lost) = watch::channel(None);
         let engine =
             run::Running::new(model, pool.clone(), limits, special, &inbox, &status, &changes);
+        let inbox_of_thread = inbox.clone();
         let run = move || {
-            if let Some(reason) = engine.run() {
+            let ended = catch_unwind(AssertUnwindSafe(|| engine.run()));
+            let reason = ended.unwrap_or_else(|_| Some("the engine panicked".into()));
+            if let Some(reason) = reason {
+                // Nothing is computed any more: who comes is refused, and the worker ends.
+                inbox_of_thread.stop();
                 tell_lost.send_replace(Some(reason));
             }
         };

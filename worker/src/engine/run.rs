@@ -474,6 +474,10 @@ impl Running {
             Draw::Token(token) => return Some(token),
             Draw::Over => self.end(id, Finish::Stop(None)),
             Draw::Stuck(reason) => self.end(id, Finish::Stuck(reason)),
+            Draw::NotANumber => {
+                let reason = "the model computed what is no number".to_owned();
+                self.end(id, Finish::Failed(reason));
+            }
         }
         None
     }
@@ -549,9 +553,14 @@ impl Running {
     }
 
     fn end(&mut self, id: SequenceId, finish: Finish) {
+        // A peer may be reading what was announced: that is freed when the handle is dropped.
+        let announced = self.requests.get(&id).is_some_and(|active| active.announced > 0);
         self.send(id, Event::Finished(finish));
         self.forget(id);
-        self.scheduler.remove(id);
+        match announced {
+            true => self.scheduler.hold(id),
+            false => self.scheduler.remove(id),
+        }
     }
 
     fn forget(&mut self, id: SequenceId) {

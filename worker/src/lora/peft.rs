@@ -312,6 +312,9 @@ fn layers(
         };
         let (inputs, _) = shape(config, module);
         let b = transposed(&b, config, module, rank, scale);
+        if b.iter().any(|value| !value.is_finite()) {
+            return Err(format!("layer {layer}: {name} is not finite times its scale, {scale}"));
+        }
         let update = LowRank::new(rank, inputs, a, b);
         layers[layer][index] =
             Some(update.ok_or_else(|| format!("layer {layer}: {name} has sides that do not fit"))?);

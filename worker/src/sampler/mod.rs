@@ -44,6 +44,8 @@ pub enum Draw {
     Over,
     /// There is no token that may come, for this reason.
     Stuck(String),
+    /// The logits are none: something overflowed, or the weights are broken.
+    NotANumber,
 }
 
 /// How one sequence is sampled: its parameters and what the penalties must remember.
@@ -153,6 +155,10 @@ impl Sampler {
     /// Where the parameters leave no token, the sequence ends: under a constraint if the output is
     /// complete, else if `min_tokens` alone kept its end off. If it cannot, the draw is stuck.
     pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Draw {
+        // Comparisons would take them for what is forbidden.
+        if logits.iter().any(|logit| logit.is_nan()) {
+            return Draw::NotANumber;
+        }
         let Scratch { candidates, raw, order, constrained, waited } = scratch;
         // Log-probabilities before any adjustment, as vLLM reports them by default; of speech, among
         // what may follow: by their mean the reference implementation tells a guess.

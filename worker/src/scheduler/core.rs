@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use baton_proto::BlockHash;
 
 use super::limits::{Limits, Load};
-use super::sequence::{NewSequence, Sequence, SequenceId, State};
+use super::sequence::{NewSequence, Rank, Sequence, SequenceId, State};
 use crate::kv::BlockId;
 use crate::kv::blocks::{BlockManager, Owner, Usage};
 use crate::kv::changes::Change;
@@ -240,6 +240,13 @@ impl Scheduler {
         }
     }
 
+    /// Ends a sequence early that came to be fetched: what there is of it is held.
+    pub fn hold(&mut self, id: SequenceId) {
+        if self.sequences.get(&id).is_some_and(|sequence| sequence.state != State::Held) {
+            self.finish(id);
+        }
+    }
+
     /// Takes a sequence out, whatever its state. One that is being pulled goes when its pull ends.
     pub fn remove(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -455,12 +462,16 @@ impl Scheduler {
     }
 
     fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut Budget) -> Admission {
+        let Some(sequence) = self.sequences.get(&id) else {
+            return Admission::Admitted;
+        };
+        let (rank, waits_for) = (sequence.rank, sequence.waits_for);
+        if waits_for.is_some_and(|hash| self.comes_before(&hash, rank)) {
+            return Admission::Later;
+        }
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return Admission::Admitted;
         };
-        if sequence.waits_for.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
-            return Admission::Later;
-        }
         let (len, block_size) = (sequence.tokens.len(), self.limits.block_size);
         let scoring = sequence.scoring();
         if scoring && budget.scored == 0 {
@@ -474,10 +485,13 @@ impl Scheduler {
         }
         let found = self.found.len();
         let next = hashes.get(found).copied();
-        if next.is_some_and(|hash| self.in_flight.contains_key(&hash)) {
-            sequence.waits_for = next;
+        if next.is_some_and(|hash| self.comes_before(&hash, rank)) {
+            self.sequences.entry(id).and_modify(|sequence| sequence.waits_for = next);
             return Admission::Later;
         }
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Admission::Admitted;
+        };
         let needs = len.div_ceil(block_size) - found;
         let revived = self.found.iter().filter(|block| !self.blocks.in_use(**block)).count();
         // One block of headroom for each that runs, or it would be preempted at its first growth.
@@ -495,9 +509,16 @@ impl Scheduler {
         plan.allocated.extend_from_slice(&sequence.blocks[found..]);
         (sequence.computed, sequence.committed) = (cached, found);
         sequence.waits_for = None;
-        for hash in &sequence.hashes((len - 1) / block_size, block_size)[found..] {
-            self.in_flight.entry(*hash).or_insert(id);
+        let coming = sequence.hashes((len - 1) / block_size, block_size)[found..].to_vec();
+        for hash in coming {
+            // Those of a lower rank wait for this one from here on.
+            if !self.comes_before(&hash, rank) {
+                self.in_flight.insert(hash, id);
+            }
         }
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return Admission::Admitted;
+        };
         if sequence.cached.is_none() {
             sequence.cached = Some(cached);
             self.stats.prefix_queries += if scoring { 0 } else { len as u64 };
@@ -512,6 +533,13 @@ impl Scheduler {
             self.join(id);
         }
         Admission::Admitted
+    }
+
+    /// Whether a block is being computed by a sequence that ranks before: to wait for another would
+    /// be to wait for all that is before it, too.
+    fn comes_before(&self, hash: &BlockHash, rank: Rank) -> bool {
+        let owner = self.in_flight.get(hash).and_then(|owner| self.sequences.get(owner));
+        owner.is_some_and(|owner| owner.rank < rank)
     }
 
     /// Makes the full blocks that have been computed known by their addresses.

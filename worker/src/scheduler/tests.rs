@@ -522,6 +522,39 @@ fn a_low_priority_does_not_starve_behind_a_stream_of_high_ones() {
 }
 
 #[test]
+fn nobody_waits_for_blocks_of_one_that_ranks_after() {
+    let mut scheduler = Scheduler::new(ROOMY);
+    let mut plan = Plan::default();
+    let prompt: Vec<u32> = (0..64).collect();
+    let pulled = NewSequence { priority: 10, pull_from: Some(1), ..new(0, prompt.clone()) };
+    scheduler.add(pulled);
+    scheduler.schedule(&mut plan);
+    // Its equal waits for what comes; one that is urgent computes it.
+    scheduler.add(NewSequence { priority: 10, ..new(1, prompt.clone()) });
+    scheduler.add(NewSequence { priority: -5, ..new(2, prompt) });
+    scheduler.schedule(&mut plan);
+    let states = [0, 1, 2].map(|id| scheduler.get(id).map(Sequence::state));
+    let expected = [State::Pulling { aborted: false }, State::Waiting, State::Running];
+    assert_eq!(states, expected.map(Some));
+}
+
+#[test]
+fn what_a_peer_reads_is_held_until_it_is_removed() {
+    let mut scheduler = Scheduler::new(ROOMY);
+    let mut plan = Plan::default();
+    scheduler.add(NewSequence { hold: true, ..new(0, (0..40).collect()) });
+    scheduler.schedule(&mut plan);
+    scheduler.advance(&plan);
+    for _ in 0..2 {
+        scheduler.hold(0);
+        assert_eq!(scheduler.get(0).map(Sequence::state), Some(State::Held));
+        assert!(scheduler.usage().handoff > 0);
+    }
+    scheduler.remove(0);
+    assert!(scheduler.is_empty() && scheduler.usage().handoff == 0);
+}
+
+#[test]
 fn the_lowest_priority_gives_way_and_of_equal_ones_the_latest() {
     let limits = Limits { blocks: 8, max_model_len: 32, ..ROOMY };
     for (priorities, victim) in [([0, 0, 0], 2), ([0, 1, 0], 1), ([9, 9, -9], 1), ([1, 0, 0], 0)] {

@@ -48,9 +48,14 @@ impl Outlet for Sent {
         first: usize,
         blocks: &[(BlockId, u64)],
     ) -> Result<Vec<Event>, DeviceError> {
-        let event = |(i, &(block, _)): (usize, &(BlockId, u64))| {
+        let event = |(i, &(block, generation)): (usize, &(BlockId, u64))| {
             // SAFETY: the block is complete and pinned by the request: nobody writes it.
             let payload = unsafe { self.0.read_block(block) }?;
+            // And if it was not: what another request has written there must not leave.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+            if self.0.generation(block) != generation {
+                return Err(DeviceError("a block was freed before it was sent".into()));
+            }
             Ok(Event::Block(v1::BlockData { index: (first + i) as u32, payload }))
         };
         in_place(&self.0, || blocks.iter().enumerate().map(event).collect())

@@ -150,7 +150,8 @@ async fn prepare(
     let call = Call::read(shared, &mut chat, &RESPONSES, trace).await.map_err(reworded)?;
     let sampling = &call.sampling;
     let limit = call.served.card.max_model_len;
-    let most = room(call.prompt.len(), limit, sampling.max_tokens, BUDGET).map_err(reworded)?;
+    let budget = BUDGET.or(sampling.default_max_tokens);
+    let most = room(call.prompt.len(), limit, sampling.max_tokens, budget).map_err(reworded)?;
     let id = fields.id();
     let resolved = Resolved {
         id: &id,
