@@ -292,7 +292,7 @@ async fn a_planner_without_a_pool_or_workers_is_refused() {
     let paths = [&workers, &folder].map(|path| path.to_str().expect("UTF-8"));
     let workers = ["--workers", paths[0], "--workers-dir", paths[1]];
     let said = start(&[&workers[..], &["--planner-pool", "decode=1..2"]].concat()).await;
-    assert!(said.contains("no command for this pool"), "{said}");
+    assert!(said.contains("no worker of this pool can be launched"), "{said}");
     let said = start(&workers).await;
     assert!(said.contains("--planner-pool"), "{said}");
 }

@@ -14,9 +14,9 @@ const SCHEMA: &str = include_str!("../../../deploy/baton.schema.json");
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let command: Command = config::parse_subcommand(cli::UP, SCHEMA);
-    if !command.runs_a_cluster() {
-        // Who reads the output may have seen enough, as `head` has: no reason to panic. What `up`
-        // has started must be stopped in order, though.
+    if command.only_prints() {
+        // Who reads the output may have seen enough, as `head` has: no reason to panic. Commands that
+        // talk to others would die of connections that these close.
         sigpipe::reset();
     }
     daemon::exit(cli::run(command, SCHEMA).await)

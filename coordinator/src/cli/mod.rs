@@ -47,9 +47,9 @@ pub struct Command {
 }
 
 impl Command {
-    /// Whether it starts processes, and ends them at its own end.
-    pub fn runs_a_cluster(&self) -> bool {
-        matches!(self.action, Action::Up(_))
+    /// Whether it talks to nobody, and prints.
+    pub fn only_prints(&self) -> bool {
+        matches!(self.action, Action::Config(_))
     }
 }
 
