@@ -19,7 +19,8 @@ pub enum Policy {
     /// By what it has cached of the prompt, its queue and its free KV blocks.
     #[default]
     KvAware,
-    /// By its queue alone.
+    /// By its queue alone; those with equal ones take turns, as HAProxy's `leastconn` and nginx's
+    /// `least_conn` have it.
     LeastLoaded,
     /// One after the other.
     RoundRobin,
@@ -48,7 +49,8 @@ pub struct Candidate {
 
 /// The best of `candidates` for a prompt of `prompt_tokens`; `None` when there are none. Those
 /// whose queue was full are taken when nobody else is there: it may have room again. `turn` counts
-/// the requests.
+/// the requests: workers that are as good as each other take turns, or the first of an idle pool
+/// would fill its cache while the others' stayed empty.
 pub fn choose(
     policy: Policy,
     turn: usize,
@@ -60,11 +62,14 @@ pub fn choose(
         let eligible = move |candidate: &Candidate| all_full || !candidate.full;
         candidates.iter().enumerate().filter(move |(_, candidate)| eligible(candidate))
     };
+    let first = turn % candidates.len().max(1);
+    // Places behind the worker whose turn it is.
+    let behind = |at: usize| (at + candidates.len() - first) % candidates.len();
     match policy {
         Policy::KvAware => {}
         Policy::LeastLoaded => {
             let load = |candidate: &Candidate| (candidate.requests, candidate.pending_tokens);
-            return open().min_by_key(|(at, worker)| (load(worker), *at)).map(|(at, _)| at);
+            return open().min_by_key(|(at, it)| (load(it), behind(*at))).map(|(at, _)| at);
         }
         Policy::RoundRobin => {
             let count = open().count().max(1);
@@ -80,7 +85,7 @@ pub fn choose(
             let load = candidate.requests as u64 * REQUEST_COST + candidate.pending_tokens;
             // What finds no room waits until others are done, and takes blocks from the cache.
             let blocked = uncached.saturating_sub(candidate.free_tokens as u64);
-            (uncached + load + blocked, *at)
+            (uncached + load + blocked, behind(*at))
         })
         .map(|(at, _)| at)
 }
@@ -123,8 +128,20 @@ mod tests {
         let full = Candidate { full: true, ..IDLE };
         let all = [cached, full, IDLE];
         assert_eq!(super::choose(Policy::LeastLoaded, 0, 1200, &all), Some(2));
+        assert_eq!(super::choose(Policy::LeastLoaded, 1, 1200, &all), Some(2));
         let turns = (0..4).map(|turn| super::choose(Policy::RoundRobin, turn, 1200, &all));
         assert_eq!(turns.collect::<Vec<_>>(), [Some(0), Some(2), Some(0), Some(2)]);
+    }
+
+    #[test]
+    fn equals_take_turns() {
+        let busy = Candidate { requests: 1, ..IDLE };
+        for policy in [Policy::KvAware, Policy::LeastLoaded] {
+            let turns = (0..6).map(|turn| super::choose(policy, turn, 1200, &[IDLE; 3]).unwrap());
+            assert_eq!(turns.collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2]);
+            let turns = (0..6).map(|turn| super::choose(policy, turn, 9, &[IDLE, busy, IDLE]));
+            assert!(turns.into_iter().all(|at| at != Some(1)));
+        }
     }
 
     proptest! {
