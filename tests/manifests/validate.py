@@ -38,7 +38,7 @@ def flag(args, name):
     return next(arg.split("=", 1)[1] for arg in args if arg.startswith(f"{name}="))
 
 
-def monitors(monitor, services):
+def monitors(monitor, services, https):
     """The one kind that is not Kubernetes' own: that it finds a port to read from."""
     spec, group = monitor["spec"], monitor["apiVersion"]
     assert group == "monitoring.coreos.com/v1", monitor
@@ -48,7 +48,9 @@ def monitors(monitor, services):
     assert {it["metadata"]["labels"][spec["jobLabel"]] for it in found} == {"baton"}, monitor
     (ports,) = [{port["name"] for port in it["spec"]["ports"]} for it in found]
     for endpoint in spec["endpoints"]:
-        assert endpoint.keys() == {"port", "path", "interval"} and endpoint["port"] in ports, endpoint
+        tls = {"scheme", "tlsConfig"} if https else set()
+        assert endpoint.keys() == {"port", "path", "interval"} | tls and endpoint["port"] in ports, endpoint
+        assert endpoint.get("scheme", "http") == ("https" if https else "http"), endpoint
 
 
 def probe(container, kind, ports):
@@ -64,9 +66,12 @@ def check(path, programs):
     release, _, file = path.rpartition("=")
     objects = load(file)
     services = [thing for thing in objects if thing["kind"] == "Service"]
+    gateway = next(it for it in objects if it["kind"] == "Deployment" and it["metadata"]["name"].endswith("gateway"))
+    arguments = gateway["spec"]["template"]["spec"]["containers"][0]["args"]
+    https = any(arg.startswith("--ssl-certfile=") for arg in arguments)
     for thing in objects:
         if thing["kind"] == "ServiceMonitor":
-            monitors(thing, services)
+            monitors(thing, services, https)
             continue
         for version in VERSIONS:
             kubernetes_validate.validate(thing, version, strict=True)
@@ -76,7 +81,7 @@ def check(path, programs):
     name = lambda thing: thing["metadata"]["name"]
     workloads = kinds("Deployment", "StatefulSet")
     pods = {name(it): it["spec"]["template"]["metadata"]["labels"] for it in workloads}
-    ports = {}
+    ports, starts = {}, []
 
     for it in workloads:
         who, spec = name(it), it["spec"]["template"]["spec"]
@@ -100,6 +105,9 @@ def check(path, programs):
         # A connection says nothing of the program behind it, except by TLS, which kubelets do not speak.
         tls = any(it["name"] == "BATON_CLUSTER_TLS_CA" for it in main.get("env", []))
         assert tls or "tcpSocket" not in [ready, live], f"{who} is not asked whether it answers"
+        if ready == "httpGet" and who == "gateway":
+            schemes = {main[kind]["httpGet"].get("scheme", "HTTP") for kind in ["readinessProbe", "livenessProbe"]}
+            assert schemes == {"HTTPS" if https else "HTTP"}, f"{who} is asked by {schemes}"
         if ready == "grpc":
             service = {"baton-worker": "baton.v1.Worker", "baton-coordinator": "baton.v1.Coordinator"}
             assert asked["service"] == service[program], who
@@ -115,6 +123,7 @@ def check(path, programs):
             model = it["metadata"]["annotations"]["baton.dev/model"]
             assert model == flag(main["args"], "--served-model-name"), who
             assert it["spec"]["podManagementPolicy"] == "Parallel", who
+            starts.append(main["startupProbe"]["periodSeconds"] * main["startupProbe"]["failureThreshold"])
         if any(arg.startswith("--drain-timeout=") for arg in main["args"]):
             grace = spec["terminationGracePeriodSeconds"]
             waits = main.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
@@ -147,8 +156,10 @@ def check(path, programs):
     for rule in role["rules"]:
         pools = {who for who in pods if "baton.dev/pool" in pods[who]}
         assert set(rule.get("resourceNames", pools)) == pools, rule
-    coordinator = next(it for it in workloads if name(it) == "coordinator")
-    account = coordinator["spec"]["template"]["spec"]["serviceAccountName"]
+    coordinator = next(it for it in workloads if name(it) == "coordinator")["spec"]["template"]["spec"]
+    patience = int(flag(coordinator["containers"][0]["args"], "--launch-timeout"))
+    assert patience > max(starts), f"a launch is given up after {patience} s, while a worker may take {max(starts)}"
+    account = coordinator["serviceAccountName"]
     assert [it["name"] for it in binding["subjects"]] == [account] == [name(it) for it in kinds("ServiceAccount")]
 
     # Who must reach whom, by the policies alone.
@@ -156,7 +167,7 @@ def check(path, programs):
         policies = [it for it in kinds("NetworkPolicy") if matches(it["spec"]["podSelector"], pods[server])]
         assert policies, f"{server} is open to everybody"
         return any(
-            any(entry["port"] == port for entry in rule["ports"])
+            any(entry["port"] == port for entry in rule.get("ports", [{"port": port}]))
             and ("from" not in rule or (client and any(matches(it["podSelector"], pods[client]) for it in rule["from"])))
             for policy in policies for rule in policy["spec"].get("ingress", [])
         )
@@ -170,6 +181,13 @@ def check(path, programs):
             for client in [None, *pods]:
                 open_to = (client, server, port) in wanted or (None, server, port) in wanted
                 assert reaches(client, server, port) == open_to, f"{client} to {server}:{port}: {not open_to}"
+    # NCCL takes any port, between those who speak it.
+    args = {name(it): it["spec"]["template"]["spec"]["containers"][0]["args"] for it in workloads}
+    speak = {who for who in workers if "nccl" in flag(args[who], "--transports").split(",")}
+    for server in pods:
+        for client in [None, *pods]:
+            open_to = client in speak and server in speak
+            assert reaches(client, server, 40000) == open_to, f"{client} to {server} by NCCL: {not open_to}"
     return len(objects), {name(it): it for it in objects if it["kind"] != "Namespace"}
 
 

@@ -32,9 +32,9 @@ const KUSTOMIZED: [(&str, &str, &str); 5] = [
     ),
 ];
 
-/// What the chart can do besides.
-const VALUES: [(&str, &str); 3] = [
-    ("tls", r#"{"clusterTlsSecret": "baton-tls"}"#),
+/// What the chart can do besides, and what is there then.
+const VALUES: [(&str, &str, &[&str]); 7] = [
+    ("tls", r#"{"clusterTlsSecret": "baton-tls"}"#, &[]),
     (
         "elsewhere",
         r#"{"etcd": {"enabled": false, "urls": ["https://etcd.example:2379"]}, "cluster": "second",
@@ -42,6 +42,7 @@ const VALUES: [(&str, &str); 3] = [
             "extraVolumes": [{"name": "etcd", "secret": {"secretName": "etcd-ca"}}],
             "extraVolumeMounts": [{"name": "etcd", "mountPath": "/etcd"}],
             "networkPolicies": {"enabled": true}}"#,
+        &[],
     ),
     (
         "unified",
@@ -49,17 +50,46 @@ const VALUES: [(&str, &str); 3] = [
             "model": {"name": "big", "path": "big.gguf", "fetch": [], "claim": "models"},
             "extraArgs": ["--max-running=8"]}},
             "coordinator": {"extraArgs": ["--planner=dry-run", "--planner-pool=unified=1..4"]}}"#,
+        &[],
+    ),
+    (
+        "slow",
+        r#"{"worker": {"startSeconds": 1200}, "pools": {"decode": {"startSeconds": 3000}}}"#,
+        &["failureThreshold: 1200", "failureThreshold: 3000", "--launch-timeout=3600"],
+    ),
+    (
+        "nccl",
+        r#"{"worker": {"transports": "nccl,grpc"},
+            "pools": {"vectors": {"role": "pooling", "transports": "grpc"}}}"#,
+        &["name: demo-nccl", r#"values: ["decode","prefill"]"#],
+    ),
+    (
+        "member",
+        r#"{"etcd": {"replicas": 3, "initialClusterState": "existing"}}"#,
+        &["--initial-cluster-state=$(STATE)", "name: STATE\n              value: existing"],
+    ),
+    (
+        "https",
+        r#"{"gateway": {"tlsSecret": "web"}, "serviceMonitor": {"enabled": true}}"#,
+        &[
+            "--ssl-certfile=/gateway-tls/tls.crt",
+            "--ssl-keyfile=/gateway-tls/tls.key",
+            "secretName: web",
+        ],
     ),
 ];
 
 /// Values that mean nothing, and what Helm says of them.
-const REFUSED: [(&str, &str); 8] = [
+const REFUSED: [(&str, &str); 11] = [
     (r#"{"gateway": {"replicas": 3}}"#, "'replicas' not allowed"),
     (r#"{"pools": {"decode": {"role": "decoder"}}}"#, "at '/pools/decode/role'"),
     (r#"{"pools": {"etcd": {"role": "decode"}}}"#, "invalid propertyName 'etcd'"),
     (r#"{"etcd": {"enabled": false}}"#, "at '/etcd/urls'"),
     (r#"{"etcd": {"replicas": 2}}"#, "at '/etcd/replicas'"),
     (r#"{"worker": {"kvMemory": "1 GB"}}"#, "at '/worker/kvMemory'"),
+    (r#"{"worker": {"kvMemory": "1TiB"}}"#, "at '/worker/kvMemory'"),
+    (r#"{"etcd": {"initialClusterState": "old"}}"#, "at '/etcd/initialClusterState'"),
+    (r#"{"gateway": {"extraArgs": ["--ssl-cert-reqs=2"]}}"#, "at '/gateway/extraArgs/0'"),
     (r#"{"worker": {"extraArgs": ["--kv-memory 1GiB", "x"]}}"#, "at '/worker/extraArgs/1'"),
     (r#"{"model": {"path": "/models/m.gguf"}}"#, "at '/model/path'"),
 ];
@@ -92,7 +122,7 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
         program(name);
     }
     let cases = KUSTOMIZED.iter().map(|(name, _, values)| (format!("{name}-chart"), *values));
-    let cases = cases.chain(VALUES.map(|(name, values)| (name.to_owned(), values)));
+    let cases = cases.chain(VALUES.map(|(name, values, _)| (name.to_owned(), values)));
     helm(&dir, &cases.collect::<Vec<_>>()).await;
 
     let programs = build_dir();
@@ -102,6 +132,7 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
         let rendered = kustomize(folder);
         // Patches go by position: each must have met what it was meant for.
         let expected: &[&str] = match name {
+            "base" => &["--launch-timeout=900", "--drain-timeout=600", "name: STATE"],
             "cpu-single-node" => &["--kv-memory=256MiB", "--threads=2", "maxReplicas: 1"],
             "ha" => &["etcd-2=http://etcd-2.etcd:2380", "name: baton-postgres", "minReplicas: 2"],
             "gpu-pools" => &["nvidia.com/gpu: 1", "nvidia.com/gpu.present: \"true\""],
@@ -117,8 +148,13 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
         equal.push(format!("{}={}", ours.display(), chart.display()));
         valid.extend([text(&ours).to_owned(), format!("{RELEASE}={}", chart.display())]);
     }
-    for (name, _) in VALUES {
-        valid.push(format!("{RELEASE}={}", dir.path().join(format!("{name}.yaml")).display()));
+    for (name, _, expected) in VALUES {
+        let file = dir.path().join(format!("{name}.yaml"));
+        let rendered = std::fs::read_to_string(&file).expect("what Helm rendered");
+        for text in expected {
+            assert!(rendered.contains(text), "{name} lacks {text}:\n{rendered}");
+        }
+        valid.push(format!("{RELEASE}={}", file.display()));
     }
     for (script, arguments) in [("manifests/validate.py", &valid), ("manifests/compare.py", &equal)]
     {
