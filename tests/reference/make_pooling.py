@@ -118,7 +118,8 @@ SMALL = {
         **ROBERTA, num_labels=4, problem_type="multi_label_classification")),
     "roberta_tokens": (RobertaForTokenClassification, RobertaConfig(**ROBERTA, num_labels=3)),
     "roberta_embedder": (RobertaModel, RobertaConfig(**ROBERTA)),
-    "modernbert_embedder": (ModernBertModel, ModernBertConfig(**MODERN)),
+    # As in ModernBERT's own file, which has both `norm_eps` and BERT's name of it.
+    "modernbert_embedder": (ModernBertModel, ModernBertConfig(**MODERN, layer_norm_eps=1e-5)),
     "modernbert_classifier": (ModernBertForSequenceClassification, ModernBertConfig(
         **MODERN, num_labels=3, classifier_pooling="mean", norm_bias=True, classifier_bias=True)),
 }

@@ -56,10 +56,10 @@ struct Config {
     num_attention_heads: usize,
     vocab_size: usize,
     max_position_embeddings: usize,
-    #[serde(alias = "hidden_activation")]
     hidden_act: Option<String>,
-    #[serde(alias = "norm_eps")]
+    hidden_activation: Option<String>,
     layer_norm_eps: Option<f32>,
+    norm_eps: Option<f32>,
     position_embedding_type: Option<String>,
     #[serde(default)]
     is_decoder: bool,
@@ -81,6 +81,26 @@ struct Config {
     #[serde(default)]
     is_matryoshka: bool,
     matryoshka_dimensions: Option<Vec<u32>>,
+}
+
+impl Config {
+    /// The activation's name. A file may have the keys of several families: each reads its own.
+    fn activation(&self, family: Family) -> &str {
+        let (own, other) = match family {
+            Family::ModernBert => (&self.hidden_activation, &self.hidden_act),
+            _ => (&self.hidden_act, &self.hidden_activation),
+        };
+        own.as_deref().or(other.as_deref()).unwrap_or("gelu")
+    }
+
+    /// What is added to variances; likewise.
+    fn epsilon(&self, family: Family) -> f32 {
+        let (own, other, default) = match family {
+            Family::ModernBert => (self.norm_eps, self.layer_norm_eps, 1e-5),
+            _ => (self.layer_norm_eps, self.norm_eps, 1e-12),
+        };
+        own.or(other).unwrap_or(default)
+    }
 }
 
 /// A mapped and checked folder.
@@ -136,7 +156,7 @@ impl EncoderFolder {
     /// The model's shape.
     pub fn config(&self) -> Result<EncoderConfig, LoadError> {
         let config = &self.config;
-        let activation = config.hidden_act.as_deref().unwrap_or("gelu");
+        let activation = config.activation(self.family);
         if activation != "gelu" {
             return Err(
                 self.unsupported(format!("activation `{activation}` is not supported; only gelu"))
@@ -172,10 +192,7 @@ impl EncoderFolder {
                 Family::ModernBert => self.rotary()?,
                 _ => Positions::Learned { first },
             },
-            norm_eps: config.layer_norm_eps.unwrap_or(match self.family {
-                Family::ModernBert => 1e-5,
-                _ => 1e-12,
-            }),
+            norm_eps: config.epsilon(self.family),
             windows: self.windows()?,
         };
         shape.check().map_err(|reason| self.unsupported(reason))?;
@@ -447,3 +464,35 @@ const MODERN_LAYER: &[(&str, &str, (usize, usize))] = &[
     ("up", "mlp.Wi", (1, 2)),
     ("down", "mlp.Wo", WHOLE),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(more: &str) -> Config {
+        let text = format!(
+            r#"{{"model_type": "modernbert", "hidden_size": 768, "intermediate_size": 1152,
+            "num_hidden_layers": 22, "num_attention_heads": 12, "vocab_size": 50368,
+            "max_position_embeddings": 8192 {more}}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// As in ModernBERT's own file.
+    #[test]
+    fn a_config_may_have_the_keys_of_two_families() {
+        let both = config(
+            r#", "layer_norm_eps": 1e-3, "norm_eps": 1e-4, "hidden_act": "relu",
+            "hidden_activation": "gelu""#,
+        );
+        assert_eq!((both.epsilon(Family::ModernBert), both.epsilon(Family::Bert)), (1e-4, 1e-3));
+        assert_eq!(both.activation(Family::ModernBert), "gelu");
+        assert_eq!(both.activation(Family::Roberta), "relu");
+        let other = config(r#", "layer_norm_eps": 1e-3, "hidden_act": "relu""#);
+        assert_eq!(other.epsilon(Family::ModernBert), 1e-3);
+        assert_eq!(other.activation(Family::ModernBert), "relu");
+        let none = config("");
+        assert_eq!((none.epsilon(Family::ModernBert), none.epsilon(Family::Bert)), (1e-5, 1e-12));
+        assert_eq!(none.activation(Family::Bert), "gelu");
+    }
+}

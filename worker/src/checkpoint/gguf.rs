@@ -170,3 +170,18 @@ impl Checkpoint for Gguf {
         hasher.finalize().to_hex().to_string()
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A file with this metadata and no tensors.
+    pub(in crate::checkpoint) fn of(metadata: &[(&str, Value)]) -> Gguf {
+        let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (*k, v)).collect();
+        let mut bytes = Cursor::new(Vec::new());
+        candle_core::quantized::gguf_file::write(&mut bytes, &metadata, &[]).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes.into_inner()).unwrap();
+        Gguf::open(file.path()).unwrap()
+    }
+}

@@ -1,6 +1,7 @@
 //! The architectures that GGUF files name, and their metadata.
 
 use super::gguf::Gguf;
+use super::sentencepiece::flag;
 use super::{Checkpoint, LoadError};
 use crate::kernels::elementwise::Activation;
 use crate::kernels::rope::Pairs;
@@ -68,11 +69,7 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
              supported: equal ones, all rotated"
         )));
     }
-    if let Some(scaling) = gguf.optional_str(&key("rope.scaling.type"))?
-        && scaling != "none"
-    {
-        return Err(gguf.unsupported(format!("RoPE scaling `{scaling}` is not supported")));
-    }
+    refuse_unread(gguf, name)?;
     let positions = gguf.optional_usize(&key("attention.sliding_window"))?;
     let window = architecture.window_period.zip(positions).map(|(period, positions)| Window {
         positions,
@@ -101,4 +98,72 @@ pub(super) fn config(gguf: &Gguf) -> Result<ModelConfig, LoadError> {
         window,
     };
     config.checked(gguf)
+}
+
+/// Refuses what would change the computation and is not read.
+fn refuse_unread(gguf: &Gguf, name: &str) -> Result<(), LoadError> {
+    let key = |rest: &str| format!("{name}.{rest}");
+    let scaling = gguf.optional_str(&key("rope.scaling.type"))?;
+    if let Some(scaling) = scaling.filter(|scaling| *scaling != "none") {
+        return Err(gguf.unsupported(format!("RoPE scaling `{scaling}` is not supported")));
+    }
+    let causal = key("attention.causal");
+    if flag(gguf, &causal) == Some(false) {
+        return Err(gguf.unsupported(format!(
+            "`{causal}` is false: it asks for attention to later tokens, which decoders are not \
+             run with"
+        )));
+    }
+    let mut neutral = vec![("attn_logit_softcapping", 0.0), ("final_logit_softcapping", 0.0)];
+    // A factor without a type is of linear scaling, and with `none` is of nothing: llama-model.cpp
+    // of llama.cpp.
+    if scaling.is_none() {
+        neutral.extend([("rope.scaling.factor", 1.0), ("rope.scale_linear", 1.0)]);
+    }
+    for (rest, neutral) in neutral {
+        let key = key(rest);
+        let value = gguf.optional_f32(&key)?.unwrap_or(neutral);
+        if value != 0.0 && value != neutral {
+            return Err(gguf.unsupported(format!("`{key}` is {value}, which is not supported")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::gguf_file::Value;
+
+    use super::*;
+    use crate::checkpoint::gguf::tests::of;
+
+    #[test]
+    fn what_would_be_computed_otherwise_is_refused_by_name() {
+        let check = |metadata: &[(&str, Value)]| {
+            refuse_unread(&of(metadata), "gemma3").map_err(|error| error.to_string())
+        };
+        let kind = |name: &str| ("gemma3.rope.scaling.type", Value::String(name.to_owned()));
+        assert_eq!(check(&[]), Ok(()));
+        assert_eq!(check(&[("llama.rope.scaling.factor", Value::F32(8.0))]), Ok(()));
+        for (key, value, refused) in [
+            ("gemma3.attention.causal", Value::Bool(true), false),
+            ("gemma3.attention.causal", Value::Bool(false), true),
+            ("gemma3.attn_logit_softcapping", Value::F32(50.0), true),
+            ("gemma3.final_logit_softcapping", Value::F32(0.0), false),
+            ("gemma3.final_logit_softcapping", Value::F32(30.0), true),
+            ("gemma3.rope.scaling.factor", Value::F32(0.0), false),
+            ("gemma3.rope.scaling.factor", Value::F32(1.0), false),
+            ("gemma3.rope.scaling.factor", Value::F32(8.0), true),
+            ("gemma3.rope.scale_linear", Value::F32(1.0), false),
+            ("gemma3.rope.scale_linear", Value::F32(2.0), true),
+        ] {
+            match check(&[(key, value.clone())]) {
+                Ok(()) => assert!(!refused, "{key} {value:?}"),
+                Err(said) => assert!(refused && said.contains(key), "{key} {value:?}: {said}"),
+            }
+        }
+        let factor = ("gemma3.rope.scaling.factor", Value::F32(8.0));
+        assert_eq!(check(&[kind("none"), factor.clone()]), Ok(()));
+        assert!(check(&[kind("linear"), factor]).is_err_and(|said| said.contains("`linear`")));
+    }
 }

@@ -79,6 +79,9 @@ pub enum LoadError {
     /// What is to compute it cannot.
     #[error("--device: {0}")]
     Device(String),
+    /// What is to compute it is there, and failed.
+    #[error("the device failed: {0}")]
+    DeviceFailed(String),
 }
 
 /// A tensor's bytes in the mapping.

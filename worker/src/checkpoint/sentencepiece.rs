@@ -23,8 +23,9 @@ use super::{Checkpoint, LoadError};
 const SPACE: &str = "▁";
 
 /// `tokenizer.ggml.token_type`.
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+pub(super) const USER_DEFINED: i64 = 4;
 
 /// Builds the tokenizer.
 pub(super) fn read(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
@@ -67,20 +68,40 @@ pub(super) fn read(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
     };
     tokenizer.add_special_tokens(added(CONTROL, true)).map_err(failed)?;
     tokenizer.add_tokens(added(USER_DEFINED, false)).map_err(failed)?;
-    if flag(gguf, "tokenizer.ggml.add_bos_token").unwrap_or(true)
-        && let Some(id) = gguf.optional_usize("tokenizer.ggml.bos_token_id")?
-        && let Some(piece) = pieces.get(id)
-    {
-        let bos = TemplateProcessing::builder()
-            .try_single(format!("{piece} $A"))
-            .and_then(|template| template.try_pair(format!("{piece} $A {piece} $B")))
-            .map_err(|error| gguf.corrupt(error))?
-            .special_tokens(vec![(piece.clone(), id as u32)])
-            .build()
-            .map_err(|error| gguf.corrupt(error.to_string()))?;
-        tokenizer.with_post_processor(Some(bos));
+    // As llama.cpp does it where the file does not say.
+    let first = flag(gguf, "tokenizer.ggml.add_bos_token").unwrap_or(true);
+    let last = flag(gguf, "tokenizer.ggml.add_eos_token").unwrap_or(false);
+    let special = |wanted: bool, key: &str| -> Result<Option<(String, u32)>, LoadError> {
+        let id = if wanted { gguf.optional_usize(key)? } else { None };
+        Ok(id.and_then(|id| Some((pieces.get(id)?.clone(), id as u32))))
+    };
+    let first = special(first, "tokenizer.ggml.bos_token_id")?;
+    let last = special(last, "tokenizer.ggml.eos_token_id")?;
+    if first.is_some() || last.is_some() {
+        let template = around(first, last).map_err(|error| gguf.corrupt(error))?;
+        tokenizer.with_post_processor(Some(template));
     }
     Ok(tokenizer)
+}
+
+/// What puts these tokens around each text.
+pub(super) fn around(
+    first: Option<(String, u32)>,
+    last: Option<(String, u32)>,
+) -> Result<TemplateProcessing, String> {
+    let put = |text: &str| -> Vec<String> {
+        let before = first.iter().map(|(piece, _)| piece.clone());
+        let after = last.iter().map(|(piece, _)| piece.clone());
+        before.chain([text.to_owned()]).chain(after).collect()
+    };
+    let (single, pair) = (put("$A"), [put("$A"), put("$B")].concat());
+    let special: Vec<(String, u32)> = first.iter().chain(&last).cloned().collect();
+    TemplateProcessing::builder()
+        .try_single(single)
+        .and_then(|template| template.try_pair(pair))?
+        .special_tokens(special)
+        .build()
+        .map_err(|error| error.to_string())
 }
 
 /// Every way to make a piece of two others, the highest score first.
@@ -111,7 +132,7 @@ fn array<T>(
     values.ok_or_else(|| gguf.corrupt(format!("metadata key {key} is missing or of another type")))
 }
 
-fn integer(value: &Value) -> Option<i64> {
+pub(super) fn integer(value: &Value) -> Option<i64> {
     match *value {
         Value::I32(v) => Some(v.into()),
         Value::U32(v) => Some(v.into()),
@@ -119,6 +140,31 @@ fn integer(value: &Value) -> Option<i64> {
     }
 }
 
-fn flag(gguf: &Gguf, key: &str) -> Option<bool> {
+pub(super) fn flag(gguf: &Gguf, key: &str) -> Option<bool> {
     gguf.content().metadata.get(key).and_then(|value| value.to_bool().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{Encoding, PostProcessor as _, Token};
+
+    use super::*;
+
+    #[test]
+    fn texts_have_the_tokens_around_them_that_the_file_asks_for() {
+        let text = |id: u32| Encoding::from_tokens(vec![Token::new(id, "a".into(), (0, 1))], 0);
+        let (bos, eos) = (|| Some(("<s>".to_owned(), 1u32)), || Some(("</s>".to_owned(), 2u32)));
+        for (first, last, single, pair) in [
+            (bos(), None, &[1u32, 7][..], &[1u32, 7, 1, 8][..]),
+            (None, eos(), &[7, 2], &[7, 2, 8, 2]),
+            (bos(), eos(), &[1, 7, 2], &[1, 7, 2, 1, 8, 2]),
+        ] {
+            let template = around(first, last).unwrap();
+            let one = template.process(text(7), None, true).unwrap();
+            assert_eq!(one.get_ids(), single);
+            let two = template.process(text(7), Some(text(8)), true).unwrap();
+            assert_eq!(two.get_ids(), pair);
+            assert_eq!(template.process(text(7), None, false).unwrap().get_ids(), [7]);
+        }
+    }
 }

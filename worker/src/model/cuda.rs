@@ -13,6 +13,7 @@ use baton_proto::v1::{KvDtype, KvLayout};
 use candle_core::quantized::GgmlDType;
 
 use super::config::ModelConfig;
+use super::weights::refuse_biases;
 use super::{LoadedModel, Model, ModelError, SequenceSlice, kv_layout};
 use crate::checkpoint::{self, Checkpoint, LoadError, TensorBytes, WhisperFolder};
 use crate::kernels::elementwise::Activation;
@@ -62,7 +63,11 @@ pub fn load(path: &Path, options: &Options) -> Result<LoadedModel, LoadError> {
 }
 
 fn device_error(error: Error) -> LoadError {
-    LoadError::Device(error.to_string())
+    let said = error.to_string();
+    match error {
+        Error::Absent(_) | Error::Library(_) | Error::Unsupported(_) => LoadError::Device(said),
+        _ => LoadError::DeviceFailed(said),
+    }
 }
 
 /// A causal language model on a GPU.
@@ -163,6 +168,7 @@ impl Weights<'_> {
             .embedding(&self.matrix("token_embd.weight", vocab, hidden)?)
             .map_err(device_error)?;
         for i in 0..config.layers {
+            refuse_biases(self.checkpoint, i)?;
             let name = |rest: &str| format!("blk.{i}.{rest}");
             let matrix = |rest: &str, outputs, inputs| self.matrix(&name(rest), outputs, inputs);
             let [query, key, value] = [

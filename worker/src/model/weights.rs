@@ -42,6 +42,20 @@ pub(super) struct Projection {
     pub(super) norm: Option<Vec<f32>>,
 }
 
+/// Biases that nothing adds: of Llama with `attention_bias` or `mlp_bias`.
+const UNREAD: [&str; 4] = ["attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"];
+
+/// Refuses a layer that has one of them.
+pub(super) fn refuse_biases(checkpoint: &dyn Checkpoint, layer: usize) -> Result<(), LoadError> {
+    let mut names = UNREAD.iter().map(|rest| format!("blk.{layer}.{rest}"));
+    match names.find(|name| checkpoint.has_tensor(name)) {
+        Some(name) => Err(checkpoint.unsupported(format!(
+            "tensor {name}: biases of the attention's output and of the MLP are not supported"
+        ))),
+        None => Ok(()),
+    }
+}
+
 impl Weights {
     /// Reads and repacks all tensors, on the pool's threads.
     pub(super) fn read(
@@ -54,6 +68,7 @@ impl Weights {
         let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
         let layers = (0..config.layers)
             .map(|i| {
+                refuse_biases(checkpoint, i)?;
                 let name = |rest: &str| format!("blk.{i}.{rest}");
                 let mut projection = |which: &str, outputs: usize| {
                     Ok::<_, LoadError>(Projection {
@@ -122,5 +137,67 @@ impl Reader<'_> {
             tensor.forget();
         }
         Ok(linear)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use baton_proto::TokenizerBundle;
+
+    use super::*;
+    use crate::checkpoint::TensorBytes;
+
+    /// Has a tensor of one name.
+    struct Named(&'static str);
+
+    impl Named {
+        fn nothing<T>(&self) -> Result<T, LoadError> {
+            Err(self.corrupt("there is nothing to read".into()))
+        }
+    }
+
+    impl Checkpoint for Named {
+        fn path(&self) -> &Path {
+            Path::new("named")
+        }
+
+        fn config(&self) -> Result<ModelConfig, LoadError> {
+            self.nothing()
+        }
+
+        fn has_tensor(&self, name: &str) -> bool {
+            name == self.0
+        }
+
+        fn tensor(&self, _name: &str) -> Result<TensorBytes, LoadError> {
+            self.nothing()
+        }
+
+        fn tokenizer(&self) -> Result<TokenizerBundle, LoadError> {
+            self.nothing()
+        }
+
+        fn eos_token_ids(&self) -> Result<Vec<u32>, LoadError> {
+            self.nothing()
+        }
+
+        fn digest(&self) -> String {
+            String::new()
+        }
+    }
+
+    #[test]
+    fn biases_that_nothing_adds_are_refused_by_name() {
+        for name in ["blk.3.attn_output.bias", "blk.3.ffn_gate.bias", "blk.3.ffn_down.bias"] {
+            let error = refuse_biases(&Named(name), 3).unwrap_err();
+            assert!(
+                matches!(&error, LoadError::Unsupported { reason, .. } if reason.contains(name))
+            );
+            assert!(refuse_biases(&Named(name), 2).is_ok());
+        }
+        // Those of Qwen2 are added.
+        assert!(refuse_biases(&Named("blk.3.attn_q.bias"), 3).is_ok());
     }
 }

@@ -1,9 +1,10 @@
 //! Draws the next token from a row of logits.
 //!
-//! The order is vLLM's: penalties and bias, forbidden tokens, temperature, min-p, top-k, top-p,
-//! draw. The draw for output token *i* depends on `(seed, i)` alone, so a request that is resumed, preempted or handed
-//! over draws what it would have drawn. The vocabulary is never sorted: top-k and top-p work on the
-//! candidates that a selection or a threshold leaves.
+//! The order is vLLM's: bias, penalties, temperature, min-p, top-k, top-p, draw. vLLM forbids
+//! tokens before the penalties, and here it is done after them, which comes to the same. The draw
+//! for output token *i* depends on `(seed, i)` alone, so a request that is resumed, preempted or
+//! handed over draws what it would have drawn. The vocabulary is never sorted: top-k and top-p work
+//! on the candidates that a selection or a threshold leaves.
 
 mod speech;
 #[cfg(test)]
@@ -251,8 +252,13 @@ impl Sampler {
             || self.params.frequency_penalty != 0.0
     }
 
-    /// Penalties, bias, and what may not come.
+    /// Bias, penalties, and what may not come.
     fn adjust(&self, logits: &mut [f32]) {
+        for (&token, &bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
         if self.repetition() {
             // Keskar et al. 2019: once for each token seen, in the prompt or the output.
             let penalty = self.params.repetition_penalty;
@@ -267,11 +273,6 @@ impl Sampler {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit -=
                     self.params.frequency_penalty * count as f32 + self.params.presence_penalty;
-            }
-        }
-        for (&token, &bias) in &self.params.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
             }
         }
         let mut forbid = |token: u32| {

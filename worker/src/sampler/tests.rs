@@ -153,6 +153,11 @@ fn penalties_bias_and_minimum_length() {
     assert_eq!(after(frequency, &[], &[0, 0], &[3.0, 2.5]), 1);
     let bias = SamplingParams { logit_bias: [(1, 5.0)].into(), ..greedy.clone() };
     assert_eq!(after(bias, &[], &[], &[3.0, 0.0]), 1);
+    // Bias first: 2 + 2 is halved to 2, where 2 halved and 2 would be 3.
+    let both =
+        SamplingParams { repetition_penalty: 2.0, logit_bias: [(0, 2.0)].into(), ..greedy.clone() };
+    assert_eq!(after(both.clone(), &[0], &[], &[2.0, 2.5]), 1);
+    assert_eq!(after(both, &[0], &[], &[2.0, 1.5]), 0);
     // Token 9 is EOS, 8 a stop token: neither before the minimum.
     let mut logits = [0.0; 10];
     (logits[9], logits[8], logits[3]) = (5.0, 4.0, 3.0);
