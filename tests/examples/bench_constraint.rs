@@ -42,7 +42,9 @@ async fn main() {
         "required": ["name", "age", "city", "member"],
         "additionalProperties": false,
     });
-    let people = json!({"type": "array", "items": person, "minItems": 100});
+    // With a gateway's bound on white space.
+    let style = json!({"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"});
+    let people = json!({"type": "array", "items": person, "minItems": 100, "x-guidance": style});
     let kinds = [
         ("none", None),
         ("JSON schema", Some(Kind::JsonSchema(people.to_string()))),

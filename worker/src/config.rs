@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use baton_membership::InstanceRole;
+use baton_membership::config::model_name;
 use baton_membership::daemon::ClusterArgs;
 use baton_proto::v1;
 use clap::Parser;
@@ -269,10 +270,10 @@ impl Transport {
 impl Settings {
     /// The names that clients may use, each once, at least one; or what is wrong with them.
     pub fn model_names(&self) -> Result<Vec<String>, String> {
-        let from_file = || self.model.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let from_file = self.served_model_name.is_empty().then(|| model_name(&self.model));
         let given = self.served_model_name.iter().map(|name| name.trim().to_owned());
         let mut names: Vec<String> = Vec::new();
-        for name in given.chain(from_file().filter(|_| self.served_model_name.is_empty())) {
+        for name in given.chain(from_file) {
             if name.is_empty() {
                 return Err("--served-model-name holds an empty name".into());
             }

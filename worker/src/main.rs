@@ -50,16 +50,26 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let mut stop_signals = StopSignals::take()?;
     settings.check_device().map_err(|message| Failure::new(Exit::Config, message))?;
 
-    let (service, engine, instance) = match settings.role {
-        Role::Pooling => {
-            let (parts, instance) = load_pooling(&settings, advertised).await?;
-            let pooler: Arc<dyn Computes> = parts.pooler.clone();
-            (WorkerService::pooling(parts), pooler, instance)
-        }
-        _ => {
-            let (parts, instance) = load(&settings, advertised).await?;
-            let engine: Arc<dyn Computes> = parts.engine.clone();
-            (WorkerService::new(parts), engine, instance)
+    let loading = async {
+        Ok::<_, Failure>(match settings.role {
+            Role::Pooling => {
+                let (parts, instance) = load_pooling(&settings, advertised).await?;
+                let pooler: Arc<dyn Computes> = parts.pooler.clone();
+                (WorkerService::pooling(parts), pooler, instance)
+            }
+            _ => {
+                let (parts, instance) = load(&settings, advertised).await?;
+                let engine: Arc<dyn Computes> = parts.engine.clone();
+                (WorkerService::new(parts), engine, instance)
+            }
+        })
+    };
+    let (service, engine, instance) = tokio::select! {
+        loaded = loading => loaded?,
+        () = stop_signals.next() => {
+            info!("stopped before the model was loaded");
+            // Nothing is begun, and the thread that reads the model cannot be stopped.
+            std::process::exit(0);
         }
     };
     let service = service.map_err(|error| Failure::new(Exit::BadModel, error))?;
@@ -86,7 +96,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         None => info!("stopping: running requests go elsewhere, or finish"),
         Some(reason) => error!(reason, "stopping: running requests were given up"),
     }
-    drain.begin(None);
+    drain.close();
     let drained = async {
         // Beside the drain: etcd may be away.
         let drained = async {
@@ -328,6 +338,8 @@ fn bad_model(error: LoadError) -> Failure {
     match error {
         LoadError::Missing(_) => Failure::new(Exit::NoModel, error),
         LoadError::Device(_) => Failure::new(Exit::Config, error),
+        // Another process may still have its memory.
+        LoadError::DeviceFailed(_) => Failure::new(Exit::Unavailable, error),
         _ => Failure::new(Exit::BadModel, error),
     }
 }

@@ -410,6 +410,30 @@ async fn embeddings_are_cut_where_the_model_was_trained_for_it() {
 }
 
 #[tokio::test]
+async fn a_short_call_is_whole_however_it_is_computed() {
+    // A batch holds one of three texts, or all.
+    for batch in [16, 256] {
+        let pooler = start(open(&minilm(), None), batch);
+        let text = Input { tokens: vec![2000; 10], types: Vec::new() };
+        let call = |count: usize| NewCall {
+            inputs: vec![text.clone(); count],
+            wanted: wanted(Task::Embed, true),
+            priority: 0,
+        };
+        // The first shows how long it takes.
+        let mut first = pooler.submit(call(1)).unwrap().answer().await.unwrap().outputs;
+        let first = first.remove(0);
+        for count in [1, 3] {
+            let answer = pooler.submit(call(count)).unwrap().answer();
+            let answer = tokio::time::timeout(Duration::from_secs(10), answer).await;
+            assert_eq!(answer.expect("in time").unwrap().outputs, vec![first.clone(); count]);
+        }
+        assert_eq!(pooler.status().pooled_inputs, 5);
+        assert_eq!((pooler.status().waiting, pooler.status().running), (0, 0));
+    }
+}
+
+#[tokio::test]
 async fn a_dropped_call_leaves_and_the_others_are_answered() {
     let pooler = start(open(&minilm(), None), 256);
     let long = Input { tokens: vec![2000; 256], types: Vec::new() };

@@ -42,6 +42,8 @@ pub(crate) fn schema(seed: u64) -> Value {
             "additionalProperties": false,
         })
     };
+    // As a gateway would: a small model may never end unbounded white space.
+    schema["x-guidance"] = json!({"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"});
     schema["$defs"] = json!({
         "leaf": leaf,
         "pair": pair,

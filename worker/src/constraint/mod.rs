@@ -24,7 +24,7 @@ use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::earley::SlicedBiasComputer;
 use llguidance::{Matcher, ParserFactory};
 use parking_lot::Mutex;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::Semaphore;
 use toktrie::InferenceCapabilities;
 
@@ -49,9 +49,6 @@ const MAX_REASON: usize = 600;
 const MAX_KEPT: usize = 32;
 /// States of a constraint's lexer, of one or two kilobytes each.
 const MAX_LEXER_STATES: usize = 50_000;
-/// Between the tokens of JSON. Unbounded, a small model may go on with spaces until its
-/// `max_tokens`.
-const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
 /// Why a constraint cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -262,14 +259,8 @@ fn grammar(kind: &Kind) -> Result<TopLevelGrammar, String> {
         Kind::Regex(regex) => Ok(TopLevelGrammar::from_regex(regex)),
         Kind::Lark(grammar) => Ok(TopLevelGrammar::from_lark(grammar.clone())),
         Kind::JsonSchema(schema) => {
-            let mut schema: Value = serde_json::from_str(schema)
+            let schema: Value = serde_json::from_str(schema)
                 .map_err(|error| format!("the JSON schema is not JSON: {error}"))?;
-            if let Value::Object(fields) = &mut schema {
-                let options = fields.entry("x-guidance").or_insert_with(|| json!({}));
-                if let Value::Object(options) = options {
-                    options.entry("whitespace_pattern").or_insert_with(|| WHITESPACE.into());
-                }
-            }
             Ok(TopLevelGrammar::from_json_schema(schema))
         }
     }

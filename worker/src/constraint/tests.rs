@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use baton_proto::v1::{Constraint, SamplingParams};
+use serde_json::json;
 
 use super::*;
 use crate::checkpoint;
@@ -114,6 +115,38 @@ fn outputs_match_and_end_by_themselves() {
         let inner = text.trim_start_matches('(').trim_end_matches(')');
         assert!(["yes", "no"].contains(&inner) && text.len() % 2 == inner.len() % 2, "{text}");
         assert!(is_end(&end, &fixture), "{text} then {end:?}");
+    }
+}
+
+/// What a gateway makes of a constraint on an answer that reasoning comes before.
+#[test]
+fn a_nested_grammar_has_names_and_a_style_of_its_own() {
+    let fixture = smollm2();
+    let begin = "start: think answer\nthink: \"x\"\nanswer: ";
+    let outputs = |nested: &str| {
+        let lark = Kind::Lark(format!("{begin}{nested}\n"));
+        let output = |seed| fixture.text(&fixture.random(lark.clone(), params(seed), &[]).0);
+        (0..10).map(output).collect::<Vec<_>>()
+    };
+    let names = "%lark {\n// its own\nthink: \"a\" | \"b\"\nstart: answer\nanswer: think think\n}";
+    for text in outputs(names) {
+        assert!(["xaa", "xab", "xba", "xbb"].contains(&text.as_str()), "{text}");
+    }
+    let mut object = json!({"type": "object", "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"], "additionalProperties": false});
+    for (style, widest) in [
+        (json!({"whitespace_flexible": false}), " "),
+        (json!({"whitespace_pattern": "[ ]{1,3}"}), "   "),
+    ] {
+        object["x-guidance"] = style;
+        for text in outputs(&format!("%json {object}")) {
+            assert!(
+                !text.contains(['\n', '\t']) && !text.contains(&format!("{widest} ")),
+                "{text}"
+            );
+            let value: Value = serde_json::from_str(&text[1..]).unwrap();
+            assert!(value == json!({"a": 1}) || value == json!({"a": 2}), "{text}");
+        }
     }
 }
 

@@ -34,6 +34,9 @@ pub struct PullOrder {
     pub(super) first: Option<Token>,
     /// Leading positions that are filled, where the peer had no more.
     pub(super) positions: Option<usize>,
+    /// Whether the last block of the peer's is filled in part only. Which one that is, and how far,
+    /// it tells at the end.
+    pub(super) in_part: bool,
     pub(super) pool: Arc<KvPool>,
     pub(super) inbox: Arc<Inbox>,
 }
@@ -79,6 +82,11 @@ impl PullOrder {
         Ok(())
     }
 
+    /// The peer sends a sequence that it was in the middle of.
+    pub fn comes_in_part(&mut self) {
+        self.in_part = true;
+    }
+
     /// Forgets what has come: it may be wrong.
     pub fn discard(&mut self) {
         self.arrived = 0;
@@ -117,6 +125,8 @@ impl Drop for PullOrder {
         let pulled = match (&first, self.positions) {
             (Some(_), _) => Pulled::All,
             (None, Some(positions)) => Pulled::Positions(positions),
+            // The last one may be that which is filled in part.
+            (None, None) if self.in_part => Pulled::Blocks(self.arrived.saturating_sub(1)),
             (None, None) => Pulled::Blocks(self.arrived),
         };
         self.inbox.push(Command::PullEnded { id: self.id, pulled, first });
@@ -126,5 +136,62 @@ impl Drop for PullOrder {
 impl std::fmt::Debug for PullOrder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PullOrder").field("id", &self.id).field("arrived", &self.arrived).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use baton_proto::v1::KvLayout;
+
+    use super::*;
+    use crate::scheduler::{Limits, Speculation};
+
+    /// Some of four blocks come, and then no more.
+    fn cut_short(came: usize, in_part: bool) -> Pulled {
+        let limits = Limits {
+            block_size: 16,
+            blocks: 4,
+            max_batch_tokens: 64,
+            max_running: 1,
+            max_waiting: 1,
+            max_model_len: 64,
+            leading: 0,
+            speculation: Speculation::OFF,
+            priority_aging: Duration::ZERO,
+        };
+        let inbox = Arc::new(Inbox::new(limits));
+        let layout = KvLayout { block_size: 16, block_bytes: 64, ..KvLayout::default() };
+        let mut order = PullOrder {
+            id: 1,
+            blocks: vec![0, 1, 2, 3],
+            cached: 0,
+            arrived: 0,
+            first: None,
+            positions: None,
+            in_part: false,
+            pool: Arc::new(KvPool::new(layout, 4).unwrap()),
+            inbox: inbox.clone(),
+        };
+        if in_part {
+            order.comes_in_part();
+        }
+        for block in 0..came {
+            order.fill(block, &[7; 64]).unwrap();
+        }
+        drop(order);
+        match inbox.take(None).commands.pop_front() {
+            Some(Command::PullEnded { pulled, .. }) => pulled,
+            _ => panic!("the pull has not ended"),
+        }
+    }
+
+    #[test]
+    fn the_last_block_of_a_sequence_that_was_cut_short_is_not_trusted() {
+        assert_eq!(cut_short(3, false), Pulled::Blocks(3));
+        // It may be filled in part: how far, the peer did not live to say.
+        assert_eq!(cut_short(3, true), Pulled::Blocks(2));
+        assert_eq!(cut_short(0, true), Pulled::Blocks(0));
     }
 }

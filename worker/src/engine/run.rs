@@ -327,6 +327,7 @@ impl Running {
                 arrived: 0,
                 first: None,
                 positions: None,
+                in_part: false,
                 pool: self.pool.clone(),
                 inbox: self.inbox.clone(),
             };

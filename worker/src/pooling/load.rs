@@ -81,7 +81,7 @@ pub struct Loaded {
     pub tokenizer: TokenizerBundle,
     /// Tokens that end a text, of decoders.
     pub eos_token_ids: Vec<u32>,
-    /// Equal for equal files.
+    /// Equal for equal files that are used in the same way.
     pub weights_digest: String,
 }
 
@@ -154,6 +154,7 @@ fn load_encoder(
         }
     };
     let mut threads = reader.into_threads();
+    let weights_digest = digest(files.digest(), modules.hasher.clone(), &head) + suffix;
     if purpose == Purpose::Embedding {
         add_modules(path, &mut head, modules, &mut threads)?;
     }
@@ -171,7 +172,7 @@ fn load_encoder(
         architecture: files.architecture().to_owned(),
         tokenizer: files.tokenizer()?,
         eos_token_ids: Vec::new(),
-        weights_digest: files.digest().to_owned() + suffix,
+        weights_digest,
         model: Model {
             encoder: Box::new(Bidirectional::new(config, weights, threads, activations)),
             head,
@@ -202,13 +203,21 @@ fn load_decoder(
     let most = (options.max_batch_tokens * Causal::BLOCK_SIZE).max(max_tokens);
     let mut encoder = Causal::new(decoder, most)
         .map_err(|error| files.unsupported(format!("cannot map the KV pool: {error}")))?;
+    // As in `model::load`.
+    let rounding = match options.activations {
+        Precision::Sixteen => "",
+        Precision::Eight => "-a8",
+        Precision::Float => "-float",
+        Precision::BFloat16 => "-bf16",
+    };
+    let weights_digest = digest(&files.digest(), modules.hasher.clone(), &head) + rounding;
     add_modules(path, &mut head, modules, encoder.threads())?;
     Ok(Loaded {
         card: card(&head),
         architecture: config.architecture.clone(),
         tokenizer: files.tokenizer()?,
         eos_token_ids: files.eos_token_ids()?,
-        weights_digest: files.digest(),
+        weights_digest,
         model: Model {
             encoder: Box::new(encoder),
             head,
@@ -218,6 +227,18 @@ fn load_decoder(
             matryoshka: None,
         },
     })
+}
+
+/// Of the weights and of what is done with the hidden states: workers of one digest must compute
+/// the same.
+fn digest(weights: &str, mut steps: blake3::Hasher, head: &Head) -> String {
+    steps.update(weights.as_bytes());
+    for pooling in &head.pooling {
+        steps.update(pooling.name().as_bytes()).update(b"\0");
+    }
+    // Not all of a classifier's functions are named where its shape is.
+    steps.update(format!("{:?}", head.kind).as_bytes());
+    steps.finalize().to_hex().to_string()
 }
 
 fn start_threads(path: &Path, options: &Options) -> Result<ThreadPool, LoadError> {
@@ -331,4 +352,33 @@ fn add_modules(
         head.push(step).map_err(unsupported)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(pooling: &[Pooling], step: &str, kind: Kind) -> String {
+        let mut steps = blake3::Hasher::new();
+        steps.update(step.as_bytes());
+        digest("weights", steps, &Head::new(4, pooling.to_vec(), kind))
+    }
+
+    #[test]
+    fn the_digest_covers_what_is_done_with_hidden_states() {
+        let classes = |score| Kind::Classes { classify: Function::Softmax, score };
+        let digests = [
+            of(&[Pooling::Mean], "", Kind::Embedding),
+            of(&[Pooling::Cls], "", Kind::Embedding),
+            of(&[Pooling::Cls, Pooling::Mean], "", Kind::Embedding),
+            of(&[Pooling::Mean, Pooling::Cls], "", Kind::Embedding),
+            of(&[Pooling::Mean], "step", Kind::Embedding),
+            of(&[Pooling::Mean], "", classes(Function::Sigmoid)),
+            of(&[Pooling::Mean], "", classes(Function::Identity)),
+        ];
+        assert_eq!(digests[0], of(&[Pooling::Mean], "", Kind::Embedding));
+        for (i, one) in digests.iter().enumerate() {
+            assert!(!digests[..i].contains(one), "{i}");
+        }
+    }
 }

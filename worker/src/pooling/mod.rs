@@ -1,7 +1,7 @@
 //! Vectors, classes and scores of texts.
 //!
 //! * [`load`]: reads a model and what is to be done with its hidden states.
-//! * [`Pooler`]: one thread that owns the model; takes calls of many texts.
+//! * [`Pooler`]: a model and its thread; takes calls of many texts.
 //! * [`CallHandle`]: a call's answer; dropping it takes the call's texts out of the queue.
 //!
 //! While a batch is computed the next ones gather in a bounded [`queue`](Limits); an idle thread

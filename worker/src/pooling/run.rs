@@ -1,10 +1,11 @@
-//! The thread that computes batches, and the way to it.
+//! The thread that computes batches, and the way to it. Who brings a short text while the thread is
+//! idle computes it himself: to wake the thread, and to be woken by it, takes a tenth of the time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_proto::MAX_MESSAGE_BYTES;
 use baton_proto::v1::{Task, WorkerStatus};
@@ -30,6 +31,10 @@ pub struct Settings {
 /// Values of one answer: a message holds them, and some bytes for each text.
 const MAX_ANSWER_BYTES: usize = MAX_MESSAGE_BYTES / 8 * 7;
 
+/// Tokens of a call that who brings it may compute, and how long such a one may take: he holds up
+/// what else his thread does.
+const BRIEF: (usize, Duration) = (64, Duration::from_millis(4));
+
 /// What calls are checked against.
 struct Bounds {
     tasks: Vec<Task>,
@@ -54,7 +59,18 @@ struct Shared {
     wake: Condvar,
     /// Raised when nobody waits for the batch in progress.
     interrupt: Arc<AtomicBool>,
+    /// Locked before `state`, or without waiting.
+    work: Mutex<Work>,
 }
+
+/// What computes.
+struct Work {
+    model: Model,
+    /// Kept from batch to batch.
+    states: Vec<f32>,
+}
+
+type Batch = Vec<(Taken, Wanted)>;
 
 struct State {
     queue: Queue,
@@ -63,6 +79,8 @@ struct State {
     /// Calls with texts in the batch that is computed, and how many texts it has.
     computing: BTreeSet<CallId>,
     computing_texts: usize,
+    /// How long batches of few tokens took lately; none was computed before the first.
+    brief: Option<Duration>,
     pooled_inputs: u64,
     pooled_batches: u64,
     prompt_tokens: u64,
@@ -81,7 +99,7 @@ struct Call {
 
 impl Pooler {
     /// Starts the thread.
-    pub fn start(model: Model, settings: Settings) -> std::io::Result<Self> {
+    pub fn start(mut model: Model, settings: Settings) -> std::io::Result<Self> {
         let tasks = model.head.tasks();
         let bounds = Bounds {
             widths: tasks.iter().map(|&task| model.head.width(task)).collect(),
@@ -96,26 +114,29 @@ impl Pooler {
             calls: BTreeMap::new(),
             computing: BTreeSet::new(),
             computing_texts: 0,
+            brief: None,
             pooled_inputs: 0,
             pooled_batches: 0,
             prompt_tokens: 0,
             draining: false,
             stopping: false,
         };
+        let interrupt: Arc<AtomicBool> = Arc::default();
+        model.encoder.set_interrupt(interrupt.clone());
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             wake: Condvar::new(),
-            interrupt: Arc::default(),
+            interrupt,
+            work: Mutex::new(Work { model, states: Vec::new() }),
         });
         let running = shared.clone();
         let budget = settings.max_batch_tokens;
-        let thread = std::thread::Builder::new()
-            .name("pooler".into())
-            .spawn(move || running.run(model, budget))?;
+        let thread =
+            std::thread::Builder::new().name("pooler".into()).spawn(move || running.run(budget))?;
         Ok(Self { shared, bounds, settings, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Takes a call, or says why not.
+    /// Takes a call, or says why not. May compute it, when that is a matter of milliseconds.
     pub fn submit(&self, mut call: NewCall) -> Result<CallHandle, Refusal> {
         self.bounds.check(&call).map_err(Refusal::Invalid)?;
         let (sender, receiver) = oneshot::channel();
@@ -124,6 +145,11 @@ impl Pooler {
             return Err(Refusal::Stopping);
         }
         let (count, arrived) = (call.inputs.len(), Instant::now());
+        let tokens: usize = call.inputs.iter().map(|input| input.tokens.len()).sum();
+        let idle = state.queue.texts() == 0 && state.computing.is_empty();
+        // One batch holds all of it: nobody would be woken for a rest.
+        let most = BRIEF.0.min(self.settings.max_batch_tokens);
+        let brief = tokens <= most && state.brief.is_some_and(|took| took <= BRIEF.1);
         let id = state.queue.push(&mut call, arrived)?;
         let record = Call {
             wanted: call.wanted,
@@ -134,7 +160,17 @@ impl Pooler {
             answer: sender,
         };
         state.calls.insert(id, record);
-        self.shared.wake.notify_one();
+        let work = (idle && brief).then(|| self.shared.work.try_lock()).flatten();
+        match work {
+            Some(mut work) => {
+                let batch = state.take(self.settings.max_batch_tokens, &self.shared.interrupt);
+                drop(state);
+                self.shared.compute(&mut work, batch);
+            }
+            None => {
+                self.shared.wake.notify_one();
+            }
+        }
         Ok(CallHandle { id, answer: receiver, shared: self.shared.clone() })
     }
 
@@ -289,29 +325,23 @@ impl Drop for CallHandle {
 }
 
 impl Shared {
-    fn run(&self, mut model: Model, budget: usize) {
-        model.encoder.set_interrupt(self.interrupt.clone());
-        let mut states = Vec::new();
-        while let Some(batch) = self.next(budget) {
-            let wanted: Vec<Wanted> = batch.iter().map(|(_, wanted)| *wanted).collect();
-            let texts: Vec<Taken> = batch.into_iter().map(|(taken, _)| taken).collect();
-            let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted, &mut states));
-            let result = match catch_unwind(pass) {
-                Ok(Ok(outputs)) => Ok(outputs),
-                // Nobody waits for it, or the worker stops.
-                Ok(Err(ModelError::Interrupted)) => Err(Failure::Stopping),
-                Ok(Err(failed)) => Err(Failure::Failed(failed.to_string())),
-                Err(_) => Err(Failure::Failed("the forward pass panicked".into())),
-            };
-            if let Err(Failure::Failed(reason)) = &result {
-                error!(reason, texts = texts.len(), "a batch failed");
+    fn run(&self, budget: usize) {
+        while self.wait() {
+            let mut work = self.work.lock();
+            loop {
+                let mut state = self.state.lock();
+                if state.queue.texts() == 0 || state.stopping {
+                    break;
+                }
+                let batch = state.take(budget, &self.interrupt);
+                drop(state);
+                self.compute(&mut work, batch);
             }
-            self.deliver(&texts, result);
         }
     }
 
-    /// The next batch, as soon as there is one; `None` at the end, when all calls are failed.
-    fn next(&self, budget: usize) -> Option<Vec<(Taken, Wanted)>> {
+    /// Waits for texts. False at the end, when all calls are failed.
+    fn wait(&self) -> bool {
         let mut state = self.state.lock();
         while state.queue.texts() == 0 && !state.stopping {
             self.wake.wait(&mut state);
@@ -321,24 +351,36 @@ impl Shared {
                 state.queue.remove(id);
                 let _ = call.answer.send(Err(Failure::Stopping));
             }
-            return None;
         }
-        self.interrupt.store(false, Ordering::Relaxed);
-        let now = Instant::now();
-        let batch = state.queue.take(budget, now);
-        state.computing = batch.iter().map(|taken| taken.call).collect();
-        state.computing_texts = batch.len();
-        let calls = &mut state.calls;
-        let wanted = batch.into_iter().filter_map(|taken| {
-            let call = calls.get_mut(&taken.call)?;
-            call.started.get_or_insert(now);
-            Some((taken, call.wanted))
-        });
-        Some(wanted.collect())
+        !state.stopping
     }
 
-    fn deliver(&self, texts: &[Taken], result: Result<Vec<Output>, Failure>) {
+    fn compute(&self, work: &mut Work, batch: Batch) {
+        let wanted: Vec<Wanted> = batch.iter().map(|(_, wanted)| *wanted).collect();
+        let texts: Vec<Taken> = batch.into_iter().map(|(taken, _)| taken).collect();
+        let Work { model, states } = work;
+        let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted, states));
+        let began = Instant::now();
+        let result = match catch_unwind(pass) {
+            Ok(Ok(outputs)) => Ok(outputs),
+            // Nobody waits for it, or the worker stops.
+            Ok(Err(ModelError::Interrupted)) => Err(Failure::Stopping),
+            Ok(Err(failed)) => Err(Failure::Failed(failed.to_string())),
+            Err(_) => Err(Failure::Failed("the forward pass panicked".into())),
+        };
+        if let Err(Failure::Failed(reason)) = &result {
+            error!(reason, texts = texts.len(), "a batch failed");
+        }
+        self.deliver(&texts, result, began.elapsed());
+    }
+
+    fn deliver(&self, texts: &[Taken], result: Result<Vec<Output>, Failure>, took: Duration) {
+        let tokens: usize = texts.iter().map(|taken| taken.input.tokens.len()).sum();
         let mut state = self.state.lock();
+        if tokens <= BRIEF.0 && result.is_ok() {
+            // One that was held up says little.
+            state.brief = Some(state.brief.map_or(took, |before| (3 * before + took) / 4));
+        }
         let state = &mut *state;
         (state.computing, state.computing_texts) = (BTreeSet::new(), 0);
         let outputs = match result {
@@ -355,8 +397,7 @@ impl Shared {
         };
         state.pooled_batches += 1;
         state.pooled_inputs += texts.len() as u64;
-        state.prompt_tokens +=
-            texts.iter().map(|taken| taken.input.tokens.len() as u64).sum::<u64>();
+        state.prompt_tokens += tokens as u64;
         for (taken, output) in texts.iter().zip(outputs) {
             let Some(call) = state.calls.get_mut(&taken.call) else { continue };
             call.outputs[taken.index] = output;
@@ -374,6 +415,23 @@ impl Shared {
                 let _ = call.answer.send(Ok(answer));
             }
         }
+    }
+}
+
+impl State {
+    /// The next batch, of texts that wait.
+    fn take(&mut self, budget: usize, interrupt: &AtomicBool) -> Batch {
+        interrupt.store(false, Ordering::Relaxed);
+        let now = Instant::now();
+        let batch = self.queue.take(budget, now);
+        self.computing = batch.iter().map(|taken| taken.call).collect();
+        self.computing_texts = batch.len();
+        let wanted = batch.into_iter().filter_map(|taken| {
+            let call = self.calls.get_mut(&taken.call)?;
+            call.started.get_or_insert(now);
+            Some((taken, call.wanted))
+        });
+        wanted.collect()
     }
 }
 

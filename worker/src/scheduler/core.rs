@@ -121,7 +121,7 @@ pub struct Scheduler {
     pulling: usize,
     held: usize,
     /// Who computes, or pulls, a block that is not yet known by its address.
-    in_flight: HashMap<BlockHash, SequenceId>,
+    in_flight: HashMap<BlockHash, Rank>,
     pub(super) stats: Stats,
     /// Scratch for prefix matches.
     found: Vec<BlockId>,
@@ -462,16 +462,16 @@ impl Scheduler {
     }
 
     fn try_admit(&mut self, id: SequenceId, plan: &mut Plan, budget: &mut Budget) -> Admission {
-        let Some(sequence) = self.sequences.get(&id) else {
-            return Admission::Admitted;
-        };
-        let (rank, waits_for) = (sequence.rank, sequence.waits_for);
-        if waits_for.is_some_and(|hash| self.comes_before(&hash, rank)) {
-            return Admission::Later;
-        }
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return Admission::Admitted;
         };
+        // To wait for one that ranks behind would be to wait for all that is before it, too.
+        let rank = sequence.rank;
+        let owned_before = |owner: &Rank| *owner < rank;
+        let waits_for = sequence.waits_for.and_then(|hash| self.in_flight.get(&hash));
+        if waits_for.is_some_and(owned_before) {
+            return Admission::Later;
+        }
         let (len, block_size) = (sequence.tokens.len(), self.limits.block_size);
         let scoring = sequence.scoring();
         if scoring && budget.scored == 0 {
@@ -485,13 +485,10 @@ impl Scheduler {
         }
         let found = self.found.len();
         let next = hashes.get(found).copied();
-        if next.is_some_and(|hash| self.comes_before(&hash, rank)) {
-            self.sequences.entry(id).and_modify(|sequence| sequence.waits_for = next);
+        if next.and_then(|hash| self.in_flight.get(&hash)).is_some_and(owned_before) {
+            sequence.waits_for = next;
             return Admission::Later;
         }
-        let Some(sequence) = self.sequences.get_mut(&id) else {
-            return Admission::Admitted;
-        };
         let needs = len.div_ceil(block_size) - found;
         let revived = self.found.iter().filter(|block| !self.blocks.in_use(**block)).count();
         // One block of headroom for each that runs, or it would be preempted at its first growth.
@@ -509,16 +506,11 @@ impl Scheduler {
         plan.allocated.extend_from_slice(&sequence.blocks[found..]);
         (sequence.computed, sequence.committed) = (cached, found);
         sequence.waits_for = None;
-        let coming = sequence.hashes((len - 1) / block_size, block_size)[found..].to_vec();
-        for hash in coming {
-            // Those of a lower rank wait for this one from here on.
-            if !self.comes_before(&hash, rank) {
-                self.in_flight.insert(hash, id);
-            }
+        for hash in &sequence.hashes((len - 1) / block_size, block_size)[found..] {
+            // Those that rank behind wait for this one from here on.
+            let owner = self.in_flight.entry(*hash).or_insert(rank);
+            *owner = rank.min(*owner);
         }
-        let Some(sequence) = self.sequences.get_mut(&id) else {
-            return Admission::Admitted;
-        };
         if sequence.cached.is_none() {
             sequence.cached = Some(cached);
             self.stats.prefix_queries += if scoring { 0 } else { len as u64 };
@@ -535,13 +527,6 @@ impl Scheduler {
         Admission::Admitted
     }
 
-    /// Whether a block is being computed by a sequence that ranks before: to wait for another would
-    /// be to wait for all that is before it, too.
-    fn comes_before(&self, hash: &BlockHash, rank: Rank) -> bool {
-        let owner = self.in_flight.get(hash).and_then(|owner| self.sequences.get(owner));
-        owner.is_some_and(|owner| owner.rank < rank)
-    }
-
     /// Makes the full blocks that have been computed known by their addresses.
     pub(super) fn commit(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.get_mut(&id) else {
@@ -551,7 +536,7 @@ impl Scheduler {
         for i in sequence.committed..full {
             let hash = sequence.hashes(i + 1, self.limits.block_size)[i];
             self.blocks.commit(sequence.blocks[i], hash);
-            if self.in_flight.get(&hash) == Some(&id) {
+            if self.in_flight.get(&hash) == Some(&sequence.rank) {
                 self.in_flight.remove(&hash);
             }
         }
@@ -564,9 +549,9 @@ impl Scheduler {
             return;
         };
         let blocks = sequence.tokens.len().saturating_sub(1) / self.limits.block_size;
-        let committed = sequence.committed.min(blocks);
+        let (rank, committed) = (sequence.rank, sequence.committed.min(blocks));
         for hash in &sequence.hashes(blocks, self.limits.block_size)[committed..] {
-            if self.in_flight.get(hash) == Some(&id) {
+            if self.in_flight.get(hash) == Some(&rank) {
                 self.in_flight.remove(hash);
             }
         }

@@ -8,6 +8,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -29,8 +31,11 @@ pub struct Drain {
     computes: Arc<dyn Computes>,
     /// The time for a drain that names none.
     timeout: Duration,
-    /// When what is left is given up; `None` while the worker serves.
+    /// When what is left is given up; `None` while the worker serves. Its lock is held while
+    /// `computes` is told, so that both always say the same.
     until: watch::Sender<Option<Instant>>,
+    /// The process is about to end. Changes under the lock of `until`.
+    closing: AtomicBool,
     turns: Semaphore,
     held: Mutex<HashMap<String, Arc<Held>>>,
 }
@@ -49,6 +54,7 @@ impl Drain {
             computes,
             timeout,
             until: watch::Sender::new(None),
+            closing: AtomicBool::new(false),
             turns: Semaphore::new(AT_ONCE),
             held: Mutex::default(),
         }
@@ -57,8 +63,8 @@ impl Drain {
     /// Begins to drain. When it drains already the end may come nearer, and is never put off.
     pub fn begin(&self, timeout: Option<Duration>) {
         let end = Instant::now() + timeout.unwrap_or(self.timeout);
-        self.computes.drain();
         self.until.send_if_modified(|until| {
+            self.computes.drain();
             let earlier = until.is_none_or(|until| end < until);
             if until.is_none() {
                 info!("draining");
@@ -70,10 +76,30 @@ impl Drain {
         });
     }
 
+    /// Begins to drain, for good.
+    pub fn close(&self) {
+        self.until.send_if_modified(|_| {
+            self.closing.store(true, Relaxed);
+            false
+        });
+        self.begin(None);
+    }
+
     /// Serves again. What was released stays where it went.
-    pub(super) fn end(&self) {
-        self.until.send_replace(None);
-        self.computes.undrain();
+    ///
+    /// # Errors
+    /// FAILED_PRECONDITION when the process is about to end.
+    pub(super) fn end(&self) -> Result<(), Status> {
+        let mut serves = Ok(());
+        self.until.send_if_modified(|until| {
+            if self.closing.load(Relaxed) {
+                serves = Err(Status::failed_precondition("the worker is shutting down"));
+                return false;
+            }
+            self.computes.undrain();
+            until.take().is_some()
+        });
+        serves
     }
 
     /// Until when it drains, now and whenever that changes; `None` while the worker serves.
@@ -193,7 +219,7 @@ mod tests {
         turns.pop();
         assert!(soon(drain.turn(false)).await.is_some());
         assert!(soon(drain.turn(true)).await.is_none(), "it just came back");
-        drain.end();
+        drain.end().expect("it serves");
         assert!(soon(drain.turn(false)).await.is_none(), "the worker serves again");
     }
 
@@ -206,7 +232,10 @@ mod tests {
         drain.begin(Some(Duration::from_millis(1)));
         drain.begin(Some(Duration::from_secs(3600)));
         assert!(soon(drain.over()).await.is_some());
-        drain.end();
+        drain.end().expect("it serves");
         assert!(soon(drain.over()).await.is_none(), "a drain that was taken back has no end");
+        drain.close();
+        assert!(drain.end().is_err(), "nobody keeps a process that ends");
+        assert!(soon(drain.turn(false)).await.is_some());
     }
 }

@@ -481,7 +481,7 @@ impl Worker for WorkerService {
         match &self.serves {
             Serves::Engine(shared) => shared.roles.keep(),
             Serves::Pooler(shared) => shared.drain.end(),
-        }
+        }?;
         Ok(Response::new(v1::UndrainResponse {}))
     }
 

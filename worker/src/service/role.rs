@@ -48,6 +48,7 @@ impl Member {
 /// Who a worker is now, and what it is to be.
 pub(super) struct Roles {
     current: RwLock<Arc<Identity>>,
+    /// Its lock is held while the drain begins or ends for it.
     wanted: watch::Sender<(InstanceRole, Option<Duration>)>,
     /// What it can be. Who does all alone is called otherwise where the model is one of speech.
     possible: [InstanceRole; 3],
@@ -84,19 +85,28 @@ impl Roles {
         if role == self.current().role {
             // One that was drained by hand stays so.
             if self.wanted.borrow().0 != role {
-                self.keep();
+                self.keep()?;
             }
             return Ok(());
         }
-        self.wanted.send_replace((role, timeout));
-        self.drain.begin(timeout);
+        self.wanted.send_modify(|wanted| {
+            *wanted = (role, timeout);
+            self.drain.begin(timeout);
+        });
         Ok(())
     }
 
     /// Takes a change back that has not been made; the worker serves.
-    pub(super) fn keep(&self) {
-        self.wanted.send_replace((self.current().role, None));
-        self.drain.end();
+    ///
+    /// # Errors
+    /// As [`Drain::end`].
+    pub(super) fn keep(&self) -> Result<(), Status> {
+        let mut kept = Ok(());
+        self.wanted.send_modify(|wanted| {
+            *wanted = (self.current().role, None);
+            kept = self.drain.end();
+        });
+        kept
     }
 
     /// See [`Member::next_role`].
@@ -111,6 +121,7 @@ impl Roles {
                 tokio::time::sleep(LOOK_EVERY).await;
             };
             tokio::select! {
+                biased;
                 // The sender is `self`'s.
                 _ = changes.changed() => continue,
                 () = look => {}
@@ -118,8 +129,14 @@ impl Roles {
             if self.drain.done() {
                 return role;
             }
-            // It may have been put back to service while it changed before.
-            self.drain.begin(timeout);
+            // It may have been put back to service while it changed before; but not if that is what
+            // is wanted now.
+            self.wanted.send_if_modified(|wanted| {
+                if wanted.0 == role {
+                    self.drain.begin(timeout);
+                }
+                false
+            });
         }
     }
 
@@ -129,7 +146,8 @@ impl Roles {
         info!(was = %before.role, role = %identity.role, "another role");
         *self.before.lock() = status;
         *self.current.write() = Arc::new(identity);
-        self.drain.end();
+        // Who is about to end drains on.
+        let _ = self.drain.end();
     }
 
     /// A status with this instance's own counts, from one with all since the process began.
@@ -228,7 +246,7 @@ mod tests {
         roles.want(Role::Decode, None).expect("it can");
         assert_eq!(soon(&roles).await, Some(InstanceRole::Decode));
         // Before the change is made.
-        roles.keep();
+        roles.keep().expect("it serves");
         roles.change(
             Identity { instance_id: "b".into(), role: InstanceRole::Decode },
             WorkerStatus::default(),

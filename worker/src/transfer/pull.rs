@@ -178,6 +178,9 @@ impl Puller {
         deadline: Instant,
         (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
+        if matches!(ask, Ask::Held(_)) {
+            order.comes_in_part();
+        }
         loop {
             let peer = self.peer(address)?;
             let known = peer.kinds.iter().filter_map(|&kind| self.transports.get(kind));
