@@ -128,7 +128,10 @@ fn local(args: &LaunchArgs) -> Result<Option<LocalProcesses>, Failure> {
     }
     let templates = Templates::read(file)?;
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, error);
-    let dir = args.workers_dir.clone().unwrap_or_else(|| state::directory().join("workers"));
+    let dir = match &args.workers_dir {
+        Some(dir) => dir.clone(),
+        None => state::directory()?.join("workers"),
+    };
     let logs = args.workers_logs.clone();
     let settings = local::Settings {
         logs: logs.unwrap_or_else(|| dir.with_file_name("logs")),

@@ -8,6 +8,7 @@ use etcd_client::{Client, ConnectOptions};
 use rand::RngExt as _;
 use tracing::debug;
 
+use crate::config::without_password;
 use crate::tls::{Balanced, Tls};
 
 /// How long one call to etcd may take.
@@ -55,7 +56,7 @@ pub enum MembershipError {
     /// etcd did not answer in time.
     #[error(
         "etcd is not reachable at {} (waited {waited:.0?}): {source}; start etcd there or set --etcd",
-        endpoints.join(", ")
+        endpoints.iter().map(|url| without_password(url)).collect::<Vec<_>>().join(", ")
     )]
     Unreachable {
         /// The endpoints tried.
@@ -108,7 +109,8 @@ pub(crate) async fn try_connect(settings: &EtcdSettings) -> Result<Client, Membe
         // A member that has lost its quorum must say so, not keep silent.
         .with_require_leader(true);
     if let Some((user, password)) = &settings.access.user {
-        options = options.with_user(user, password);
+        // A token that nobody uses, as while only streams are open, lapses after five minutes.
+        options = options.with_user(user, password).with_auto_token_refresh(true);
     }
     let mut client = match &settings.access.tls {
         None => within(CALL_TIMEOUT, Client::connect(&settings.endpoints, Some(options))).await?,

@@ -34,6 +34,7 @@ use tonic::Code;
 use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
 use tracing::{info, warn};
 
+use crate::config::without_password;
 use crate::daemon::{Exit, Failure};
 
 /// How long the last spans may take to be sent when the process stops.
@@ -90,8 +91,9 @@ impl Traces {
         instance: &InstanceRecord,
     ) -> Result<Self, Failure> {
         let Some(endpoint) = args.endpoint() else { return Ok(Self(None)) };
+        let shown = without_password(&endpoint);
         let wrong = |error: &dyn std::fmt::Display| {
-            let message = format!("--otlp-traces-endpoint {endpoint}: {error}");
+            let message = format!("--otlp-traces-endpoint {shown}: {error}");
             Failure::new(Exit::Config, message)
         };
         let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
@@ -111,7 +113,7 @@ impl Traces {
             .with_resource(resource(cluster, instance))
             .build();
         let _ = TRACER.set(provider.tracer("baton"));
-        info!(endpoint, "spans are exported");
+        info!(endpoint = shown, "spans are exported");
         Ok(Self(Some(provider)))
     }
 

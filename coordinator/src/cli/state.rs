@@ -37,23 +37,26 @@ pub struct Lock {
 }
 
 /// `$XDG_STATE_HOME/baton`, or `~/.local/state/baton`.
-pub fn directory() -> PathBuf {
-    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from);
-    let state = state.unwrap_or_else(|| {
-        Path::new(&std::env::var_os("HOME").unwrap_or_else(|| "/tmp".into())).join(".local/state")
-    });
-    state.join("baton")
-}
-
-/// The file that a running `baton up` keeps locked.
-pub fn lock_file() -> PathBuf {
-    directory().join("lock")
+///
+/// # Errors
+/// When neither variable names a folder: what lies there is executed, so that it must not be one
+/// that everybody may write to.
+pub fn directory() -> Result<PathBuf, Failure> {
+    let folder = |variable| std::env::var_os(variable).map(PathBuf::from);
+    let absolute = |path: &PathBuf| path.is_absolute();
+    let state = folder("XDG_STATE_HOME").filter(absolute);
+    let state = state.or_else(|| Some(folder("HOME").filter(absolute)?.join(".local/state")));
+    let state = state.ok_or_else(|| {
+        let message = "there is no folder for what runs: set HOME, or XDG_STATE_HOME, to one";
+        Failure::new(Exit::Config, message)
+    })?;
+    Ok(state.join("baton"))
 }
 
 impl Lock {
     /// Takes the lock, or says who has it.
     pub fn take() -> Result<Self, Failure> {
-        let directory = directory();
+        let directory = directory()?;
         fs::create_dir_all(&directory).map_err(|error| cannot(&directory, &error))?;
         let file = open(&directory)?;
         // The workers of one that was killed hold it until they have ended, a moment later.
@@ -65,6 +68,8 @@ impl Lock {
         }
         match locked {
             Ok(()) => {
+                // Of one that had no time to take it away: its process may be another's by now.
+                let _ = fs::remove_file(directory.join("cluster.json"));
                 // Logs of the cluster before; there may be none.
                 let _ = fs::remove_dir_all(directory.join("logs"));
                 fs::create_dir_all(directory.join("logs"))
@@ -78,6 +83,11 @@ impl Lock {
             }
             Err(TryLockError::Error(error)) => Err(cannot(&directory, &error)),
         }
+    }
+
+    /// The file that is locked.
+    pub fn file(&self) -> PathBuf {
+        self.directory.join("lock")
     }
 
     /// The folder for logs and for etcd's data.
@@ -101,7 +111,7 @@ impl Drop for Lock {
 
 /// The running cluster.
 pub fn running() -> Result<State, Failure> {
-    let directory = directory();
+    let directory = directory()?;
     let none = || Failure::new(Exit::Failure, "no cluster runs here; start one with `baton up`");
     if !directory.join("lock").exists() || open(&directory)?.try_lock().is_ok() {
         return Err(none());
@@ -120,7 +130,7 @@ pub async fn down() -> Result<(), Failure> {
     })?;
     let asked = Instant::now();
     while asked.elapsed() < DOWN_WITHIN {
-        if open(&directory())?.try_lock().is_ok() {
+        if open(&directory()?)?.try_lock().is_ok() {
             println!("stopped");
             return Ok(());
         }
@@ -141,5 +151,6 @@ fn open(directory: &Path) -> Result<File, Failure> {
 }
 
 fn cannot(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new(Exit::Failure, format!("cannot use {}: {error}", path.display()))
+    let message = format!("cannot use {} ($XDG_STATE_HOME/baton): {error}", path.display());
+    Failure::new(Exit::Failure, message)
 }

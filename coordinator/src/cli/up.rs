@@ -19,7 +19,7 @@ use reqwest::StatusCode;
 
 use super::model;
 use super::process::{Process, Spec, programs};
-use super::state::{self, ENDING, Lock, State};
+use super::state::{ENDING, Lock, State};
 use super::status::new_table;
 use super::up_workers::{Served, launch_failed, listed, tell_of_crashes, templates, workers_ready};
 use crate::launch::WorkerSpec;
@@ -72,9 +72,9 @@ pub struct UpArgs {
     #[arg(long, value_name = "FILE")]
     model: Option<PathBuf>,
 
-    /// Name that clients use in `model`.
-    #[arg(long, value_name = "NAME")]
-    served_model_name: Option<String>,
+    /// Name that clients use in `model`; may be several, the first of which replies have.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    served_model_name: Vec<String>,
 
     /// Serve embeddings too, by a worker of its own: with a small model that is downloaded on
     /// first use, named minilm, or with the one in FOLDER.
@@ -128,21 +128,21 @@ pub async fn run(args: UpArgs) -> Result<(), Failure> {
     let mut stop_signals = StopSignals::take()?;
     let lock = Lock::take()?;
     check_port(SocketAddr::new(args.host, args.port)).await?;
-    let (model, name) = match &args.model {
-        Some(model) => (model.clone(), args.served_model_name.clone()),
+    let names = args.served_model_name.clone();
+    let served = match &args.model {
+        Some(model) => Served::new(model.clone(), names),
         None => {
-            let fetched = model::fetch(model::Known::Smollm2)?;
-            let name = args.served_model_name.clone().unwrap_or_else(|| model::NAME.to_owned());
-            (fetched, Some(name))
+            let fetched = model::fetch(model::Known::Smollm2, &mut stop_signals).await?;
+            let name = || vec![model::NAME.to_owned()];
+            Served::new(fetched, if names.is_empty() { name() } else { names })
         }
     };
-    let served = Served::new(model, name);
     let embedder = match &args.embedder {
         None => None,
-        Some(Some(folder)) => Some(Served::new(folder.clone(), None)),
+        Some(Some(folder)) => Some(Served::new(folder.clone(), Vec::new())),
         Some(None) => {
-            let model = model::fetch(model::Known::Minilm)?;
-            Some(Served::new(model, Some(EMBEDDER.to_owned())))
+            let model = model::fetch(model::Known::Minilm, &mut stop_signals).await?;
+            Some(Served::new(model, vec![EMBEDDER.to_owned()]))
         }
     };
     let mut cluster = Cluster::new(lock, &args, &served, embedder.as_ref())?;
@@ -218,7 +218,7 @@ impl Cluster {
                 dir: lock.directory().join("workers"),
                 logs: lock.directory().join("logs"),
                 supervisor: programs.join("baton-coordinator"),
-                owner: Some(state::lock_file()),
+                owner: Some(lock.file()),
                 grace: STOP_WITHIN,
             },
             templates,
@@ -243,12 +243,14 @@ impl Cluster {
                 "--drain-timeout".into(),
                 DRAIN_SECONDS.into(),
             ];
-            for key in &args.api_keys {
-                flags.extend(["--api-key".into(), key.clone()]);
-            }
             flags.extend(self.shared.iter().cloned());
             flags
         });
+        let gateway = match args.api_keys.is_empty() {
+            true => gateway,
+            // Everybody may see a process's flags.
+            false => Spec { env: vec![("BATON_API_KEY", args.api_keys.join(","))], ..gateway },
+        };
         let directory = self.lock.directory().to_path_buf();
         let file = |name: &str| directory.join(name).display().to_string();
         let flags = [
@@ -257,7 +259,7 @@ impl Cluster {
             ["--workers".into(), file("workers.json")],
             ["--workers-dir".into(), file("workers")],
             ["--workers-logs".into(), file("logs")],
-            ["--workers-owner".into(), state::lock_file().display().to_string()],
+            ["--workers-owner".into(), file("lock")],
             ["--stop-timeout".into(), STOP_WITHIN.as_secs().to_string()],
         ];
         let coordinator = {
@@ -272,8 +274,8 @@ impl Cluster {
                 _ => model,
             };
             for n in 1..=count {
-                let (name, model) = (format!("{pool}-{n}"), model.name.clone());
-                let started = self.workers.start(0, &WorkerSpec { name, pool, model });
+                let (name, model) = (format!("{pool}-{n}"), model.name().to_owned());
+                let started = self.workers.start(None, &WorkerSpec { name, pool, model });
                 started.map_err(launch_failed)?;
             }
         }
@@ -324,6 +326,7 @@ impl Cluster {
             role: "etcd",
             program: "etcd".into(),
             args: flags.into_iter().flat_map(|(flag, value)| [flag.into(), value]).collect(),
+            env: Vec::new(),
             announces: false,
         };
         let logs = self.lock.directory().join("logs");
@@ -351,7 +354,7 @@ impl Cluster {
         let mut args: Vec<OsString> = vec!["--etcd".into(), self.etcd[0].clone().into()];
         args.extend(flags.iter().map(Into::into));
         let program = self.programs.join(program);
-        Spec { name: name.into(), role, program, args, announces: true }
+        Spec { name: name.into(), role, program, args, env: Vec::new(), announces: true }
     }
 
     /// Waits until the gateway has found the workers.

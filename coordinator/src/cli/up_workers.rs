@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_membership::InstanceRole;
+use baton_membership::config::model_name;
 use baton_membership::daemon::{Exit, Failure};
 
 use super::up::{DRAIN_SECONDS, READY_WITHIN, UpArgs, shared_flags};
@@ -15,18 +16,24 @@ use crate::launch::local::{LocalProcesses, LocalWorker};
 use crate::launch::template::{Template, Templates};
 use crate::scale::machine::Process;
 
-/// A model, and the name that it is served under.
+/// A model, and the names that it is served under, one at least.
 pub(super) struct Served {
     pub(super) model: PathBuf,
-    pub(super) name: String,
+    names: Vec<String>,
 }
 
 impl Served {
     /// Without a name, that of the file, as workers have it.
-    pub(super) fn new(model: PathBuf, name: Option<String>) -> Self {
-        let stem = || model.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let name = name.unwrap_or_else(stem);
-        Self { model, name }
+    pub(super) fn new(model: PathBuf, mut names: Vec<String>) -> Self {
+        if names.is_empty() {
+            names.push(model_name(&model));
+        }
+        Self { model, names }
+    }
+
+    /// The name that pools go by.
+    pub(super) fn name(&self) -> &str {
+        &self.names[0]
     }
 }
 
@@ -43,12 +50,13 @@ pub(super) fn templates(
     let threads = args.threads.unwrap_or(cores.div_ceil(args.workers())).to_string();
     let template = |pool: InstanceRole, served: &Served| {
         let model = served.model.display().to_string();
+        let names = served.names.join(",");
         let mut flags = vec![
             ["--etcd", etcd],
             ["--role", pool.as_str()],
             ["--listen", "127.0.0.1:0"],
             ["--model", &model],
-            ["--served-model-name", &served.name],
+            ["--served-model-name", &names],
             ["--threads", &threads],
             ["--drain-timeout", DRAIN_SECONDS],
         ];
@@ -58,7 +66,7 @@ pub(super) fn templates(
         let flags = flags.concat().into_iter().map(str::to_owned);
         let args = flags.chain(shared_flags(args)).collect();
         let program = programs.join("baton-worker");
-        Template { pool, model: served.name.clone(), program, args }
+        Template { pool, model: served.name().to_owned(), program, args }
     };
     let roles = [InstanceRole::Prefill, InstanceRole::Decode, InstanceRole::Unified];
     let mut pools: Vec<Template> = roles.map(|role| template(role, model)).into();

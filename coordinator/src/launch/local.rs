@@ -50,6 +50,8 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct LocalProcesses {
     settings: Arc<Settings>,
+    /// As [`Launcher::keeper`].
+    keeper: Arc<str>,
     templates: Arc<Templates>,
 }
 
@@ -89,7 +91,10 @@ impl LocalProcesses {
         for dir in [&settings.dir, &settings.logs] {
             fs::create_dir_all(dir).map_err(|error| system("make the folder", dir, error))?;
         }
-        Ok(Self { settings: Arc::new(settings), templates: Arc::new(templates) })
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let dir = fs::canonicalize(&settings.dir).unwrap_or_else(|_| settings.dir.clone());
+        let keeper = format!("{}:{}", host.trim(), dir.display()).into();
+        Ok(Self { settings: Arc::new(settings), keeper, templates: Arc::new(templates) })
     }
 
     /// Forgets everything of a cluster that is gone.
@@ -99,11 +104,12 @@ impl LocalProcesses {
         fs::create_dir_all(dir).map_err(|error| system("make the folder", dir, error))
     }
 
-    /// Starts a worker, unless there is one of this name.
-    pub fn start(&self, fence: i64, spec: &WorkerSpec) -> Result<(), LaunchError> {
+    /// Starts a worker, unless there is one of this name. `fence` is `None` for the cluster's owner,
+    /// who is no leader.
+    pub fn start(&self, fence: Option<i64>, spec: &WorkerSpec) -> Result<(), LaunchError> {
         let template = self.template(spec.pool, &spec.model)?;
         let _lock = self.lock()?;
-        self.check(fence)?;
+        fence.map_or(Ok(()), |fence| self.check(fence))?;
         let dir = self.dir(&spec.name);
         if !dir.join("command.json").exists() {
             let log = self.settings.logs.join(format!("{}.log", spec.name));
@@ -328,7 +334,7 @@ impl LocalProcesses {
 impl Launcher for LocalProcesses {
     async fn launch(&self, fence: i64, spec: &WorkerSpec) -> Result<(), LaunchError> {
         let spec = spec.clone();
-        self.blocking(move |this| this.start(fence, &spec)).await
+        self.blocking(move |this| this.start(Some(fence), &spec)).await
     }
 
     async fn retire(&self, fence: i64, name: &str) -> Result<(), LaunchError> {
@@ -351,11 +357,16 @@ impl Launcher for LocalProcesses {
         Ok(all.into_iter().map(|worker| worker.launched).collect())
     }
 
+    async fn lead(&self, fence: i64) -> Result<(), LaunchError> {
+        self.blocking(move |this| {
+            let _lock = this.lock()?;
+            this.check(fence)
+        })
+        .await
+    }
+
     fn keeper(&self) -> String {
-        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let dir =
-            fs::canonicalize(&self.settings.dir).unwrap_or_else(|_| self.settings.dir.clone());
-        format!("{}:{}", host.trim(), dir.display())
+        self.keeper.to_string()
     }
 
     fn models(&self, pool: InstanceRole) -> Vec<String> {

@@ -169,8 +169,9 @@ pub trait Launcher: Send + Sync {
         Ok(Survey { workers: self.list().await?, rows: Vec::new() })
     }
 
-    /// A coordinator begins to lead: what it is told from here on must not be older than this.
-    fn lead(&self) {}
+    /// A coordinator begins to lead: nobody who led before may give orders from here on, and what is
+    /// told from here on must not be older than this.
+    async fn lead(&self, fence: i64) -> Result<(), LaunchError>;
 
     /// Learns what can be launched as of now, where `models` may not know it yet.
     async fn look_anew(&self) {}

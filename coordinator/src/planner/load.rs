@@ -5,10 +5,15 @@ use std::collections::HashMap;
 use super::capacity::Sample;
 use super::observed::{Counters, PoolSeen};
 
+/// Looks for which a worker that is not seen is remembered: it may drain, and be put back.
+const REMEMBERED: u64 = 360;
+
 /// The counters of a pool's workers as last seen.
 #[derive(Clone, Debug, Default)]
 pub struct Looks {
-    before: HashMap<String, Counters>,
+    /// And the number of the look in which each was.
+    before: HashMap<String, (u64, Counters)>,
+    count: u64,
 }
 
 /// A pool between two looks: sums over its workers.
@@ -41,29 +46,31 @@ pub struct Interval {
 }
 
 impl Looks {
-    /// The differences to the look before. A worker that was not seen then, or that has started
-    /// again, has done all of it since.
-    pub fn interval(&mut self, seen: &PoolSeen) -> Interval {
+    /// The differences to when each worker was seen last. One that was never seen, or that has
+    /// started again, has done all of it since the look before, `since` seconds ago, unless it has
+    /// computed for longer: then it is not known when.
+    pub fn interval(&mut self, seen: &PoolSeen, since: f64) -> Interval {
         let mut sum = Interval::default();
-        let mut now = HashMap::with_capacity(seen.workers.len());
         let none = Counters::default();
-        let first = self.before.is_empty();
+        let first = self.count == 0;
+        self.count += 1;
         for worker in &seen.workers {
             let counters = &worker.counters;
             sum.running += u64::from(counters.running);
             sum.waiting += u64::from(counters.waiting);
             sum.kv_blocks = sum.kv_blocks.max(counters.kv_blocks);
             sum.kv_used += counters.kv_used;
-            let before = match self.before.get(&worker.id) {
-                Some(before) if before.busy_us <= counters.busy_us => before,
-                // The first look does not tell when things were done.
-                _ if first => counters,
-                _ => &none,
+            let known = self.before.get(&worker.id).map(|(_, before)| before);
+            let before = match known.filter(|before| before.busy_us <= counters.busy_us) {
+                Some(before) => before,
+                None if first || counters.busy_us as f64 / 1e6 > since => counters,
+                None => &none,
             };
             add(&mut sum, before, counters);
-            now.insert(worker.id.clone(), counters.clone());
+            self.before.insert(worker.id.clone(), (self.count, counters.clone()));
         }
-        self.before = now;
+        let count = self.count;
+        self.before.retain(|_, (seen, _)| count - *seen < REMEMBERED);
         sum
     }
 }
@@ -90,5 +97,43 @@ fn add(sum: &mut Interval, before: &Counters, now: &Counters) {
         let rows = since(now.rows, before.rows) as f64;
         let steps = steps as f64;
         sum.samples.push(Sample { steps, rows, prompt: prompt as f64, busy });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_proto::InstanceRole;
+
+    use super::super::observed::{PoolId, WorkerSeen};
+    use super::*;
+
+    #[test]
+    fn a_worker_that_was_not_seen_for_a_while_has_not_done_everything_now() {
+        let seen = |workers: &[(&str, u64)]| PoolSeen {
+            pool: PoolId { role: InstanceRole::Decode, model: "m".into() },
+            size: 2,
+            workers: workers
+                .iter()
+                .map(|&(id, requests)| WorkerSeen {
+                    id: id.into(),
+                    // A second each.
+                    counters: Counters {
+                        requests,
+                        busy_us: requests * 1_000_000,
+                        ..Counters::default()
+                    },
+                })
+                .collect(),
+            startup: None,
+            held: None,
+        };
+        let mut looks = Looks::default();
+        let mut requests = |workers: &[_]| looks.interval(&seen(workers), 10.0).requests;
+        assert_eq!(requests(&[("a", 1000), ("b", 2000)]), 0, "nobody knows when");
+        assert_eq!(requests(&[("a", 1003)]), 3);
+        assert_eq!(requests(&[("a", 1004), ("b", 2009)]), 10, "of two intervals");
+        assert_eq!(requests(&[("a", 1004), ("b", 2)]), 2, "it has started again");
+        assert_eq!(requests(&[("a", 1004), ("b", 2), ("c", 5)]), 5, "it is new");
+        assert_eq!(requests(&[("a", 1004), ("b", 2), ("d", 500)]), 0, "it is not");
     }
 }

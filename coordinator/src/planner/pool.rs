@@ -139,8 +139,8 @@ impl PoolPlanner {
         limits: Limits,
         settings: &PlannerSettings,
     ) -> Wish {
-        let interval = self.looks.interval(seen);
         let seconds = self.last_ms.map_or(0.0, |last| now_ms.saturating_sub(last) as f64 / 1e3);
+        let interval = self.looks.interval(seen, seconds);
         self.last_ms = Some(now_ms);
         if let Some(startup) = seen.startup {
             // The worst lately, forgotten slowly.

@@ -24,6 +24,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const IDLE: Duration = Duration::from_secs(2);
 /// Wait after a failure of etcd.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often a new leader tries to have the launcher refuse the orders of earlier ones, before it
+/// goes on without: it may be that nobody can give any.
+const TAKE_OVERS: usize = 3;
 /// A drained worker gives up by itself what it has left so long after the operation should have
 /// ended the drain: only when no coordinator does.
 const BEYOND: Duration = Duration::from_secs(60);
@@ -45,8 +48,24 @@ pub struct Runner {
 struct Memory {
     /// Why the last effect failed, by operation.
     trouble: HashMap<String, Trouble>,
+    /// Since when an operation is seen in the phase that it came to at that time, by operation.
+    phases: HashMap<String, (u64, Instant)>,
     /// When it was last looked for supervisors that were killed.
     mended: Option<Instant>,
+}
+
+impl Memory {
+    /// The record as if its phase had begun when this leader first saw it: clocks of leaders differ,
+    /// and jump. `now_ms` is the time of the look.
+    fn timed(&mut self, record: &Record, now_ms: u64) -> Record {
+        let new = (record.phase_ms, Instant::now());
+        let seen = self.phases.entry(record.id.clone()).or_insert(new);
+        if seen.0 != record.phase_ms {
+            *seen = new;
+        }
+        let waited = seen.1.elapsed().as_millis() as u64;
+        Record { phase_ms: now_ms.saturating_sub(waited), ..record.clone() }
+    }
 }
 
 impl Runner {
@@ -62,7 +81,16 @@ impl Runner {
     /// Leads until it is dropped.
     async fn lead(&self, leader: &Leadership) {
         let mut memory = Memory::default();
-        self.launcher.iter().for_each(|launcher| launcher.lead());
+        if let Some(launcher) = &self.launcher {
+            for _ in 0..TAKE_OVERS {
+                match launcher.lead(leader.revision).await {
+                    Ok(()) => break,
+                    // Each order will say so again.
+                    Err(error) => warn!(%error, "the launcher is not taken over"),
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+        }
         loop {
             match self.follow(leader, &mut memory).await {
                 // Deposed: the election will say so in a moment.
@@ -89,6 +117,7 @@ impl Runner {
             }
             if operations.running.is_empty() {
                 memory.trouble.clear();
+                memory.phases.clear();
                 tokio::select! {
                     change = changes.message() => {
                         change?;
@@ -121,8 +150,8 @@ impl Runner {
         stored: Stored,
         memory: &mut Memory,
     ) -> Result<Progress, MembershipError> {
-        let record = &stored.record;
-        let observation = self.observe(record, memory).await;
+        let observation = self.observe(&stored.record, memory).await;
+        let record = &memory.timed(&stored.record, observation.seen.now_ms);
         let (next, effects) = step(record, &observation.seen, &self.limits);
         if next != *record {
             return Ok(match self.store.advance(leader, &stored, &next).await? {
@@ -220,8 +249,11 @@ impl Runner {
             None => BTreeMap::new(),
         };
         let launched = |address: &String| all.iter().any(|it| it.address == *address);
+        // The other phases are about launched workers alone.
+        let counts = matches!(record.phase, Phase::Plan | Phase::Rebalance);
         let outside = membership.instances.values().filter(|it| {
-            (it.role, &it.model) == (record.pool, &record.model) && !launched(&it.address)
+            let ours = (it.role, &it.model) == (record.pool, &record.model);
+            counts && ours && !launched(&it.address)
         });
         let starts =
             |it: &&Launched| ours(it) && it.process == Process::Starting && it.address.is_empty();

@@ -21,7 +21,7 @@ mod setting;
 pub mod shown;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgMatches, Args, Command, Parser};
 
@@ -31,6 +31,12 @@ use crate::daemon::{Exit, Failure};
 use merge::Merged;
 use setting::Setting;
 use shown::Shown;
+
+/// The name of a model that has been given none: its folder's, or its file's without the ending.
+pub fn model_name(path: &Path) -> String {
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    name.unwrap_or_default().to_string_lossy().into_owned()
+}
 
 /// A hidden flag of all daemons, by which the command `baton` asks for their settings: it does not
 /// hold their code.

@@ -52,8 +52,9 @@ impl Tls {
     /// Reads the files, and again whenever they change, for as long as the value lives. With a name
     /// it serves callers that have it. An error names the flag.
     pub fn load(files: Files, name: Option<ServerName<'static>>) -> Result<Arc<Self>, String> {
-        let configs = ArcSwap::from_pointee(files.read(name.as_ref())?);
+        // In this order: what changes in between is read again.
         let seen = files.contents();
+        let configs = ArcSwap::from_pointee(files.read(name.as_ref())?);
         let (troubles, told) = (Mutex::default(), Mutex::default());
         let tls = Arc::new(Self { files, name, configs, troubles, told });
         let (weak, flags) = (Arc::downgrade(&tls), tls.files.flags);

@@ -77,18 +77,23 @@ async fn accept(mut plain: TcpIncoming, tls: Arc<Tls>, ready: mpsc::Sender<io::R
             let shaken = tokio::time::timeout(HANDSHAKE_WITHIN, shake(&tls, stream)).await;
             drop(place);
             match shaken.unwrap_or_else(|_| Err(other("no handshake in time"))) {
-                Ok(stream) => {
+                Ok(Some(stream)) => {
                     let _ = ready.send(Ok(Link::Tls(Box::new(stream)))).await;
                 }
+                Ok(None) => {}
                 Err(error) => tls.refused(&caller, &error.to_string()),
             }
         });
     }
 }
 
-async fn shake(tls: &Tls, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+/// `None` for a caller that leaves without a word, as a probe of the port does.
+async fn shake(tls: &Tls, stream: TcpStream) -> io::Result<Option<TlsStream<TcpStream>>> {
     let config = tls.server().ok_or_else(|| other("there is no certificate to serve with"))?;
-    TlsAcceptor::from(config).accept(stream).await
+    if stream.peek(&mut [0]).await? == 0 {
+        return Ok(None);
+    }
+    TlsAcceptor::from(config).accept(stream).await.map(Some)
 }
 
 impl Connected for Link {

@@ -322,9 +322,13 @@ impl Launcher for Kubernetes {
         Ok(Survey { workers, rows: pools.into_iter().map(row).collect() })
     }
 
-    fn lead(&self) {
+    async fn lead(&self, fence: i64) -> Result<(), LaunchError> {
+        // Also back: the revisions of an etcd that lost its data begin again. No order of an earlier
+        // term is left in this process, and other processes see our changes.
+        self.fence.store(fence, Ordering::SeqCst);
         self.sets.list_anew();
         self.pods.list_anew();
+        Ok(())
     }
 
     async fn look_anew(&self) {
