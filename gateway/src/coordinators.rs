@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use baton_membership::tls::connect;
 use baton_proto::endpoint;
-use baton_proto::v1::ListScalesRequest;
 use baton_proto::v1::coordinator_client::CoordinatorClient;
+use baton_proto::v1::{ListScalesRequest, ScaleOperation};
 use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 use tracing::debug;
@@ -56,16 +56,24 @@ pub async fn ask<T>(
     Err(Status::unavailable("No coordinator answers; try again soon."))
 }
 
+/// The scale operations that run, and the last ones that ended.
+///
+/// # Errors
+/// As [`ask`].
+pub async fn scales(registry: &Registry) -> Result<Vec<ScaleOperation>, Status> {
+    let list = async |mut client: CoordinatorClient<Channel>| {
+        client.list_scales(ListScalesRequest {}).await
+    };
+    Ok(ask(registry, list).await?.operations)
+}
+
 /// Has the metrics tell how scale operations do, for ever. While no coordinator answers they tell
 /// what was known last.
 pub async fn follow_scaling(registry: Arc<Registry>, metrics: Arc<Metrics>) {
     loop {
-        let list = async |mut client: CoordinatorClient<Channel>| {
-            client.list_scales(ListScalesRequest {}).await
-        };
         if !registry.coordinators().is_empty() {
-            match ask(&registry, list).await {
-                Ok(listed) => metrics.scaling(&listed.operations),
+            match scales(&registry).await {
+                Ok(operations) => metrics.scaling(&operations),
                 Err(status) => debug!(%status, "no news of scale operations"),
             }
         }

@@ -26,7 +26,8 @@ use baton_membership::daemon::{self, Exit, Failure, StopSignals};
 use baton_membership::traces::Traces;
 use baton_membership::{AdapterStore, ClusterWatch, InstanceRole, Registration};
 use mimalloc::MiMalloc;
-use tracing::info;
+use rustix::thread::disable_transparent_huge_pages;
+use tracing::{debug, info};
 
 /// A request is some hundred small allocations, and as many frees: with the allocator of the C
 /// library they are a tenth of its cost.
@@ -36,6 +37,10 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Of the file of settings: it tells what settings other programs have.
 const SCHEMA: &str = include_str!("../../deploy/baton.schema.json");
 
+/// Flags of keys, and their variables.
+const API_KEY: (&str, &str) = ("--api-key", "BATON_API_KEY, VLLM_API_KEY");
+const ADMIN_KEY: (&str, &str) = ("--admin-key", "BATON_ADMIN_KEY");
+
 /// How long the workers that are registered may take to answer before the gateway serves without
 /// those that did not.
 const FIND_WITHIN: Duration = Duration::from_secs(1);
@@ -44,7 +49,17 @@ const FIND_WITHIN: Duration = Duration::from_secs(1);
 async fn main() -> ExitCode {
     let settings: Settings = config::parse(SCHEMA);
     settings.cluster.init_log();
+    keep_pages_small();
     daemon::exit(run(settings).await)
+}
+
+/// The allocator asks for huge pages, so that the kernel fills two megabytes for each page that is
+/// used, at once or at some time in the next hour: memory that grows by half, and at no request's
+/// behest.
+fn keep_pages_small() {
+    if let Err(error) = disable_transparent_huge_pages(true) {
+        debug!(%error, "huge pages cannot be declined");
+    }
 }
 
 async fn run(settings: Settings) -> Result<(), Failure> {
@@ -156,8 +171,8 @@ fn keys(access: &AccessArgs) -> Result<Keys, Failure> {
         // As vLLM has it: flags win over its variable.
         api.extend(std::env::var("VLLM_API_KEY"));
     }
-    let api = key_set("--api-key", &api, access.api_key_file.as_deref())?;
-    let admin = key_set("--admin-key", &access.admin_keys, access.admin_key_file.as_deref())?;
+    let api = key_set(API_KEY, &api, access.api_key_file.as_deref())?;
+    let admin = key_set(ADMIN_KEY, &access.admin_keys, access.admin_key_file.as_deref())?;
     if access.guard_all && api.is_empty() {
         let message = "--guard-all needs a key: give --api-key or --api-key-file";
         return Err(Failure::new(Exit::Config, message));
@@ -166,7 +181,11 @@ fn keys(access: &AccessArgs) -> Result<Keys, Failure> {
 }
 
 /// The keys of `flag`, and of the file that `flag`-file names.
-fn key_set(flag: &str, keys: &[String], file: Option<&Path>) -> Result<KeySet, Failure> {
+fn key_set(
+    (flag, variables): (&str, &str),
+    keys: &[String],
+    file: Option<&Path>,
+) -> Result<KeySet, Failure> {
     let wanted = !keys.is_empty() || file.is_some();
     let keys = KeySet::load(keys, file).map_err(|error| {
         let file = file.unwrap_or_else(|| "".as_ref());
@@ -175,7 +194,10 @@ fn key_set(flag: &str, keys: &[String], file: Option<&Path>) -> Result<KeySet, F
     })?;
     if wanted && keys.is_empty() {
         // Open to all is not what was meant.
-        let message = format!("{flag} or {flag}-file is given, but holds no key");
+        let message = format!(
+            "{flag} or {flag}-file is given, as a flag or as a variable ({variables}), but holds \
+             no key: leave it out, or unset it"
+        );
         return Err(Failure::new(Exit::Config, message));
     }
     Ok(keys)

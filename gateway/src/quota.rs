@@ -66,8 +66,13 @@ pub struct Standing {
     pub reset: Duration,
 }
 
-/// One request's place among its client's; dropping it makes room.
+/// One request's place among its client's; dropping it, and what it was cloned to, makes room.
+#[derive(Clone)]
 pub struct Permit {
+    _taken: Arc<Taken>,
+}
+
+struct Taken {
     quota: Arc<Quota>,
     client: Client,
 }
@@ -110,14 +115,19 @@ impl Quota {
             Some(most) => Some(self.permit(client, most)?),
             None => None,
         };
-        let Some((limit, limiter)) = &self.rate else { return Ok((permit, None)) };
+        Ok((permit, self.count(client)?))
+    }
+
+    /// The same for a request that takes no place.
+    pub fn count(&self, client: Client) -> Result<Option<Standing>, Box<Refused>> {
+        let Some((limit, limiter)) = &self.rate else { return Ok(None) };
         let limit = limit.get();
         let each = Duration::from_secs(60) / limit;
         match limiter.check_key(&client) {
             Ok(state) => {
                 let remaining = state.remaining_burst_capacity();
                 let reset = each * limit.saturating_sub(remaining);
-                Ok((permit, Some(Standing { limit, remaining, reset })))
+                Ok(Some(Standing { limit, remaining, reset }))
             }
             Err(not_until) => {
                 let wait = not_until.wait_time_from(limiter.clock().now());
@@ -149,7 +159,7 @@ impl Quota {
             }));
         }
         *now += 1;
-        Ok(Permit { quota: self.clone(), client })
+        Ok(Permit { _taken: Arc::new(Taken { quota: self.clone(), client }) })
     }
 
     /// Forgets silent clients, for as long as the process lives.
@@ -163,7 +173,7 @@ impl Quota {
     }
 }
 
-impl Drop for Permit {
+impl Drop for Taken {
     fn drop(&mut self) {
         let mut open = self.quota.open.lock();
         if let Some(now) = open.get_mut(&self.client) {
@@ -230,7 +240,10 @@ mod tests {
         let refused = quota.enter(client(1)).err().unwrap();
         assert!(refused.error.to_string().contains("--key-max-concurrent"), "{}", refused.error);
         let other = quota.enter(client(2)).unwrap();
+        let kept = first.0.clone();
         drop(first);
+        quota.enter(client(1)).err().unwrap();
+        drop(kept);
         let third = quota.enter(client(1)).unwrap();
         drop((third, other, _second));
         assert!(quota.open.lock().is_empty(), "a client at rest takes memory");
@@ -248,6 +261,14 @@ mod tests {
         // And what is refused for the rate holds no place.
         quota.enter(client(1)).err().unwrap();
         assert!(quota.open.lock().is_empty());
+    }
+
+    #[test]
+    fn what_takes_no_place_counts_against_the_rate_all_the_same() {
+        let quota = Quota::new(2, 1);
+        let _held = quota.enter(client(1)).unwrap();
+        assert_eq!(quota.count(client(1)).unwrap().unwrap().remaining, 0);
+        quota.count(client(1)).unwrap_err();
     }
 
     #[test]

@@ -259,6 +259,52 @@ async fn a_stream_holds_its_key_s_place_until_its_client_leaves() {
 }
 
 #[tokio::test]
+async fn a_response_in_the_background_holds_its_key_s_place_until_it_ends() {
+    let cluster = Cluster::builder()
+        .unified(1)
+        .api_key("a")
+        .api_key("b")
+        .gateway_arg("--key-max-concurrent", "1")
+        .start()
+        .await;
+    let api = &cluster.api;
+    let path = "/v1/responses";
+    let free = async || {
+        eventually("the place is free", Duration::from_secs(30), async || {
+            let status = api.get("/v1/models").await.status;
+            if status == 200 { Ok(()) } else { Err(status.to_string()) }
+        })
+        .await;
+    };
+    let long = json!({
+        "model": MODEL_NAME, "input": "Count to a thousand.", "max_output_tokens": 1800,
+        "ignore_eos": true, "background": true,
+    });
+    let begun = api.ok(path, &long).await;
+    let error = api.post(path, &long).await.error(429).expect("a 429");
+    assert!(error["message"].as_str().is_some_and(|m| m.contains("--key-max-concurrent")));
+    api.get("/v1/models").await.error(429).expect("a 429");
+    cluster.api.with_key(Some("b")).get("/v1/models").await.ok();
+    // Its client may ask after it, and end it; to follow it is a request like others.
+    let there = format!("{path}/{}", begun["id"].as_str().expect("an id"));
+    assert_eq!(api.get(&there).await.ok()["id"], begun["id"]);
+    api.get(&format!("{there}?stream=true")).await.error(429).expect("a 429");
+    let cancel = format!("{there}/cancel");
+    let cancelled = api.send(Method::POST, &cancel, None, "").await.expect("a reply");
+    assert_eq!(cancelled.ok()["status"], "cancelled");
+    free().await;
+    // One that ends by itself gives its place back too.
+    let short = json!({
+        "model": MODEL_NAME, "input": "One", "max_output_tokens": 2, "background": true,
+    });
+    for _ in 0..3 {
+        api.ok(path, &short).await;
+        free().await;
+    }
+    cluster.finish().await;
+}
+
+#[tokio::test]
 async fn any_page_may_call_and_read_errors_unless_told_otherwise() {
     let cluster = Cluster::builder()
         .api_key("a")

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use baton_membership::tls::{self, ClusterTlsArgs};
 use baton_proto::endpoint;
+use baton_proto::instance::instances_prefix;
 use baton_proto::v1::DescribeRequest;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_tests::authority::Authority;
@@ -367,6 +368,8 @@ async fn etcd_is_entered_by_tls_with_a_certificate_a_user_and_a_password() {
         ["--cert-file", &server_cert],
         ["--key-file", &server_key],
         ["--trusted-ca-file", &ca],
+        // Seconds that a token lives unused: five minutes elsewhere.
+        ["--auth-token-ttl", "3"],
     ];
     let args = args.concat().into_iter().chain(["--client-cert-auth"]);
     let mut etcd = Process::start(&Spec::new("etcd", "etcd".into(), args), folder.path());
@@ -378,7 +381,7 @@ async fn etcd_is_entered_by_tls_with_a_certificate_a_user_and_a_password() {
             .output()
             .expect("run etcdctl");
         match output.status.success() {
-            true => Ok(()),
+            true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
         }
     };
@@ -422,6 +425,21 @@ async fn etcd_is_entered_by_tls_with_a_certificate_a_user_and_a_password() {
     eventually("the gateway finds the worker", Duration::from_secs(20), async || {
         let reply = api.post("/v1/completions", &body).await;
         if reply.status == 200 { Ok(()) } else { Err(reply.text) }
+    })
+    .await;
+
+    // Whose record is lost comes back, also when the token of its start has lapsed.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let root = |args: &[&str]| etcdctl(&[&["--user", "root:secret"][..], args].concat());
+    let leases = root(&["lease", "list"]).expect("the leases");
+    let leases: Vec<&str> = leases.lines().filter(|line| !line.starts_with("found")).collect();
+    assert!(leases.len() >= 2, "{leases:?}");
+    for lease in leases {
+        root(&["lease", "revoke", lease]).expect("revoked");
+    }
+    eventually("both are registered again", Duration::from_secs(20), async || {
+        let keys = root(&["get", "--prefix", "--keys-only", &instances_prefix("default")])?;
+        if keys.split_whitespace().count() == 2 { Ok(()) } else { Err(keys) }
     })
     .await;
 

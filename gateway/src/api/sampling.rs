@@ -167,8 +167,11 @@ pub struct Wish {
 /// The fields, checked, with defaults filled in.
 #[derive(Clone, Debug)]
 pub struct Sampling {
-    /// For the worker, save `max_tokens`, which depends on the prompt.
+    /// For the worker, save `max_tokens`, which depends on the prompt, and the seed, which is the
+    /// first sequence's.
     pub params: SamplingParams,
+    /// Whether the request names the seed: then every prompt's sequences draw with the same ones.
+    pub seeded: bool,
     /// `max_tokens` or `max_completion_tokens`.
     pub max_tokens: Option<u32>,
     /// The model's, where neither the request nor the route says.
@@ -271,12 +274,14 @@ impl SamplingFields {
             return Err(ApiError::bad_value("allowed_token_ids", message));
         }
         let (constraint, constraint_field) = wish.constraint.unzip();
+        // -1 is none, as in vLLM.
+        let seed = self.seed.filter(|&seed| seed != -1);
         let params = SamplingParams {
             temperature: temperature as f32,
             top_p: top_p as f32,
             top_k: top_k as u32,
             min_p: in_range("min_p", self.min_p, defaults.min_p, 0.0..=1.0)? as f32,
-            seed: self.seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
+            seed: seed.map_or_else(|| rand::rng().random(), |seed| seed as u64),
             max_tokens: 0,
             min_tokens,
             stop_token_ids: token_ids("stop_token_ids", stop_token_ids, vocab_size)?,
@@ -304,6 +309,7 @@ impl SamplingFields {
         let salt = self.cache_salt.clone().unwrap_or_default();
         Ok(Sampling {
             params,
+            seeded: seed.is_some(),
             max_tokens,
             default_max_tokens: defaults.max_tokens,
             n,
@@ -427,8 +433,10 @@ impl Bounds<'_> {
 }
 
 impl Sampling {
-    /// The parameters of one sequence. Each of several draws with a seed of its own, as in vLLM.
-    pub fn params_for(&self, index: usize, max_tokens: u32) -> SamplingParams {
+    /// The parameters of one of a prompt's `n` sequences. Each draws with a seed of its own, as in
+    /// vLLM; equal prompts have equal answers only where the request names a seed.
+    pub fn params_for(&self, prompt: usize, choice: usize, max_tokens: u32) -> SamplingParams {
+        let index = if self.seeded { choice } else { prompt * self.n + choice };
         let seed = self.params.seed.wrapping_add(index as u64);
         SamplingParams { seed, max_tokens, ..self.params.clone() }
     }
@@ -547,7 +555,15 @@ mod tests {
     #[test]
     fn each_sequence_has_a_seed_of_its_own() {
         let sampling = check(json!({"seed": 7, "n": 2})).unwrap();
-        assert_eq!(sampling.params_for(0, 1).seed, 7);
-        assert_eq!(sampling.params_for(1, 1).seed, 8);
+        let seeds = |sampling: &Sampling| {
+            let of = |at: usize| sampling.params_for(at / 2, at % 2, 1).seed;
+            (0..4).map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(seeds(&sampling), [7, 8, 7, 8]);
+        // Nobody asked for equal answers to equal prompts.
+        let free = seeds(&check(json!({"n": 2})).unwrap());
+        assert_eq!(free, [0, 1, 2, 3].map(|at| free[0].wrapping_add(at)));
+        let any = |of| check(of).unwrap().params.seed;
+        assert_ne!(any(json!({"seed": -1})), any(json!({"seed": -1})));
     }
 }

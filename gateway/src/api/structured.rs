@@ -15,6 +15,9 @@ use crate::error::ApiError;
 const MAX_BYTES: usize = 256 * 1024;
 /// The most entries of `choice`.
 const MAX_CHOICES: usize = 4096;
+/// Between the tokens of JSON. Unbounded, a small model may go on with spaces until its
+/// `max_tokens`.
+const WHITESPACE: &str = r"[\x20\x0A\x0D\x09]{1,32}";
 
 /// The fields as they come.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -97,8 +100,14 @@ impl StructuredFields {
     }
 }
 
-/// A constraint by a JSON schema.
-pub fn by_schema(schema: Value) -> Constraint {
+/// A constraint by a JSON schema, with a bound on white space unless it has a rule of its own.
+pub fn by_schema(mut schema: Value) -> Constraint {
+    if let Value::Object(fields) = &mut schema
+        && let Value::Object(style) = fields.entry("x-guidance").or_insert_with(|| json!({}))
+        && style.get("whitespace_flexible") != Some(&Value::Bool(false))
+    {
+        style.entry("whitespace_pattern").or_insert_with(|| WHITESPACE.into());
+    }
     Constraint { kind: Some(Kind::JsonSchema(schema.to_string())) }
 }
 
@@ -114,28 +123,22 @@ pub enum Reasoned {
 }
 
 /// Lets a model think before it answers within `constraint`, as vLLM does.
-pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Result<Constraint, ApiError> {
+pub fn after_reasoning(constraint: Constraint, reasoned: Reasoned) -> Constraint {
     let begin = match reasoned {
-        Reasoned::Not => return Ok(constraint),
+        Reasoned::Not => return constraint,
         Reasoned::Maybe => "start: (\"<think>\" think)? answer\n",
         Reasoned::Inside => "start: think answer\n",
     };
     let answer = match constraint.kind {
-        None => return Ok(constraint),
+        None => return constraint,
         Some(Kind::JsonSchema(schema)) => format!("answer: %json {schema}\n"),
         Some(Kind::Regex(regex)) => format!("answer: /{}/\n", slashes_escaped(&regex)),
-        Some(Kind::Lark(lark)) => match lark.starts_with("start:") {
-            true => renamed(&lark, "start", "answer"),
-            false => {
-                let message =
-                    "A grammar for a model that reasons must begin with its `start` rule.";
-                return Err(ApiError::bad_value("structured_outputs.grammar", message));
-            }
-        },
+        // With names of its own.
+        Some(Kind::Lark(lark)) => format!("answer: %lark {{\n{lark}\n}}\n"),
     };
     // The shortest text up to the tag: what follows the first one is the answer.
     let lark = format!("{begin}think[lazy]: /(.|\\n)*<\\/think>\\s*/\n{answer}");
-    Ok(Constraint { kind: Some(Kind::Lark(lark)) })
+    Constraint { kind: Some(Kind::Lark(lark)) }
 }
 
 /// A regular expression as Lark has it between slashes.
@@ -150,38 +153,6 @@ fn slashes_escaped(regex: &str) -> String {
         out.push(c);
     }
     out
-}
-
-/// A Lark grammar with another name for one of its rules.
-fn renamed(lark: &str, from: &str, to: &str) -> String {
-    let mut out = String::with_capacity(lark.len());
-    let mut rest = lark;
-    while let Some(first) = rest.chars().next() {
-        let is_name = |c: char| c.is_alphanumeric() || c == '_';
-        let length = match first {
-            '"' => quoted(rest, '"'),
-            '/' if rest.starts_with("//") => rest.find('\n').unwrap_or(rest.len()),
-            '/' => quoted(rest, '/'),
-            c if is_name(c) => rest.find(|c| !is_name(c)).unwrap_or(rest.len()),
-            c => c.len_utf8(),
-        };
-        let (part, after) = rest.split_at(length);
-        out.push_str(if part == from { to } else { part });
-        rest = after;
-    }
-    out
-}
-
-/// Bytes up to the mark that ends what `text` begins with one of.
-fn quoted(text: &str, mark: char) -> usize {
-    let mut escaped = false;
-    for (at, c) in text.char_indices().skip(1) {
-        if c == mark && !escaped {
-            return at + c.len_utf8();
-        }
-        escaped = c == '\\' && !escaped;
-    }
-    text.len()
 }
 
 fn of_response_format(format: &Value) -> Result<Option<Constraint>, ApiError> {
@@ -302,7 +273,8 @@ fn checked_schema(schema: Value, field: &str) -> Result<Value, ApiError> {
         return Err(wrong(field, "must be a JSON schema"));
     }
     bounded(schema.to_string().len(), field)?;
-    Ok(schema)
+    // As an object it can say how it is to be written.
+    Ok(if schema == true { json!({}) } else { schema })
 }
 
 /// Puts the settings of style where llguidance reads them: `x-guidance` at the schema's root.
@@ -352,7 +324,7 @@ mod tests {
     #[test]
     fn every_form_becomes_one_constraint() {
         let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
-        let by_schema = Some(Kind::JsonSchema(schema.to_string()));
+        let by_schema = by_schema(schema.clone()).kind;
         for fields in [
             json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}),
             json!({"structured_outputs": {"json": schema}}),
@@ -374,7 +346,7 @@ mod tests {
     fn what_follows_reasoning_keeps_its_meaning() {
         let lark = |kind| {
             let constraint = Constraint { kind: Some(kind) };
-            match after_reasoning(constraint, Reasoned::Inside).unwrap().kind {
+            match after_reasoning(constraint, Reasoned::Inside).kind {
                 Some(Kind::Lark(lark)) => lark,
                 other => panic!("{other:?}"),
             }
@@ -385,9 +357,8 @@ mod tests {
             let answer = format!("answer: /{between_slashes}/\n");
             assert!(lark(Kind::Regex(regex.into())).ends_with(&answer), "{regex}");
         }
-        let grammar = "start: \"(\" start \")\" | \"start\" | /start\\/start/ | starts // start\nstarts: \"x\"\n";
-        let answer = "answer: \"(\" answer \")\" | \"start\" | /start\\/start/ | starts // start\nstarts: \"x\"\n";
-        assert!(lark(Kind::Lark(grammar.into())).ends_with(answer));
+        let nested = lark(Kind::Lark("think: \"x\"\nstart: think".into()));
+        assert!(nested.ends_with("answer: %lark {\nthink: \"x\"\nstart: think\n}\n"), "{nested}");
         let fields: StructuredFields =
             serde_json::from_value(json!({"guided_regex": "a"})).unwrap();
         assert_eq!(fields.field(), "guided_regex");
@@ -401,7 +372,7 @@ mod tests {
         }});
         let Some(Kind::JsonSchema(text)) = kind(fields).unwrap() else { panic!() };
         let schema: Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(schema["x-guidance"]["whitespace_flexible"], false);
+        assert_eq!(schema["x-guidance"], json!({"whitespace_flexible": false}));
         assert_eq!(schema["properties"]["a"]["additionalProperties"], false);
     }
 

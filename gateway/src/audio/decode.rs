@@ -8,6 +8,9 @@ use symphonia::core::codecs::audio::well_known::{CODEC_ID_OPUS, CODEC_ID_VORBIS}
 use symphonia::core::codecs::audio::{AudioCodecParameters, AudioDecoder, AudioDecoderOptions};
 use symphonia::core::errors::Error;
 use symphonia::core::formats::probe::Hint;
+use symphonia::core::formats::well_known::{
+    FORMAT_ID_ADTS, FORMAT_ID_MP1, FORMAT_ID_MP2, FORMAT_ID_MP3,
+};
 use symphonia::core::formats::{FormatReader, Track, TrackType};
 use symphonia::core::io::{MediaSourceStream, MediaSourceStreamOptions};
 
@@ -64,6 +67,12 @@ impl Decoder {
     /// Seconds of sound, as far as the file says.
     pub fn declared(&self) -> Option<f64> {
         let track = self.format.tracks().iter().find(|track| track.id == self.track)?;
+        // Nothing but frames: their number is guessed from some of them, unless the encoder left a
+        // tag, which tells the delay too.
+        let adts = self.format.format_info().format == FORMAT_ID_ADTS;
+        if adts || (is_mpeg(&*self.format) && track.delay.is_none()) {
+            return None;
+        }
         let rate = parameters(track)?.sample_rate.filter(|rate| *rate > 0);
         let by_frames = track.num_frames.zip(rate).map(|(n, rate)| n as f64 / f64::from(rate));
         by_frames.or_else(|| {
@@ -112,7 +121,13 @@ impl Decoder {
                     Ok(buffer) => {
                         buffer.copy_to_vec_interleaved(&mut self.interleaved);
                         let spec = buffer.spec();
-                        Some((spec.rate(), &self.interleaved[..], spec.channels().count()))
+                        let channels = spec.channels().count();
+                        let early = match is_mpeg(&*self.format) {
+                            true => packet.trim_start.get() as usize * channels,
+                            false => 0,
+                        };
+                        let early = early.min(self.interleaved.len());
+                        Some((spec.rate(), &self.interleaved[early..], channels))
                     }
                     Err(Error::DecodeError(_) | Error::IoError(_)) => None,
                     Err(Error::ResetRequired) => {
@@ -170,7 +185,10 @@ fn choose(format: &dyn FormatReader) -> Result<(u32, Codec), Fault> {
         return Err(corrupt("its tables are larger than any can be"));
     }
     let codecs = symphonia::default::get_codecs();
-    let decoder = codecs.make_audio_decoder(parameters, &AudioDecoderOptions::default());
+    // The end of a file of frames alone is a guess, or that of the first of several which were put
+    // behind each other: nothing is cut there.
+    let options = AudioDecoderOptions::default().gapless(!is_mpeg(format));
+    let decoder = codecs.make_audio_decoder(parameters, &options);
     let decoder = decoder.map_err(|error| {
         let what = explain(&error);
         Fault::new(format!("has a codec that cannot be decoded ({what}); send {KNOWN}."))
@@ -183,6 +201,11 @@ fn parameters(track: &Track) -> Option<&AudioCodecParameters> {
         Some(CodecParameters::Audio(parameters)) => Some(parameters),
         _ => None,
     }
+}
+
+/// Whether a file is frames of MPEG audio without a container.
+fn is_mpeg(format: &dyn FormatReader) -> bool {
+    [FORMAT_ID_MP1, FORMAT_ID_MP2, FORMAT_ID_MP3].contains(&format.format_info().format)
 }
 
 fn mix(interleaved: &[f32], channels: usize, mono: &mut Vec<f32>) {

@@ -188,6 +188,34 @@ async fn a_recording_that_is_cut_off_is_refused() {
     }
 }
 
+/// A file of frames alone has no end of its own: others may follow, and a guess by its first
+/// frames, of silence, is far off.
+#[tokio::test]
+async fn frames_without_a_container_are_heard_to_their_end() {
+    for name in ["a.mp3", "v.mp3", "a.mp2", "a.aac"] {
+        let file = read(name);
+        let twice = [&file[..], &file[..]].concat();
+        let once = samples(file).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let twice = samples(twice.into()).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        println!("{name}: {} and {} samples", once.len(), twice.len());
+        assert!(twice.len().abs_diff(2 * once.len()) < RATE / 8, "{name}: {}", twice.len());
+    }
+    let original = samples(read("said.wav")).await.unwrap();
+    let (said, folder) = (folder().join("said.wav").display().to_string(), folder());
+    for (name, told) in
+        [("quiet.mp3", "-q:a 2 -write_xing 0"), ("quiet.aac", "-c:a aac -b:a 96k -ar 48000")]
+    {
+        let out = folder.join(name).display().to_string();
+        let mut all = vec!["-v", "error", "-y", "-i", &said, "-af", "adelay=3000"];
+        all.extend(told.split_whitespace());
+        all.push(&out);
+        run("ffmpeg", &all);
+        let heard = samples(read(name)).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        println!("{name}: {} of {} samples", heard.len(), original.len() + 3 * RATE);
+        assert!(heard.len().abs_diff(original.len() + 3 * RATE) < RATE / 8, "{name}");
+    }
+}
+
 /// Some bytes of a header would have a decoder make room for sixteen gigabytes.
 #[tokio::test]
 async fn packets_longer_than_any_are_refused() {

@@ -215,8 +215,8 @@ impl Answer {
         let text = self.detokenizer.push(&self.model, token.id);
         let tokens = vec![token];
         if !may_stop {
-            // What comes before `min_tokens` cannot stop anything.
-            return Delta { text, tokens, ..Delta::default() };
+            // What comes before `min_tokens` cannot end a stop string.
+            return Delta { text: self.watch.pass(&text), tokens, ..Delta::default() };
         }
         match self.watch.push(&text) {
             Watched::Text(text) => Delta { text, tokens, ..Delta::default() },

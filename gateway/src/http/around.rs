@@ -128,7 +128,18 @@ fn enter(
     }
     let address = request.peer_addr().map(|address| Client::at(address.ip()));
     let Some(client) = key.map(Client::Key).or(address) else { return Ok((None, None)) };
-    shared.quota.enter(client).map_err(|refused| (refused.error, refused.standing))
+    let entered = match is_about_a_response(request) {
+        true => shared.quota.count(client).map(|standing| (None, standing)),
+        false => shared.quota.enter(client),
+    };
+    entered.map_err(|refused| (refused.error, refused.standing))
+}
+
+/// Whether a request only asks after a response that there is, or ends it. It takes no place: a
+/// client whose places are all taken in the background could do neither.
+fn is_about_a_response(request: &ServiceRequest) -> bool {
+    // A query may ask for a stream, which takes one.
+    path(request).starts_with("/v1/responses/") && request.query_string().is_empty()
 }
 
 /// Says in headers how much the client may still ask for.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::frames::Frames;
-use super::generation::{LAST_WORDS, SILENCE, streaming, trace, unless_gone, written};
+use super::generation::{LAST_WORDS, streaming, trace, unless_gone, written};
 use super::model::{TRANSCRIPTIONS, TRANSLATIONS, model};
 use super::multipart::{self, Form};
 use super::{Shared, body, connection, request_id};
@@ -188,19 +188,7 @@ impl Stream {
             if over {
                 return;
             }
-            let mut window = std::pin::pin!(listener.next());
-            next = loop {
-                match tokio::time::timeout(SILENCE, &mut window).await {
-                    Ok(next) => break next,
-                    Err(_) => {
-                        frames.comment("still working");
-                        let comment = frames.take().unwrap_or_default();
-                        if sender.send(comment.into()).await.is_err() {
-                            return;
-                        }
-                    }
-                }
-            };
+            next = listener.next().await;
         }
     }
 

@@ -81,6 +81,7 @@ pub(super) fn warn_of_unknown(body: &Body, response: &mut HttpResponseBuilder) {
         .map(|name| name.escape_default().filter(|c| *c != '"').take(MAX_NAME).collect())
         .collect();
     if !names.is_empty() {
+        tracing::debug!(?names, "unknown fields are ignored");
         let text = format!("299 - \"unknown fields ignored: {}\"", names.join(", "));
         response.insert_header((WARNING, text));
     }

@@ -114,7 +114,7 @@ impl Call {
                 (ReasoningSyntax::Qwen3, None) => Reasoned::Maybe,
                 (_, Some(false)) => Reasoned::Not,
             };
-            sampling.params.constraint = Some(after_reasoning(constraint, reasoned)?);
+            sampling.params.constraint = Some(after_reasoning(constraint, reasoned));
         }
         let special = conversation.add_special_tokens();
         let mut prompt = encode(&served.text, text, special, &trace).await?;

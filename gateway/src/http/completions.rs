@@ -58,13 +58,15 @@ pub(super) async fn answer(
     let echo = completion.echo.unwrap_or(false);
     let (mut prompts, mut echoes): (Vec<Arc<[u32]>>, _) = (Vec::new(), Vec::new());
     for prompt in completion.prompts(served.card.vocab_size)? {
+        if echo {
+            echoes.push(match &prompt {
+                Prompt::Tokens(_) => None,
+                Prompt::Text(text) => Some(text.clone()),
+            });
+        }
         let mut tokens = match prompt {
-            Prompt::Tokens(tokens) => {
-                echoes.push(None);
-                tokens
-            }
+            Prompt::Tokens(tokens) => tokens,
             Prompt::Text(text) => {
-                echoes.push(echo.then(|| text.clone()));
                 if !fields.truncates() {
                     check_length(&served, &text)?;
                 }
@@ -89,7 +91,6 @@ pub(super) async fn answer(
         logprobs,
         prompt_logprobs: fields.wants_prompt_logprobs(),
         token_ids: fields.return_token_ids.unwrap_or(false),
-        echo,
         prompt_alone,
         prompts: prompts.clone(),
         echoes,
@@ -123,10 +124,9 @@ struct Completion {
     logprobs: bool,
     prompt_logprobs: bool,
     token_ids: bool,
-    echo: bool,
     prompt_alone: bool,
     prompts: Vec<Arc<[u32]>>,
-    /// The prompts that came as text, where they are to be given back.
+    /// The prompts, where they are to be given back: the text of those that came as text.
     echoes: Vec<Option<String>>,
     n: usize,
     /// Answers of which something has been sent.
@@ -154,13 +154,13 @@ impl Completion {
         let known = std::mem::take(&mut self.pending[index]);
         let (naming, model) = (self.naming, &self.served.text);
         let offset = &mut self.offsets[index];
-        let echoed = first && self.echo;
-        if echoed {
-            match &self.echoes[index / self.n] {
-                Some(sent) => text.insert_str(0, sent),
-                None => text.insert_str(0, &model.decode(prompt, false)),
-            }
+        let echo = self.echoes.get(index / self.n).filter(|_| first);
+        match echo {
+            Some(Some(sent)) => text.insert_str(0, sent),
+            Some(None) => text.insert_str(0, &model.decode(prompt, false)),
+            None => {}
         }
+        let echoed = echo.is_some();
         let logprobs = (self.logprobs && (echoed || !tokens.is_empty())).then(|| {
             let mut columns = match echoed {
                 true => naming.completion_prompt(model, prompt[0], &known, offset),

@@ -11,7 +11,6 @@ use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use serde_json::Value;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tracing::Instrument as _;
 
 use super::connection::{Connection, closed};
@@ -27,9 +26,9 @@ use crate::generate::answer::{Answer, Delta};
 use crate::trace::Trace;
 use crate::workers::Served;
 
-/// How long a stream of events may wait to notice that nothing was sent for a while: proxies and
-/// load balancers cut streams that are silent, so a comment is sent.
-pub(super) const SILENCE: Duration = Duration::from_secs(15);
+/// How long a stream may be silent before a comment is sent: proxies and load balancers cut streams
+/// that are.
+const SILENCE: Duration = Duration::from_secs(15);
 /// Frames on their way to a client that reads slowly.
 const STREAM_DEPTH: usize = 32;
 /// How long after its deadline a stream may still deliver what it has.
@@ -138,7 +137,7 @@ impl Order {
         });
         let deadline = self.arrived + shared.limits.request_timeout;
         let mut jobs = Vec::with_capacity(sequences);
-        for prompt in &prompts {
+        for (nth, prompt) in prompts.iter().enumerate() {
             trace.prompt(prompt.len());
             let limit = served.card.max_model_len;
             let budget = budget.or(sampling.default_max_tokens);
@@ -146,13 +145,13 @@ impl Order {
             let siblings = shared.metrics.siblings(&served.card, sampling.n);
             let hashes: Arc<[_]> =
                 served.root(&sampling.salt).chain(prompt, served.block_size()).into();
-            for index in 0..sampling.n {
+            for choice in 0..sampling.n {
                 jobs.push(Job {
                     served: served.clone(),
                     request_id: self.id.clone(),
                     prompt: prompt.clone(),
                     hashes: hashes.clone(),
-                    sampling: sampling.params_for(index, max_tokens),
+                    sampling: sampling.params_for(nth, choice, max_tokens),
                     salt: sampling.salt.clone(),
                     priority: sampling.priority,
                     constraint_field: sampling.constraint_field,
@@ -252,20 +251,19 @@ impl Answers {
             if over {
                 return;
             }
-            match tokio::time::timeout(SILENCE, waiting.next()).await {
-                Err(_) => frames.comment("still working"),
-                Ok(Some((index, answer, Ok(delta)))) => {
+            match waiting.next().await {
+                Some((index, answer, Ok(delta))) => {
                     if let Some(delta) = delta {
                         usages[index] = answer.usage();
                         shape.delta(index, delta, usages[index], &mut frames);
                         waiting.push(next(index, answer));
                     }
                 }
-                Ok(Some((_, _, Err(error)))) => {
+                Some((_, _, Err(error))) => {
                     shape.failed(&error, &mut frames);
                     over = true;
                 }
-                Ok(None) => {
+                None => {
                     shape.close(Usage::total(&usages, self.n), &mut frames);
                     over = true;
                 }
@@ -274,7 +272,8 @@ impl Answers {
     }
 }
 
-/// What `work` writes, as a stream: until it is done, the client has left, or `until`.
+/// What `work` writes, whole frames each time, as a stream: until it is done, the client has left,
+/// or `until`.
 ///
 /// It is a task of its own, so that a client that stops reading holds nothing beyond that time: the
 /// server polls a response only when there is room to write.
@@ -301,7 +300,23 @@ pub(super) fn written(
         }
     };
     actix_web::rt::spawn(task.in_current_span());
-    ReceiverStream::new(frames).map(Ok)
+    kept_alive(frames, SILENCE).map(Ok)
+}
+
+/// All frames, and a comment whenever none was there to be sent for as long as `silence`, whatever
+/// was computed meanwhile.
+fn kept_alive(frames: mpsc::Receiver<Bytes>, silence: Duration) -> impl Stream<Item = Bytes> {
+    futures::stream::unfold(frames, move |mut frames| async move {
+        let next = match tokio::time::timeout(silence, frames.recv()).await {
+            Ok(next) => next?,
+            Err(_) => {
+                let mut comment = Frames::default();
+                comment.comment("still working");
+                comment.take().unwrap_or_default().into()
+            }
+        };
+        Some((next, frames))
+    })
 }
 
 /// A reply that streams.
@@ -357,4 +372,33 @@ pub(super) fn check_length(served: &Served, text: &str) -> Result<(), ApiError> 
         served.card.max_model_len
     );
     Err(ApiError::bad_value("input_text", message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn comments_break_silence_between_frames_and_end_with_them() {
+        let (sender, frames) = mpsc::channel(STREAM_DEPTH);
+        let work = async move {
+            for frame in ["data: 1\n\n", "data: 2\n\n"] {
+                sender.send(Bytes::from(frame)).await.unwrap();
+                // Tokens that make no frame.
+                for _ in 0..30 {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
+            sender.send(Bytes::from("data: [DONE]\n\n")).await.unwrap();
+        };
+        let sent = kept_alive(frames, Duration::from_millis(50)).collect::<Vec<_>>();
+        let (sent, ()) = futures::join!(sent, work);
+        let comment = |frame: &&Bytes| frame.starts_with(b": ");
+        assert!(sent.iter().filter(comment).all(|frame| frame == ": still working\n\n"));
+        let data: Vec<&Bytes> = sent.iter().filter(|frame| !comment(frame)).collect();
+        assert_eq!(data, ["data: 1\n\n", "data: 2\n\n", "data: [DONE]\n\n"]);
+        let silent = sent.split(|frame| !comment(&frame)).map(<[Bytes]>::len);
+        let silent: Vec<bool> = silent.map(|comments| comments == 0).collect();
+        assert_eq!(silent, [true, false, false, true]);
+    }
 }

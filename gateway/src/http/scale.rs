@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use actix_web::web::Payload;
 use actix_web::{HttpRequest, HttpResponse, web};
-use baton_proto::v1::{GetScaleRequest, ListScalesRequest, ScaleOperation, ScaleRequest};
+use baton_proto::v1::{GetScaleRequest, ScaleOperation, ScaleRequest};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 use utoipa::ToSchema;
 
 use super::{Shared, body};
-use crate::coordinators::ask;
+use crate::coordinators::{ask, scales};
 use crate::error::ApiError;
 
 /// Between two looks at the operation.
@@ -117,9 +117,8 @@ pub(super) async fn scale(
 pub(super) async fn is_scaling(shared: web::Data<Shared>) -> Result<HttpResponse, ApiError> {
     // Without coordinators nothing is changed.
     let scaling = !shared.registry.coordinators().is_empty() && {
-        let list = async |mut client: Client| client.list_scales(ListScalesRequest {}).await;
-        let listed = ask(&shared.registry, list).await.map_err(|status| refused(&status))?;
-        listed.operations.iter().any(|operation| operation.ended_ms == 0)
+        let operations = scales(&shared.registry).await.map_err(|status| refused(&status))?;
+        operations.iter().any(|operation| operation.ended_ms == 0)
     };
     Ok(HttpResponse::Ok().json(json!({"is_scaling_elastic_ep": scaling})))
 }

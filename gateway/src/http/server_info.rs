@@ -76,12 +76,25 @@ fn environment(variables: impl Iterator<Item = (String, String)>) -> Map<String,
             // The file that holds keys is none; BATON_KEY_… are limits of keys.
             let plain = name.ends_with("_FILE") || name.starts_with("BATON_KEY_");
             let hidden = !plain && secret.iter().any(|word| name.contains(word));
-            let value: Vec<String> = value.split(',').map(without_password).collect();
-            (name, if hidden { "***".into() } else { value.join(",").into() })
+            // Several URLs are etcd's alone: elsewhere a comma may be part of a password.
+            let value = match name.as_str() {
+                "BATON_ETCD" => value.split(',').map(bare).collect::<Vec<_>>().join(","),
+                _ => bare(&value),
+            };
+            (name, if hidden { "***".into() } else { value.into() })
         })
         .collect();
     shown.sort_by(|(a, _), (b, _)| a.cmp(b));
     shown.into_iter().collect()
+}
+
+/// A value without what a URL says of who logs in, which may be among its parameters too.
+fn bare(value: &str) -> String {
+    let shown = without_password(value);
+    match shown.split_once('?') {
+        Some((url, _)) if url.contains("://") => format!("{url}?***"),
+        _ => shown,
+    }
 }
 
 fn cluster(registry: &Registry) -> Value {
@@ -126,6 +139,7 @@ mod tests {
             ("BATON_ADMIN_KEY", "hush"),
             ("BATON_API_KEY_FILE", "/etc/keys"),
             ("BATON_DATABASE_URL", "postgres://user:hush@db/x"),
+            ("BATON_RESPONSES_STORE", "postgres://user:hu,sh-hush@db/x?password=hush"),
             ("BATON_ETCD", "http://a:2379,http://u:hush@b:2379"),
             ("BATON_KEY_MAX_CONCURRENT", "4"),
             ("AWS_SECRET", "hush"),

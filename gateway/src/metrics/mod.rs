@@ -47,12 +47,13 @@ const MIGRATED_KV: [&str; 3] = ["pulled", "cached", "computed"];
 const STATES: [&str; 3] = ["up", "draining", "down"];
 
 /// What the store of responses is asked to do.
-const STORE_OPERATIONS: [&str; 11] = [
+const STORE_OPERATIONS: [&str; 12] = [
     "append",
     "begin",
     "cancel",
     "conversation",
     "delete",
+    "expire",
     "finish",
     "follow",
     "get",

@@ -1,9 +1,9 @@
 //! What a model's text means: reasoning, content, tool calls.
 //!
-//! [`OutputParser`] reads an answer as it comes; [`parse_whole`] reads a finished one with the
-//! same machine, which takes one character at a time. So a stream and a whole answer cannot
-//! differ, wherever the text is cut, and the time is linear in the text. Reasoning ([`syntax`] has
-//! the syntaxes) comes first; what is behind it is read for calls.
+//! [`OutputParser`] reads an answer as it comes, one character at a time, and a finished one just
+//! so. A stream and a whole answer therefore cannot differ, wherever the text is cut, and the time
+//! is linear in the text. Reasoning ([`syntax`] has the syntaxes) comes first; what is behind it is
+//! read for calls.
 //!
 //! What was sent cannot be taken back, so one rule says what a broken call is:
 //!
@@ -274,7 +274,8 @@ impl Parsed {
 }
 
 /// Reads a finished answer.
-pub fn parse_whole(format: &OutputFormat, tools: &[ToolSchema], text: &str) -> Parsed {
+#[cfg(test)]
+fn parse_whole(format: &OutputFormat, tools: &[ToolSchema], text: &str) -> Parsed {
     let mut parser = OutputParser::new(format, tools);
     let mut parsed = Parsed::default();
     parsed.extend(parser.push(text));

@@ -25,6 +25,8 @@ const POOL: &str = "baton.v1.Worker/Pool";
 /// Tokens and texts of one call, unless a single text has more.
 const CALL_TOKENS: usize = 8 * 1024;
 const CALL_TEXTS: usize = 256;
+/// Bytes of all rows of a request that has one for each token: they are held until all are there.
+const MAX_ROWS: usize = 128 << 20;
 /// Calls of a request under way for each worker: one computes, the next waits in its queue.
 const CALLS_PER_WORKER: usize = 2;
 /// Failures after which a call is given up: it may be the texts that bring workers down.
@@ -78,7 +80,9 @@ pub async fn run(
 ) -> Result<Pooled, ApiError> {
     let count = inputs.len();
     let lengths: Vec<usize> = inputs.iter().map(|input| input.token_ids.len()).collect();
-    let calls = split(&lengths, call_tokens(job)?);
+    let row = row_bytes(job);
+    check_rows(&lengths, row)?;
+    let calls = split(&lengths, call_tokens(row));
     let alone = calls.len() == 1;
     let mut inputs = inputs.into_iter();
     let calls: Vec<Vec<PoolInput>> =
@@ -100,18 +104,36 @@ pub async fn run(
     Ok(pooled)
 }
 
-/// Tokens of one call: fewer where each brings a row of its own back, which must fit the message.
-fn call_tokens(job: &Job) -> Result<usize, ApiError> {
+/// Bytes of the row that each token brings back, where each has one of its own.
+fn row_bytes(job: &Job) -> Option<usize> {
     if !matches!(job.task, Task::TokenEmbed | Task::TokenClassify) {
-        return Ok(CALL_TOKENS);
+        return None;
     }
     let card = job.served.card.pooling.clone().unwrap_or_default();
     let width = match job.task {
         Task::TokenClassify => card.labels.len(),
         _ => card.dimensions as usize,
     };
-    let row = width.max(1) * size_of::<f32>();
-    Ok((MAX_MESSAGE_BYTES / 2 / row).clamp(1, CALL_TOKENS))
+    Some(width.max(1) * size_of::<f32>())
+}
+
+/// Tokens of one call: fewer where each brings a row back, which must fit the message.
+fn call_tokens(row: Option<usize>) -> usize {
+    row.map_or(CALL_TOKENS, |row| (MAX_MESSAGE_BYTES / 2 / row).clamp(1, CALL_TOKENS))
+}
+
+/// Refuses texts whose rows are more than the gateway holds for one request.
+fn check_rows(lengths: &[usize], row: Option<usize>) -> Result<(), ApiError> {
+    let Some(row) = row else { return Ok(()) };
+    let (tokens, most) = (lengths.iter().sum::<usize>(), MAX_ROWS / row);
+    if tokens <= most {
+        return Ok(());
+    }
+    let message = format!(
+        "`input` has {tokens} tokens, each of which has a row of {row} bytes in the reply; at most \
+         {most} tokens are taken in one request; send the texts in several."
+    );
+    Err(ApiError::bad_value("input", message))
 }
 
 /// Cuts texts of these lengths into calls.
@@ -141,7 +163,8 @@ async fn call(
     alone: bool,
 ) -> Result<PoolResponse, ApiError> {
     let count = inputs.len();
-    let tokens = inputs.iter().map(|input| input.token_ids.len()).sum();
+    let lengths = inputs.iter().map(|input| input.token_ids.len());
+    let (tokens, longest): (usize, usize) = (lengths.clone().sum(), lengths.max().unwrap_or(0));
     let mut request = PoolRequest {
         request_id: job.request_id.clone(),
         inputs,
@@ -151,14 +174,15 @@ async fn call(
         timeout_ms: 0,
         priority: job.priority,
     };
-    let begun = Instant::now();
+    // Since when nobody is there who could be asked.
+    let mut begun = Instant::now();
     let mut failures = 0;
     let mut failed: Vec<String> = Vec::new();
     loop {
         // Each worker is asked once in a round.
         let mut asked = failed.clone();
         let mut full = false;
-        while let Some(ticket) = registry.choose_pooling(&job.served, tokens, &asked) {
+        while let Some(ticket) = registry.choose_pooling(&job.served, (tokens, longest), &asked) {
             let left = job.deadline.saturating_duration_since(Instant::now());
             request.timeout_ms = left.as_millis().max(1) as u64;
             let record = &ticket.worker.record;
@@ -213,6 +237,7 @@ async fn call(
                 ));
             }
             failed.push(worker.record.id.clone());
+            begun = Instant::now();
             debug!(request_id = job.request_id, "asking another worker");
         }
         let patience = match full {
@@ -298,6 +323,19 @@ mod tests {
         assert!(sound(&answer(vec![output(&[1.0, f32::NAN])]), 1).is_err());
         assert!(sound(&answer(vec![output(&[f32::INFINITY, 0.0])]), 1).is_err());
         assert!(sound(&answer(vec![]), 1).is_err());
+    }
+
+    #[test]
+    fn more_rows_than_are_held_are_refused() {
+        let row = Some(1024);
+        let most = MAX_ROWS / 1024;
+        assert!(check_rows(&[most - 1, 1], row).is_ok());
+        let error = check_rows(&[most, 1], row).unwrap_err();
+        assert_eq!((error.field(), &error.body()["error"]["code"]), (Some("input"), &400.into()));
+        // A vector for each text.
+        assert!(check_rows(&[most, most], None).is_ok());
+        assert_eq!(call_tokens(None), CALL_TOKENS);
+        assert!(call_tokens(row) * 1024 <= MAX_MESSAGE_BYTES);
     }
 
     proptest! {

@@ -8,6 +8,8 @@ const STEP: f64 = 0.02;
 const LONG: f64 = 2.0;
 /// The most that a word usually takes, in seconds.
 const USUAL: f64 = 0.7;
+/// Punctuation outside of ASCII. Other signs are parts of words, as are the marks of many scripts.
+const PUNCTUATION: &str = "“”¿¡。，、．！？：；…「」『』《》（）।؟،";
 /// What ends a sentence.
 const ENDS: [&str; 6] = [".", "。", "!", "！", "?", "？"];
 
@@ -46,7 +48,7 @@ pub fn words(
         }
         let begins = !spaced || text.starts_with(' ') || is_punctuation(&text);
         match pieces.last_mut() {
-            Some((word, end)) if !begins && !is_punctuation(word) => {
+            Some((word, end)) if !begins => {
                 word.push_str(&text);
                 *end = to;
             }
@@ -95,7 +97,8 @@ fn shorten(words: &mut [Word]) {
 
 fn is_punctuation(text: &str) -> bool {
     let text = text.trim();
-    !text.is_empty() && !text.chars().any(char::is_alphanumeric)
+    let known = |it: char| it.is_ascii_punctuation() || PUNCTUATION.contains(it);
+    !text.is_empty() && text.chars().all(known)
 }
 
 fn hundredths(seconds: f64) -> f64 {
@@ -128,6 +131,19 @@ mod tests {
         let made = words(&tokens, &starts, (100.0, 30.0), "en", decode);
         let expected = [("Hello", 100.2, 100.6), ("world", 100.7, 101.2), ("it's", 101.3, 101.8)];
         assert_eq!(shown(&made), expected);
+    }
+
+    #[test]
+    fn marks_and_signs_belong_to_their_words() {
+        // The fourth is a mark that joins two letters.
+        let pieces = [" न", "म", "स", "्", "त", "े", "।", " $", "5", "!"];
+        let decode = |tokens: &[u32]| -> String {
+            tokens.iter().map(|&token| pieces[token as usize]).collect()
+        };
+        let tokens: Vec<u32> = (0..10).collect();
+        let starts: Vec<u32> = (0..=10).map(|i| i * 5).collect();
+        let made = words(&tokens, &starts, (0.0, 30.0), "hi", decode);
+        assert_eq!(shown(&made), [("नमस्ते", 0.0, 0.6), ("$5", 0.7, 0.9)]);
     }
 
     #[test]

@@ -344,13 +344,20 @@ impl Store {
         Ok(())
     }
 
-    /// Responses, at most `most`, whose gateway has not been heard of for some time.
-    pub async fn abandoned(&self, silent: Duration, most: i64) -> Result<Vec<String>, StoreError> {
+    /// Responses, at most `most`, whose gateway has not been heard of for some time. The one that
+    /// asks is there, whatever its heartbeat says.
+    pub async fn abandoned(
+        &self,
+        asking: &str,
+        silent: Duration,
+        most: i64,
+    ) -> Result<Vec<String>, StoreError> {
         let sql = "SELECT id FROM responses \
-                   WHERE owner IS NOT NULL AND heartbeat < $1 LIMIT $2";
+                   WHERE owner IS NOT NULL AND owner <> $1 AND heartbeat < $2 LIMIT $3";
         let before = self.now().await? - silent.as_secs() as i64;
-        let rows: Vec<(String,)> =
-            on!(self, pool => sqlx::query_as(sql).bind(before).bind(most).fetch_all(pool))?;
+        let rows: Vec<(String,)> = on!(self, pool => {
+            sqlx::query_as(sql).bind(asking).bind(before).bind(most).fetch_all(pool)
+        })?;
         Ok(rows.into_iter().map(|(id,)| id).collect())
     }
 

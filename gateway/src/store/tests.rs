@@ -83,14 +83,15 @@ async fn silent_gateways_are_found_by_their_heartbeat() {
     let store = &own.0;
     store.insert(&record("a", None, Some("g"))).await.unwrap();
     store.insert(&record("b", None, None)).await.unwrap();
-    assert!(store.abandoned(Duration::from_secs(5), 10).await.unwrap().is_empty());
+    assert!(store.abandoned("h", Duration::from_secs(5), 10).await.unwrap().is_empty());
     let now = store.now().await.unwrap();
     assert!(now.abs_diff(unix_seconds() as i64) < 5);
     tokio::time::sleep(Duration::from_millis(2100)).await;
     let silent = Duration::from_secs(1);
-    assert_eq!(store.abandoned(silent, 10).await.unwrap(), ["a"]);
+    assert_eq!(store.abandoned("h", silent, 10).await.unwrap(), ["a"]);
+    assert!(store.abandoned("g", silent, 10).await.unwrap().is_empty());
     store.beat("g").await.unwrap();
-    assert!(store.abandoned(silent, 10).await.unwrap().is_empty());
+    assert!(store.abandoned("h", silent, 10).await.unwrap().is_empty());
 }
 
 #[tokio::test]

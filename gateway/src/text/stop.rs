@@ -7,6 +7,8 @@ pub struct StopWatch {
     /// Whether the stop string itself is part of the output.
     include: bool,
     held: String,
+    /// Bytes at the beginning of `held` that may begin a stop string, but not end one.
+    exempt: usize,
 }
 
 /// What a piece of text led to.
@@ -21,7 +23,14 @@ pub enum Watched {
 impl StopWatch {
     /// Watches for `stops`, none of which is empty.
     pub fn new(stops: Vec<String>, include: bool) -> Self {
-        Self { stops, include, held: String::new() }
+        Self { stops, include, held: String::new(), exempt: 0 }
+    }
+
+    /// Adds text in which no stop string ends, though one may begin.
+    pub fn pass(&mut self, text: &str) -> String {
+        self.held.push_str(text);
+        self.exempt = self.held.len();
+        self.settle()
     }
 
     /// Adds text.
@@ -34,16 +43,28 @@ impl StopWatch {
         let found = self
             .stops
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at, stop)))
+            .filter_map(|stop| {
+                let first = (self.exempt + 1).saturating_sub(stop.len());
+                let first = self.held.ceil_char_boundary(first);
+                let at = first + self.held[first..].find(stop.as_str())?;
+                Some((at + stop.len(), at, stop))
+            })
             .min_by_key(|&(end, at, _)| (end, at));
         if let Some((end, at, stop)) = found {
             let stop = stop.clone();
             self.held.truncate(if self.include { end } else { at });
             return Watched::Stopped(std::mem::take(&mut self.held), stop);
         }
+        Watched::Text(self.settle())
+    }
+
+    /// Takes out what no stop string can begin in.
+    fn settle(&mut self) -> String {
         let keep = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        Watched::Text(std::mem::replace(&mut self.held, rest))
+        let settled = std::mem::replace(&mut self.held, rest);
+        self.exempt = self.exempt.saturating_sub(settled.len());
+        settled
     }
 
     /// What was held back, when no more text follows.
@@ -105,5 +126,16 @@ mod tests {
         assert_eq!(watch.push("N"), Watched::Text(String::new()));
         assert_eq!(watch.push("x"), Watched::Text("ENx".into()));
         assert_eq!(watch.push("END more"), Watched::Stopped(String::new(), "END".into()));
+    }
+
+    #[test]
+    fn a_stop_may_begin_where_none_may_end() {
+        let mut watch = StopWatch::new(vec!["ab".into(), "é!".into()], false);
+        assert_eq!(watch.pass("ab xa"), "ab x");
+        assert_eq!(watch.pass("é"), "a");
+        assert_eq!(watch.push("! more"), Watched::Stopped(String::new(), "é!".into()));
+        let mut watch = StopWatch::new(vec!["aa".into()], false);
+        assert_eq!(watch.pass("aaa"), "aa");
+        assert_eq!(watch.push("ab"), Watched::Stopped(String::new(), "aa".into()));
     }
 }

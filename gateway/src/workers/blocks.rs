@@ -46,7 +46,10 @@ async fn listen(
         }
         share.remove(BlockHash::read_all(&changes.removed));
         share.store(BlockHash::read_all(&changes.stored));
-        worker.tells_blocks.store(true, Relaxed);
+        if !worker.tells_blocks.swap(true, Relaxed) {
+            // Nobody need guess.
+            *worker.prefixes.lock() = None;
+        }
         *wait = RETRY.0;
     }
     Err(Status::unavailable("the worker closed the stream"))

@@ -136,7 +136,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
             registry.adapters_changed.notify_one();
         }
         let mut prefixes = worker.prefixes.lock();
-        if prefixes.is_none() {
+        if prefixes.is_none() && !worker.tells_blocks.load(Relaxed) {
             let blocks = usize::try_from(status.kv_blocks_total).unwrap_or(DEFAULT_PREFIXES);
             *prefixes = Some(PrefixIndex::new(blocks.max(1)));
         }

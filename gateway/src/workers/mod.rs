@@ -45,7 +45,8 @@ pub use tasks::Lack;
 
 /// How long a worker that refused for want of room is passed over.
 const FULL_FOR: Duration = Duration::from_millis(250);
-/// Addresses of KV blocks that are kept in mind, of all workers together: some 300 MB at most.
+/// Addresses of KV blocks that are kept in mind, of all workers together: some 300 MB at most, and
+/// 32 bytes for each worker more that has one.
 const MAX_INDEXED: usize = 4_000_000;
 
 /// A worker process.
@@ -354,7 +355,10 @@ impl Registry {
             let record = &worker.record;
             record.role.generates() && !avoid.contains(&record.id) && fits(worker)
         })?;
-        if let Some(prefixes) = &mut *ticket.worker.prefixes.lock() {
+        let worker = &ticket.worker;
+        if !worker.tells_blocks.load(Relaxed)
+            && let Some(prefixes) = &mut *worker.prefixes.lock()
+        {
             prefixes.insert(hashes);
         }
         Some(ticket)

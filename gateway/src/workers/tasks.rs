@@ -62,16 +62,21 @@ impl Registry {
         }
     }
 
-    /// Chooses the worker that computes texts of `tokens` in all: the least loaded one. `None`
-    /// when nobody answers but instances in `avoid`.
+    /// Chooses the worker that computes texts of `tokens` in all, and `longest` at most:
+    /// the least loaded one. `None` when nobody answers that takes it but instances in `avoid`.
     pub fn choose_pooling(
         &self,
         served: &Served,
-        tokens: usize,
+        (tokens, longest): (usize, usize),
         avoid: &[String],
     ) -> Option<Ticket> {
+        // Workers of a model may have been given different lengths.
+        let fits = |worker: &Worker| {
+            worker.served().is_some_and(|served| served.card.max_model_len as usize >= longest)
+        };
         self.choose(served, tokens, &[], &self.turns[2], |worker| {
-            worker.record.role == InstanceRole::Pooling && !avoid.contains(&worker.record.id)
+            let record = &worker.record;
+            record.role == InstanceRole::Pooling && !avoid.contains(&record.id) && fits(worker)
         })
     }
 

@@ -96,8 +96,12 @@ impl PoolingFields {
             Some(-1) => most,
             Some(n) => in_range(field, Some(n), 0, -1..=most)?,
         };
-        let left = self.truncation_side == Some(TruncationSide::Left);
-        Ok(Some(Cut { keep: keep as usize, left }))
+        Ok(Some(Cut { keep: keep as usize, left: self.left() }))
+    }
+
+    /// Whether texts that are cut lose their beginning.
+    pub fn left(&self) -> bool {
+        self.truncation_side == Some(TruncationSide::Left)
     }
 
     /// Whether values go through the model's activation, as far as these fields say.
@@ -248,6 +252,9 @@ mod tests {
         assert_eq!(cut(all).unwrap(), Some(Cut { keep: 256, left: false }));
         let some = json!({"truncate_prompt_tokens": 5, "truncation_side": "left"});
         assert_eq!(cut(some).unwrap(), Some(Cut { keep: 5, left: true }));
+        let side = |fields: Value| serde_json::from_value::<PoolingFields>(fields).unwrap().left();
+        assert!(side(json!({"truncation_side": "left"})));
+        assert!(!side(json!({"truncation_side": "right"})) && !side(json!({})));
         for bad in [-2, 257] {
             let error = cut(json!({"truncate_prompt_tokens": bad})).unwrap_err();
             assert_eq!(error.field(), Some("truncate_prompt_tokens"));

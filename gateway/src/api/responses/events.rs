@@ -83,11 +83,6 @@ impl Writer {
         std::mem::take(&mut self.events)
     }
 
-    /// The number of the next event.
-    pub fn next_number(&self) -> u64 {
-        self.number
-    }
-
     /// The response is there.
     pub fn created(&mut self) {
         self.tell("response.created");

@@ -223,11 +223,6 @@ impl ResponsesFields {
         self.request_id.clone().unwrap_or_else(|| items::new_id("resp"))
     }
 
-    /// Whether the id is the client's.
-    pub fn has_own_id(&self) -> bool {
-        self.request_id.is_some()
-    }
-
     /// Whether the client wants the response to be kept.
     pub fn store(&self) -> bool {
         self.store.unwrap_or(true)

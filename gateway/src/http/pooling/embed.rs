@@ -70,7 +70,7 @@ pub(in super::super) async fn answer_embeddings(
     let dimensions = embed.dimensions(&work.served.card)?;
     let (inputs, special) = work.inputs(&mut body)?;
     let (format, binary) = encoding.or(&embed).encoding(inputs.prompts.len())?;
-    let all = Cut { keep: work.bound.0, left: false };
+    let all = Cut { keep: work.bound.0, left: fields.left() };
     let cut = work.bound.1.or(embed.truncate.unwrap_or(false).then_some(all));
     let activate = fields.activate().or(embed.normalize()).unwrap_or(true);
     let inputs = work.sequences(inputs, special, cut).await?;

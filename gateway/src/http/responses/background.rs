@@ -23,20 +23,24 @@ use crate::api::responses::events::Event;
 use crate::api::responses::object::{ResponseObject, Status};
 use crate::api::responses::request::reworded;
 use crate::error::ApiError;
+use crate::quota::Permit;
 use crate::store::{self, Store, StoreError};
 
 /// How often the store is asked whether running responses were ended elsewhere.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// Looks between heartbeats, between searches for silent gateways, and between deletions.
+/// Looks between heartbeats, and between searches for silent gateways.
 const BEAT: u64 = 4;
 const SEARCH: u64 = 10;
-const EXPIRE: u64 = 120;
-/// Batches of expired responses that are deleted at a time.
-const EXPIRE_BATCHES: usize = 10;
-/// How long a gateway may be silent before its responses are given up.
+/// How long a gateway may be silent before its responses are given up. The store must have
+/// answered for as long: when it was away, all have been silent.
 const SILENT: Duration = Duration::from_secs(15);
-/// Responses that one search, or one deletion, takes.
+/// Responses that one search takes.
 const BATCH: i64 = 200;
+/// How often expired responses are deleted, how many at once, and how long others may write in
+/// between.
+const EXPIRE_EVERY: Duration = Duration::from_secs(60);
+const EXPIRE_BATCH: i64 = 100;
+const EXPIRE_PAUSE: Duration = Duration::from_millis(100);
 /// How often a response that is queued looks for a worker.
 const START_EVERY: Duration = Duration::from_millis(500);
 /// How long events wait for others, and how many go at once.
@@ -130,6 +134,8 @@ struct Seat {
     shared: Arc<Shared>,
     id: String,
     running: Arc<Running>,
+    /// Its place in its client's quota, which the reply does not hold for long enough.
+    _permit: Option<Permit>,
 }
 
 impl Seat {
@@ -155,9 +161,10 @@ pub(super) async fn start(
     shared: &Arc<Shared>,
     ready: Ready,
     order: Order,
+    permit: Option<Permit>,
 ) -> Result<(), ApiError> {
     let running = shared.responses.background.enter(&ready.id)?;
-    let seat = Seat { shared: shared.clone(), id: ready.id.clone(), running };
+    let seat = Seat { shared: shared.clone(), id: ready.id.clone(), running, _permit: permit };
     let (tell, told) = oneshot::channel();
     actix_web::rt::spawn(generate(seat, ready, order, tell).in_current_span());
     told.await.unwrap_or_else(|_| Err(ApiError::internal("The response was not begun.")))
@@ -310,17 +317,9 @@ impl Sink for Log<'_> {
 impl Responses {
     /// Looks after the store, for as long as the gateway runs.
     pub async fn tend(shared: Arc<Shared>) {
-        let Self { store, background } = &shared.responses;
-        let Some(store) = store else { return };
-        let mut interval = tokio::time::interval(LOOK_EVERY);
-        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        for look in 0.. {
-            interval.tick().await;
-            if background.stopped.load(Relaxed) {
-                return;
-            }
-            // Logged and counted; the next look may do better.
-            let _ = failed(&shared, store, "tend", look_after(background, store, look).await);
+        if let Some(store) = &shared.responses.store {
+            // Side by side: however much there is to delete, this gateway is heard of in time.
+            tokio::join!(watch_over(&shared, store), expire(&shared, store));
         }
     }
 
@@ -342,40 +341,81 @@ impl Responses {
     }
 }
 
-async fn look_after(background: &Background, store: &Store, look: u64) -> Result<(), StoreError> {
-    let before = background.ids(true);
-    if !before.is_empty() || look.is_multiple_of(SEARCH) {
-        let alive = store.alive(&background.owner).await?;
-        for id in before.iter().filter(|id| !alive.contains(id)) {
-            background.end(id, Cause::Elsewhere);
+/// Looks after the responses of this gateway, and those of gateways that are gone.
+async fn watch_over(shared: &Shared, store: &Store) {
+    let background = &shared.responses.background;
+    let mut interval = tokio::time::interval(LOOK_EVERY);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Since when the store has answered, as far as this gateway knows.
+    let mut answers: Option<Instant> = None;
+    for look in 0.. {
+        interval.tick().await;
+        if background.stopped.load(Relaxed) {
+            return;
         }
-        let now = background.ids(false);
-        // The store was away when it ended.
-        for id in alive.iter().filter(|id| !now.contains(id)) {
-            lose(store, id, "The response has ended, but could not be kept; ask again.").await?;
-        }
-        if look.is_multiple_of(BEAT) {
-            store.beat(&background.owner).await?;
+        let looked = look_after(background, store, look, answers).await;
+        // Logged and counted; the next look may do better.
+        match failed(shared, store, "tend", looked) {
+            Err(_) => answers = None,
+            // Of a gateway without responses, the other looks do not reach the store.
+            Ok(()) if look.is_multiple_of(SEARCH) => answers = answers.or(Some(Instant::now())),
+            Ok(()) => {}
         }
     }
-    if look.is_multiple_of(SEARCH) {
-        for id in store.abandoned(SILENT, BATCH).await? {
+}
+
+async fn look_after(
+    background: &Background,
+    store: &Store,
+    look: u64,
+    answers: Option<Instant>,
+) -> Result<(), StoreError> {
+    let search = look.is_multiple_of(SEARCH);
+    let before = background.ids(true);
+    if before.is_empty() && !search {
+        return Ok(());
+    }
+    // First of all: others may be about to search, and a store that was away has old heartbeats.
+    if search || look.is_multiple_of(BEAT) || answers.is_none() {
+        store.beat(&background.owner).await?;
+    }
+    let alive = store.alive(&background.owner).await?;
+    for id in before.iter().filter(|id| !alive.contains(id)) {
+        background.end(id, Cause::Elsewhere);
+    }
+    let now = background.ids(false);
+    // The store was away when it ended.
+    for id in alive.iter().filter(|id| !now.contains(id)) {
+        lose(store, id, "The response has ended, but could not be kept; ask again.").await?;
+    }
+    if search && answers.is_some_and(|since| since.elapsed() >= SILENT) {
+        for id in store.abandoned(&background.owner, SILENT, BATCH).await? {
             tracing::warn!(id, "a response was left by its gateway");
             let message = "The server that generated the response stopped unexpectedly; ask again.";
             lose(store, &id, message).await?;
         }
     }
-    if look % EXPIRE == SEARCH {
-        // Not all at once: our own are looked after by the same task.
-        for _ in 0..EXPIRE_BATCHES {
-            if store.expire(BATCH).await? < BATCH as u64 {
+    Ok(())
+}
+
+/// Deletes responses whose time is over.
+async fn expire(shared: &Shared, store: &Store) {
+    let mut interval = tokio::time::interval(EXPIRE_EVERY);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        loop {
+            if shared.responses.background.stopped.load(Relaxed) {
+                return;
+            }
+            // A failure is logged and counted; the next minute may do better.
+            let deleted = failed(shared, store, "expire", store.expire(EXPIRE_BATCH).await);
+            if !deleted.is_ok_and(|count| count >= EXPIRE_BATCH as u64) {
                 break;
             }
-            // Others want to write, too.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(EXPIRE_PAUSE).await;
         }
     }
-    Ok(())
 }
 
 /// Marks a response failed that nobody generates.
@@ -385,4 +425,55 @@ async fn lose(store: &Store, id: &str, message: &str) -> Result<(), StoreError> 
     response.fail(&ApiError::unavailable(message));
     store.finish(id, Status::Failed.as_str(), &response.text(), &[]).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::SqlitePool;
+
+    use super::*;
+    use crate::api::envelope::unix_seconds;
+    use crate::store::{Place, Record};
+
+    #[tokio::test]
+    async fn nobody_is_given_up_before_the_store_has_answered_for_a_while() {
+        let folder = std::env::temp_dir().join(format!("baton-watch-{}", std::process::id()));
+        let file = folder.join("responses.db");
+        let store = Store::open(&Place::Sqlite(Some(file.clone())), 60).await.unwrap().unwrap();
+        let background = Background::new(2);
+        background.enter("own").unwrap().stored.store(true, Relaxed);
+        for (id, owner) in [("own", background.owner.as_str()), ("other", "another gateway")] {
+            let record = Record {
+                id: id.into(),
+                created: unix_seconds(),
+                status: Status::Queued.as_str(),
+                owner: Some(owner.into()),
+                streamed: false,
+                key: String::new(),
+                previous: None,
+                body: "{}".into(),
+                input: "[]".into(),
+            };
+            assert!(store.insert(&record).await.unwrap());
+        }
+        // As after an outage.
+        let pool = SqlitePool::connect(&format!("sqlite:{}", file.display())).await.unwrap();
+        sqlx::query("UPDATE responses SET heartbeat = 0").execute(&pool).await.unwrap();
+        for answers in [None, Some(Instant::now())] {
+            look_after(&background, &store, SEARCH, answers).await.unwrap();
+            assert_eq!(store.status("other").await.unwrap().unwrap(), "queued");
+        }
+        // This gateway beats at the first look, so that no other takes it for dead.
+        let silent = store.abandoned("a third one", SILENT, BATCH).await.unwrap();
+        assert_eq!(silent, ["other"]);
+        let long_ago = Instant::now().checked_sub(SILENT);
+        look_after(&background, &store, SEARCH + 1, long_ago).await.unwrap();
+        assert_eq!(store.status("other").await.unwrap().unwrap(), "queued");
+        look_after(&background, &store, SEARCH, long_ago).await.unwrap();
+        assert_eq!(store.status("other").await.unwrap().unwrap(), "failed");
+        assert_eq!(store.status("own").await.unwrap().unwrap(), "queued");
+        pool.close().await;
+        store.close().await;
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix_web::web::Bytes;
 use futures::Stream;
@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::super::Shared;
 use super::super::connection::Connection;
 use super::super::frames::Frames;
-use super::super::generation::{SILENCE, written};
+use super::super::generation::written;
 use super::super::load::Place;
 use super::failed;
 use crate::api::responses::object::Status;
@@ -47,7 +47,6 @@ pub(super) fn follow(
 async fn replay(shared: &Shared, id: &str, mut last: i64, sender: &mpsc::Sender<Bytes>) {
     let Some(store) = &shared.responses.store else { return };
     let mut frames = Frames::default();
-    let mut sent = Instant::now();
     loop {
         // Before the store is read: what is written meanwhile is not missed.
         let local = shared.responses.background.watch(id);
@@ -64,14 +63,10 @@ async fn replay(shared: &Shared, id: &str, mut last: i64, sender: &mpsc::Sender<
             frames.event("error", &event);
             Step::Over
         });
-        if sent.elapsed() >= SILENCE {
-            frames.comment("still working");
-        }
-        if let Some(text) = frames.take() {
-            if sender.send(text.into()).await.is_err() {
-                return;
-            }
-            sent = Instant::now();
+        if let Some(text) = frames.take()
+            && sender.send(text.into()).await.is_err()
+        {
+            return;
         }
         match over {
             Step::Over => return,

@@ -37,6 +37,7 @@ use crate::api::usage::{Budget, room};
 use crate::api::{Body, schema};
 use crate::auth::Admitted;
 use crate::error::ApiError;
+use crate::quota::Permit;
 use crate::store::{MAX_CONVERSATION, MAX_TURNS, Record, Store, StoreError, Stored};
 use crate::trace::Trace;
 
@@ -114,7 +115,8 @@ pub(super) async fn create(
     let key = owner(&request);
     let (ready, order) = prepare(&shared, &fields, &body, key, arrived, place, trace).await?;
     if fields.background() {
-        return in_background(shared, ready, order, &body, client).await;
+        let permit = request.extensions().get::<Permit>().cloned();
+        return in_background(shared, ready, order, &body, client, permit).await;
     }
     if ready.stores {
         let store = shared.responses.store(&ready.id)?;
@@ -211,11 +213,12 @@ async fn in_background(
     order: Order,
     body: &Body,
     client: Option<Connection>,
+    permit: Option<Permit>,
 ) -> Result<HttpResponse, ApiError> {
     let (id, streams) = (ready.id.clone(), ready.streams);
     let queued = ready.reader.writer.response.json();
     let place = if streams { Some(shared.load.enter()?) } else { None };
-    background::start(&shared, ready, order).await?;
+    background::start(&shared, ready, order, permit).await?;
     let mut response = HttpResponse::Ok();
     body::warn_of_unknown(body, &mut response);
     if let Some(place) = place {

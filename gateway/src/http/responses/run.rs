@@ -14,9 +14,7 @@ use tokio::sync::mpsc;
 use super::super::call::Call;
 use super::super::connection::Connection;
 use super::super::frames::Frames;
-use super::super::generation::{
-    LAST_WORDS, Order, SILENCE, Single, streaming, unless_gone, written,
-};
+use super::super::generation::{LAST_WORDS, Order, Single, streaming, unless_gone, written};
 use super::super::{Shared, body};
 use super::{Ready, failed};
 use crate::api::Body;
@@ -46,9 +44,13 @@ pub(super) trait Sink {
     /// Takes the next events.
     async fn send(&mut self, events: Vec<Event>) -> Result<(), ApiError>;
     /// How long it is content without any.
-    fn patience(&self) -> Duration;
+    fn patience(&self) -> Duration {
+        Duration::MAX
+    }
     /// Its patience is over.
-    async fn idle(&mut self) -> Result<(), ApiError>;
+    async fn idle(&mut self) -> Result<(), ApiError> {
+        pending().await
+    }
 }
 
 impl Reader {
@@ -169,13 +171,13 @@ fn stream(
 ) -> impl Stream<Item = Result<Bytes, actix_web::Error>> {
     let until = Some(answer.deadline + LAST_WORDS);
     written(client, until, async move |sender| {
-        let mut wire = Wire { sender, frames: Frames::default() };
+        let mut wire = Wire(sender);
         let work = async {
             ready.reader.writer.created();
             ready.reader.writer.in_progress();
             wire.send(ready.reader.writer.take()).await?;
             if let Err(error) = ready.reader.read(&mut answer, &mut wire).await {
-                if wire.sender.is_closed() {
+                if wire.0.is_closed() {
                     return Err(error);
                 }
                 ready.reader.fail(&error);
@@ -191,42 +193,19 @@ fn stream(
     })
 }
 
-/// An event under its type's name.
-pub(super) fn frame(frames: &mut Frames, event: &Event) {
-    frames.event(event.kind, &event.json());
-}
-
 /// A client's stream.
-struct Wire {
-    sender: mpsc::Sender<Bytes>,
-    frames: Frames,
-}
-
-impl Wire {
-    async fn flush(&mut self) -> Result<(), ApiError> {
-        match self.frames.take() {
-            None => Ok(()),
-            Some(text) => {
-                let sent = self.sender.send(text.into()).await;
-                sent.map_err(|_| ApiError::client_gone())
-            }
-        }
-    }
-}
+struct Wire(mpsc::Sender<Bytes>);
 
 impl Sink for Wire {
     async fn send(&mut self, events: Vec<Event>) -> Result<(), ApiError> {
-        events.iter().for_each(|event| frame(&mut self.frames, event));
-        self.flush().await
-    }
-
-    fn patience(&self) -> Duration {
-        SILENCE
-    }
-
-    async fn idle(&mut self) -> Result<(), ApiError> {
-        self.frames.comment("still working");
-        self.flush().await
+        let mut frames = Frames::default();
+        for event in events {
+            // Under its type's name.
+            frames.event(event.kind, &event.json());
+        }
+        let Some(text) = frames.take() else { return Ok(()) };
+        let sent = self.0.send(text.into()).await;
+        sent.map_err(|_| ApiError::client_gone())
     }
 }
 
@@ -236,13 +215,5 @@ struct Nowhere;
 impl Sink for Nowhere {
     async fn send(&mut self, _events: Vec<Event>) -> Result<(), ApiError> {
         Ok(())
-    }
-
-    fn patience(&self) -> Duration {
-        Duration::MAX
-    }
-
-    async fn idle(&mut self) -> Result<(), ApiError> {
-        pending().await
     }
 }
