@@ -325,8 +325,12 @@ async fn a_gateway_that_drains_takes_no_new_requests(kind: Kind) {
         if status == 503 { Ok(()) } else { Err(status.to_string()) }
     })
     .await;
-    // Its stream alone.
-    assert_eq!(draining.answers("POST", PATH, "200").await, 1.0);
+    // Its stream alone, which may not have begun when it was told to drain.
+    eventually("its stream has begun", SOON, async || {
+        let answers = draining.answers("POST", PATH, "200").await;
+        if answers == 1.0 { Ok(()) } else { Err(answers.to_string()) }
+    })
+    .await;
     front.all_are_answered(10).await;
     assert_eq!(draining.answers("POST", PATH, "200").await, 1.0);
     assert_eq!(draining.load().await, 1, "its stream is still open");

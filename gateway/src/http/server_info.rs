@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(shown["BATON_API_KEY_FILE"], "/etc/keys");
         assert_eq!(shown["BATON_ETCD"], "http://a:2379,http://***@b:2379");
         assert_eq!(shown["BATON_KEY_MAX_CONCURRENT"], "4");
-        assert_eq!(shown.as_object().unwrap().len(), 7, "{shown}");
+        assert_eq!(shown.as_object().unwrap().len(), 8, "{shown}");
     }
 
     #[test]
