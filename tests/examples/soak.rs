@@ -18,8 +18,9 @@ use serde_json::json;
 
 /// Clients that fill the cluster, to see what it can do, and for how long.
 const FILL: (usize, Duration) = (16, Duration::from_secs(30));
-/// How long each gateway alone has as many.
-const WARMING: Duration = Duration::from_secs(15);
+/// Clients that each gateway alone has before, and for how long: requests that come however it goes
+/// are as many at a time now and then, when the machine is slow for a while.
+const WARMING: (usize, Duration) = (64, Duration::from_secs(30));
 /// Between two samples.
 const SAMPLE_EVERY: Duration = Duration::from_secs(10);
 /// Of the time, the part after which caches are full: growth is counted from there.
@@ -56,11 +57,11 @@ struct Sample {
 async fn main() -> ExitCode {
     let args = Args::parse();
     let bed = Bed::start(Needs::default()).await;
-    // A gateway's threads keep what the most requests at a time have needed: each has had them
+    // Gateways and workers keep what the most requests at a time have needed: they have had them
     // before growth is counted.
     for gateway in &bed.gateways {
-        let warming = Traffic::learn(&gateway.address).await.clients(FILL.0, 0..1);
-        tokio::time::sleep(WARMING).await;
+        let warming = Traffic::learn(&gateway.address).await.clients(WARMING.0, 0..1);
+        tokio::time::sleep(WARMING.1).await;
         warming.stop().await;
     }
     let filling = Traffic::learn(bed.url()).await.clients(FILL.0, 0..1);
