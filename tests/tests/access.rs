@@ -219,15 +219,29 @@ async fn without_keys_the_rate_is_an_address_s() {
     cluster.finish().await;
 }
 
-#[tokio::test]
-async fn a_stream_holds_its_key_s_place_until_its_client_leaves() {
-    let cluster = Cluster::builder()
+/// Two keys, each for one request at a time.
+async fn one_at_a_time() -> Cluster {
+    Cluster::builder()
         .unified(1)
         .api_key("a")
         .api_key("b")
         .gateway_arg("--key-max-concurrent", "1")
         .start()
-        .await;
+        .await
+}
+
+/// Waits until the key's place is free.
+async fn frees(api: &Api, within: Duration) {
+    eventually("the place is free", within, async || {
+        let status = api.get("/v1/models").await.status;
+        if status == 200 { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stream_holds_its_key_s_place_until_its_client_leaves() {
+    let cluster = one_at_a_time().await;
     let long = json!({
         "model": MODEL_NAME, "prompt": "One two", "max_tokens": 4000, "ignore_eos": true,
         "stream": true,
@@ -240,42 +254,21 @@ async fn a_stream_holds_its_key_s_place_until_its_client_leaves() {
     assert_eq!(reply.header("retry-after"), "1");
     cluster.api.with_key(Some("b")).get("/v1/models").await.ok();
     drop(stream);
-    eventually("the place is free", Duration::from_secs(5), async || {
-        let status = cluster.api.get("/v1/models").await.status;
-        if status == 200 { Ok(()) } else { Err(status.to_string()) }
-    })
-    .await;
+    frees(&cluster.api, Duration::from_secs(5)).await;
     // A stream that ends by itself gives its place back too.
     let short = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 2, "stream": true});
     for _ in 0..3 {
         cluster.api.stream("/v1/completions", &short).await.collect().await;
-        eventually("the place is free", Duration::from_secs(5), async || {
-            let status = cluster.api.get("/v1/models").await.status;
-            if status == 200 { Ok(()) } else { Err(status.to_string()) }
-        })
-        .await;
+        frees(&cluster.api, Duration::from_secs(5)).await;
     }
     cluster.finish().await;
 }
 
 #[tokio::test]
 async fn a_response_in_the_background_holds_its_key_s_place_until_it_ends() {
-    let cluster = Cluster::builder()
-        .unified(1)
-        .api_key("a")
-        .api_key("b")
-        .gateway_arg("--key-max-concurrent", "1")
-        .start()
-        .await;
+    let cluster = one_at_a_time().await;
     let api = &cluster.api;
     let path = "/v1/responses";
-    let free = async || {
-        eventually("the place is free", Duration::from_secs(30), async || {
-            let status = api.get("/v1/models").await.status;
-            if status == 200 { Ok(()) } else { Err(status.to_string()) }
-        })
-        .await;
-    };
     let long = json!({
         "model": MODEL_NAME, "input": "Count to a thousand.", "max_output_tokens": 1800,
         "ignore_eos": true, "background": true,
@@ -292,14 +285,14 @@ async fn a_response_in_the_background_holds_its_key_s_place_until_it_ends() {
     let cancel = format!("{there}/cancel");
     let cancelled = api.send(Method::POST, &cancel, None, "").await.expect("a reply");
     assert_eq!(cancelled.ok()["status"], "cancelled");
-    free().await;
+    frees(api, Duration::from_secs(30)).await;
     // One that ends by itself gives its place back too.
     let short = json!({
         "model": MODEL_NAME, "input": "One", "max_output_tokens": 2, "background": true,
     });
     for _ in 0..3 {
         api.ok(path, &short).await;
-        free().await;
+        frees(api, Duration::from_secs(30)).await;
     }
     cluster.finish().await;
 }

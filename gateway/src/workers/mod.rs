@@ -130,6 +130,12 @@ impl Worker {
         self.alive.load(Relaxed)
     }
 
+    /// Whether it takes sequences of so many tokens: workers of a model may have been given
+    /// different lengths.
+    fn takes(&self, tokens: usize) -> bool {
+        self.served().is_some_and(|served| served.card.max_model_len as usize >= tokens)
+    }
+
     /// Takes the worker out of routing until it answers again.
     pub fn mark_down(&self) {
         self.alive.store(false, Relaxed);
@@ -347,13 +353,9 @@ impl Registry {
         hashes: &[BlockHash],
         avoid: &[String],
     ) -> Option<Ticket> {
-        // Workers of a model may have been given different lengths.
-        let fits = |worker: &Worker| {
-            worker.served().is_some_and(|served| served.card.max_model_len as usize >= tokens)
-        };
         let ticket = self.choose(served, missing, hashes, &self.turns[0], |worker| {
             let record = &worker.record;
-            record.role.generates() && !avoid.contains(&record.id) && fits(worker)
+            record.role.generates() && !avoid.contains(&record.id) && worker.takes(tokens)
         })?;
         let worker = &ticket.worker;
         if !worker.tells_blocks.load(Relaxed)

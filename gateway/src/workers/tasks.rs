@@ -70,13 +70,10 @@ impl Registry {
         (tokens, longest): (usize, usize),
         avoid: &[String],
     ) -> Option<Ticket> {
-        // Workers of a model may have been given different lengths.
-        let fits = |worker: &Worker| {
-            worker.served().is_some_and(|served| served.card.max_model_len as usize >= longest)
-        };
         self.choose(served, tokens, &[], &self.turns[2], |worker| {
             let record = &worker.record;
-            record.role == InstanceRole::Pooling && !avoid.contains(&record.id) && fits(worker)
+            let pools = record.role == InstanceRole::Pooling;
+            pools && !avoid.contains(&record.id) && worker.takes(longest)
         })
     }
 

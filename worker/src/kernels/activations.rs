@@ -29,6 +29,17 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// What tells the results of weights from those with another rounding, behind their digest:
+    /// workers of one digest must compute the same.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Sixteen => "",
+            Self::Eight => "-a8",
+            Self::Float => "-float",
+            Self::BFloat16 => "-bf16",
+        }
+    }
+
     /// The largest magnitude after scaling; `None` when nothing is rounded.
     fn largest(self) -> Option<f32> {
         match self {

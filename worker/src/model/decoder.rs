@@ -51,18 +51,11 @@ pub fn load(path: &Path, threads: usize, activations: Precision) -> Result<Loade
         });
     }
     let checkpoint = checkpoint::open(path)?;
-    // Workers of one digest must compute the same.
-    let rounding = match activations {
-        Precision::Sixteen => "",
-        Precision::Eight => "-a8",
-        Precision::Float => "-float",
-        Precision::BFloat16 => "-bf16",
-    };
     Ok(LoadedModel {
         model: Box::new(Decoder::new(&*checkpoint, threads, activations)?),
         eos_token_ids: checkpoint.eos_token_ids()?,
         tokenizer: checkpoint.tokenizer()?,
-        weights_digest: checkpoint.digest() + rounding,
+        weights_digest: checkpoint.digest() + activations.suffix(),
         speech: None,
     })
 }

@@ -203,21 +203,14 @@ fn load_decoder(
     let most = (options.max_batch_tokens * Causal::BLOCK_SIZE).max(max_tokens);
     let mut encoder = Causal::new(decoder, most)
         .map_err(|error| files.unsupported(format!("cannot map the KV pool: {error}")))?;
-    // As in `model::load`.
-    let rounding = match options.activations {
-        Precision::Sixteen => "",
-        Precision::Eight => "-a8",
-        Precision::Float => "-float",
-        Precision::BFloat16 => "-bf16",
-    };
-    let weights_digest = digest(&files.digest(), modules.hasher.clone(), &head) + rounding;
+    let weights_digest = digest(&files.digest(), modules.hasher.clone(), &head);
     add_modules(path, &mut head, modules, encoder.threads())?;
     Ok(Loaded {
         card: card(&head),
         architecture: config.architecture.clone(),
         tokenizer: files.tokenizer()?,
         eos_token_ids: files.eos_token_ids()?,
-        weights_digest,
+        weights_digest: weights_digest + options.activations.suffix(),
         model: Model {
             encoder: Box::new(encoder),
             head,
