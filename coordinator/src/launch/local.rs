@@ -109,7 +109,9 @@ impl LocalProcesses {
     pub fn start(&self, fence: Option<i64>, spec: &WorkerSpec) -> Result<(), LaunchError> {
         let template = self.template(spec.pool, &spec.model)?;
         let _lock = self.lock()?;
-        fence.map_or(Ok(()), |fence| self.check(fence))?;
+        if let Some(fence) = fence {
+            self.check(fence)?;
+        }
         let dir = self.dir(&spec.name);
         if !dir.join("command.json").exists() {
             let log = self.settings.logs.join(format!("{}.log", spec.name));

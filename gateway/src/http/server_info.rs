@@ -4,7 +4,7 @@
 //! is an operator's business all the same, and guarded as such.
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use baton_membership::config::without_password;
+use baton_membership::config::without_parameters;
 use serde_json::{Map, Value, json};
 
 use super::Shared;
@@ -78,23 +78,16 @@ fn environment(variables: impl Iterator<Item = (String, String)>) -> Map<String,
             let hidden = !plain && secret.iter().any(|word| name.contains(word));
             // Several URLs are etcd's alone: elsewhere a comma may be part of a password.
             let value = match name.as_str() {
-                "BATON_ETCD" => value.split(',').map(bare).collect::<Vec<_>>().join(","),
-                _ => bare(&value),
+                "BATON_ETCD" => {
+                    value.split(',').map(without_parameters).collect::<Vec<_>>().join(",")
+                }
+                _ => without_parameters(&value),
             };
             (name, if hidden { "***".into() } else { value.into() })
         })
         .collect();
     shown.sort_by(|(a, _), (b, _)| a.cmp(b));
     shown.into_iter().collect()
-}
-
-/// A value without what a URL says of who logs in, which may be among its parameters too.
-fn bare(value: &str) -> String {
-    let shown = without_password(value);
-    match shown.split_once('?') {
-        Some((url, _)) if url.contains("://") => format!("{url}?***"),
-        _ => shown,
-    }
 }
 
 fn cluster(registry: &Registry) -> Value {

@@ -10,7 +10,7 @@ use baton_tests::prometheus::Scrape;
 use baton_tests::{Cluster, eventually};
 use serde_json::json;
 
-use crate::{difference, vectors};
+use super::{difference, vectors};
 
 #[tokio::test]
 async fn no_request_fails_when_a_worker_is_killed() {

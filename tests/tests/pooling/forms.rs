@@ -4,7 +4,7 @@ use baton_tests::Cluster;
 use baton_tests::binaries::EMBEDDER_NAME;
 use serde_json::{Value, json};
 
-use crate::{difference, numbers, vectors};
+use super::{difference, numbers, vectors};
 
 /// Standard base64, decoded.
 fn decoded(text: &str) -> Vec<u8> {

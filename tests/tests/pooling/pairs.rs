@@ -5,7 +5,7 @@ use baton_tests::binaries::repository;
 use baton_tests::reference::Tensors;
 use serde_json::{Value, json};
 
-use crate::{cosine, numbers, vectors};
+use super::{cosine, numbers, vectors};
 
 fn scores(reply: &Value) -> Vec<f64> {
     let data = reply["data"].as_array().unwrap_or_else(|| panic!("{reply}"));

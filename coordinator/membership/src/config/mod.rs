@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgMatches, Args, Command, Parser};
 
-pub use secret::without_password;
+pub use secret::{without_parameters, without_password};
 
 use crate::daemon::{Exit, Failure};
 use merge::Merged;

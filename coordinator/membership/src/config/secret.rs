@@ -13,17 +13,16 @@ pub fn without_password(url: &str) -> String {
     }
 }
 
-/// A setting's value as it may be shown. A `guarded` URL may have a password among its parameters
-/// too.
-pub(super) fn shown(value: &str, guarded: bool) -> String {
-    let shown = without_password(value);
-    match shown.split_once('?').filter(|_| guarded && shown.contains("://")) {
+/// A URL likewise, which may have a password among its parameters too.
+pub fn without_parameters(url: &str) -> String {
+    let shown = without_password(url);
+    match shown.split_once('?').filter(|(url, _)| url.contains("://")) {
         Some((url, _)) => format!("{url}?***"),
         None => shown,
     }
 }
 
-/// Whether a value was made by the above, so that what it stood for is not there.
+/// Whether a value was made by those above, so that what it stood for is not there.
 pub(super) fn is_hidden(value: &str) -> bool {
     value == HIDDEN || value.contains("://***@") || value.ends_with("?***")
 }
@@ -35,17 +34,16 @@ mod tests {
     #[test]
     fn what_is_hidden_is_known_again() {
         let database = "postgres://user:hush-1@db/x?password=hush-2";
-        for (value, guarded) in [
-            (database, true),
-            ("http://user:hush-3@etcd:2379", false),
-            ("postgres:///x?password=hush-4", true),
+        for shown in [
+            without_parameters(database),
+            without_password("http://user:hush-3@etcd:2379"),
+            without_parameters("postgres:///x?password=hush-4"),
         ] {
-            let shown = shown(value, guarded);
             assert!(!shown.contains("hush") && is_hidden(&shown), "{shown}");
         }
         assert!(is_hidden(HIDDEN));
         for value in ["sqlite:/data/x.db", "http://etcd:2379", "http://h/path?x=1", "name=/p@q"] {
-            assert_eq!(shown(value, false), value);
+            assert_eq!(without_password(value), value);
             assert!(!is_hidden(value));
         }
     }

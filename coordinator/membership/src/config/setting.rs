@@ -220,12 +220,15 @@ impl Setting {
 
     /// What the flag was given, as JSON and TOML have it, without secrets.
     pub(super) fn shown<'a>(&self, texts: impl IntoIterator<Item = &'a OsStr>) -> Value {
-        let guarded = self.arg.is_hide_env_values_set();
+        let bare = match self.arg.is_hide_env_values_set() {
+            true => secret::without_parameters,
+            false => secret::without_password,
+        };
         let one = |text: &OsStr| {
             let text = text.to_string_lossy();
             match self.is_secret() {
                 true => json!(secret::HIDDEN),
-                false => self.kind.value(&secret::shown(&text, guarded)),
+                false => self.kind.value(&bare(&text)),
             }
         };
         let mut all = texts.into_iter().map(one);

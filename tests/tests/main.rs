@@ -1,0 +1,47 @@
+//! All whole-cluster tests in one program: some forty would each be compiled and linked with the same
+//! half of the dependencies. Each file starts the clusters that it needs.
+
+mod access;
+mod anthropic_client;
+mod audio;
+mod bad_input;
+mod balancers;
+mod cancel;
+mod chaos;
+mod chat_page;
+mod compatibility;
+mod config;
+mod constraints;
+mod drain;
+mod exactness;
+mod generation_fields;
+mod gpu;
+mod handoff;
+mod handoff_faults;
+mod kubernetes;
+mod kv_routing;
+mod langchain_client;
+mod lora;
+mod manifests;
+mod membership;
+mod metrics;
+mod models;
+mod mtls;
+mod observability;
+mod openai_client;
+mod openapi;
+mod other_forms;
+mod planner;
+mod pooling;
+mod pressure;
+mod probes;
+mod prompt_logprobs;
+mod responses;
+mod scale;
+mod serve;
+mod slow_clients;
+mod speech_handoff;
+mod start_errors;
+mod tls;
+mod traces;
+mod up;
