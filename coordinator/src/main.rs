@@ -46,7 +46,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let cannot_listen = |error| Failure::listen("--listen", settings.listen, &error);
     let socket = bind(settings.listen).map_err(cannot_listen)?;
     let address = socket.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
-    let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
+    let advertised = daemon::advertised(address, settings.advertise.as_deref())?;
     let mut stop_signals = StopSignals::take()?;
 
     let etcd = settings.cluster.etcd_settings()?;

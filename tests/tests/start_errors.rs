@@ -224,6 +224,22 @@ async fn a_bad_flag_is_exit_code_2_and_named() {
         .await;
 }
 
+/// Gateways are not called by others, and need no address for them.
+#[tokio::test]
+async fn an_address_that_others_could_not_call_is_exit_code_2() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let nobody = format!("http://127.0.0.1:{}", ports::free());
+    for name in ["baton-worker", "baton-coordinator"] {
+        let any = sound(name, &nobody, "0.0.0.0:0", &model());
+        fails(&dir, name, &any, 2, &["--listen 0.0.0.0:", "--advertise http://HOST:"]).await;
+        for url in ["10.0.0.5:7000", "http://fd00::1:7000", "tcp://10.0.0.5:7000", "http://:7000"] {
+            let mut all = sound(name, &nobody, "127.0.0.1:0", &model());
+            all.extend(args(["--advertise", url]));
+            fails(&dir, name, &all, 2, &["--advertise", url, "http://HOST:", "brackets"]).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn keys_and_certificates_that_cannot_be_are_named() {
     let dir = tempfile::tempdir().expect("a folder");

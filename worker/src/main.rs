@@ -38,15 +38,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let cannot_listen = |error| Failure::listen("--listen", settings.listen, &error);
     let socket = bind(settings.listen).map_err(cannot_listen)?;
     let address = socket.local_addr().map_err(|error| Failure::new(Exit::Failure, error))?;
-    if address.ip().is_unspecified() && settings.advertise.is_none() {
-        let message = format!(
-            "--listen {address} takes any address, so others need one to call: set --advertise \
-             http://HOST:{}",
-            address.port()
-        );
-        return Err(Failure::new(Exit::Config, message));
-    }
-    let advertised = settings.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
+    let advertised = daemon::advertised(address, settings.advertise.as_deref())?;
     let mut stop_signals = StopSignals::take()?;
     settings.check_device().map_err(|message| Failure::new(Exit::Config, message))?;
 

@@ -10,6 +10,7 @@ use baton_proto::{InstanceRecord, InstanceRole};
 use clap::{Args, ValueEnum};
 use tokio::net::TcpSocket;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tonic::codegen::http::Uri;
 use tracing::warn;
 use tracing_subscriber::EnvFilter;
 
@@ -287,6 +288,34 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
     Ok(socket)
 }
 
+/// The URL under which others reach a process that serves on `listen`: the one of --advertise, where
+/// it is `given`.
+///
+/// # Errors
+/// When it is none that others could call.
+pub fn advertised(listen: SocketAddr, given: Option<&str>) -> Result<String, Failure> {
+    let port = listen.port();
+    let message = match given {
+        None if listen.ip().is_unspecified() => format!(
+            "--listen {listen} takes any address, so others need one to call: set --advertise \
+             http://HOST:{port}"
+        ),
+        None => return Ok(format!("http://{listen}")),
+        Some(url) if callable(url) => return Ok(url.to_owned()),
+        Some(url) => format!(
+            "--advertise: `{url}` is no URL that others could call: give http://HOST:{port}, and \
+             an IPv6 address in brackets"
+        ),
+    };
+    Err(Failure::new(Exit::Config, message))
+}
+
+fn callable(url: &str) -> bool {
+    let Ok(url) = url.parse::<Uri>() else { return false };
+    let host = url.host().is_some_and(|host| !host.is_empty());
+    host && url.scheme_str().is_some_and(|scheme| matches!(scheme, "http" | "https"))
+}
+
 /// The record of this process, under an id that no other start has.
 pub fn new_record(role: InstanceRole, address: String, model: String) -> InstanceRecord {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -297,5 +326,46 @@ pub fn new_record(role: InstanceRole, address: String, model: String) -> Instanc
         model,
         version: env!("CARGO_PKG_VERSION").into(),
         started_ms: started.as_millis() as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_advertised_that_others_can_call() {
+        let own: SocketAddr = "10.0.0.5:7000".parse().unwrap();
+        let any: SocketAddr = "0.0.0.0:7700".parse().unwrap();
+        let any_v6: SocketAddr = "[::]:7700".parse().unwrap();
+        assert_eq!(advertised(own, None).unwrap(), "http://10.0.0.5:7000");
+        for url in ["http://worker-0.worker:7000", "https://10.0.0.5", "http://[fd00::1]:7000"] {
+            assert_eq!(advertised(any, Some(url)).unwrap(), url);
+        }
+        for listen in [any, any_v6] {
+            let failure = advertised(listen, None).unwrap_err();
+            assert_eq!(failure.exit, Exit::Config);
+            assert!(failure.message.contains(&format!("--listen {listen} ")), "{failure}");
+            assert!(failure.message.contains("--advertise http://HOST:7700"), "{failure}");
+        }
+        let wrong = [
+            "",
+            "10.0.0.5",
+            "10.0.0.5:7000",
+            "fd00::1:7000",
+            "http://fd00::1:7000",
+            "http://",
+            "http://:7000",
+            "tcp://10.0.0.5:7000",
+            "/10.0.0.5:7000",
+        ];
+        for url in wrong {
+            let failure = advertised(own, Some(url)).unwrap_err();
+            assert_eq!(failure.exit, Exit::Config, "{failure}");
+            let told = format!(
+                "--advertise: `{url}` is no URL that others could call: give http://HOST:7000"
+            );
+            assert!(failure.message.starts_with(&told), "{failure}");
+        }
     }
 }
