@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use baton_coordinator::scale::machine::{
     Effect, Limits, Load, Observed, Process, Row, Seen, Trouble, step,
 };
-use baton_coordinator::scale::record::{Phase, Record};
+use baton_coordinator::scale::record::{Outcome, Phase, Record};
 
 const LIMITS: Limits = Limits { launch_ms: 5_000, answer_ms: 2_000, end_ms: 3_000, crashes: 3 };
 const DRAIN_MS: u64 = 4_000;
@@ -649,4 +649,29 @@ fn trouble_that_passes_is_waited_for() {
     seen.now_ms = record.phase_ms;
     seen.trouble = trouble(false);
     assert_eq!(step(&record, &seen, &LIMITS).0.phase.as_str(), "undo");
+}
+
+/// A process that is ready has said nothing that could be the reason.
+#[test]
+fn why_a_new_worker_does_not_serve_is_told() {
+    let record = planned(2, &observed(&World::new(1, 0, &[0], true)));
+    assert_eq!(record.launched, ["decode-2"]);
+    let record = Record { phase: Phase::Join, ..record };
+    let cases: [(fn(&mut Worker), &str); 4] = [
+        (|it| it.silent = true, "it runs, but no `decode` worker of model `m` is registered"),
+        (|it| it.draining = true, "it drains"),
+        (|it| it.registered = false, "it answers, but is not registered in etcd as a `decode`"),
+        (|it| it.process = Process::Starting, "said"),
+    ];
+    for (change, told) in cases {
+        let mut world = World::new(2, 0, &[0], true);
+        change(world.workers.get_mut("decode-2").expect("it is there"));
+        let (same, effects) = step(&record, &observed(&world), &LIMITS);
+        assert_eq!((same, effects), (record.clone(), Vec::new()), "there is time");
+        world.now_ms = record.phase_ms + LIMITS.launch_ms;
+        let (undo, _) = step(&record, &observed(&world), &LIMITS);
+        let Phase::Undo(Outcome::Failed(failure)) = undo.phase else { panic!("{undo:?}") };
+        let expected = format!("decode-2 does not serve after 5 s: {told}");
+        assert!(failure.reason.starts_with(&expected), "{failure:?}");
+    }
 }

@@ -399,9 +399,27 @@ impl Next<'_> {
             Some((name, worker)) if self.over(self.limits.launch_ms) => self.fail(format!(
                 "{name} does not serve after {} s: {}",
                 self.limits.launch_ms / 1000,
-                worker.said
+                self.lacks(worker)
             )),
             Some(_) => self.act(Vec::new()),
+        }
+    }
+
+    /// What a launched worker lacks to serve. One whose process is ready has said nothing wrong.
+    fn lacks(&self, worker: &Seen) -> String {
+        let Record { pool, model, .. } = self.record;
+        match (worker.process, worker.load) {
+            (Process::Ready, None) => format!(
+                "it runs, but no `{pool}` worker of model `{model}` is registered at its address, \
+                 or it does not answer there: compare --role, --served-model-name, --cluster and \
+                 --advertise with the pool's (`baton status` lists what is registered)"
+            ),
+            (Process::Ready, Some(Load { draining: true, .. })) => "it drains".into(),
+            (Process::Ready, Some(_)) => format!(
+                "it answers, but is not registered in etcd as a `{pool}` worker: compare --role, \
+                 --cluster and --etcd with the pool's"
+            ),
+            _ => worker.said.clone(),
         }
     }
 
