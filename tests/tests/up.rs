@@ -137,8 +137,9 @@ async fn up_serves_until_ctrl_c_and_leaves_nothing() {
     let status = up.end(STOP_WITHIN).await;
     assert!(status.success(), "{status}: {}", up.stderr());
     operator.nothing_left().await;
-    let (code, stdout, _) = operator.run(&["status"]).await;
+    let (code, stdout, stderr) = operator.run(&["status"]).await;
     assert_ne!(code, 0, "nothing runs, yet status says: {stdout}");
+    assert!(stderr.contains("--coordinator http://HOST:7700"), "{stderr}");
 
     let (mut up, printed, took) = operator.up(&[]).await;
     println!("started again in {took:?}");
@@ -330,6 +331,6 @@ async fn up_refuses_what_it_cannot_start_and_cleans_up() {
     operator.nothing_left().await;
     let (code, _, stderr) = operator.run(&["down"]).await;
     assert_ne!(code, 0, "there was nothing to stop");
-    assert!(stderr.contains("error: "), "{stderr}");
+    assert!(stderr.contains("error: `baton up` runs no cluster here\n"), "{stderr}");
     assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }

@@ -38,12 +38,12 @@ impl CoordinatorArgs {
     /// Connects.
     ///
     /// # Errors
-    /// When no cluster runs here and none was named, and when the coordinator does not answer.
+    /// When `baton up` runs no cluster here and none was named, and when it does not answer.
     pub async fn connect(&self) -> Result<Coordinator, Failure> {
         tls::install(&self.tls)?;
         let url = match &self.coordinator {
             Some(url) => url.clone(),
-            None => state::running()?.coordinator,
+            None => state::running()?.ok_or_else(unnamed)?.coordinator,
         };
         Coordinator::at(url).await
     }
@@ -105,6 +105,13 @@ impl Coordinator {
     pub async fn cluster(&self) -> Result<ClusterView, Failure> {
         self.ask(async |mut client| client.get_cluster(GetClusterRequest {}).await).await
     }
+}
+
+/// Processes may run all the same, started in another way.
+fn unnamed() -> Failure {
+    let message = "`baton up` runs no cluster here: name a coordinator with --coordinator \
+                   http://HOST:7700 or BATON_COORDINATOR, or start a cluster with `baton up`";
+    Failure::new(Exit::Failure, message)
 }
 
 /// An error with what is behind it.

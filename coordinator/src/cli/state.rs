@@ -109,22 +109,22 @@ impl Drop for Lock {
     }
 }
 
-/// The running cluster.
-pub fn running() -> Result<State, Failure> {
+/// The cluster that `baton up` runs here, if it does.
+pub fn running() -> Result<Option<State>, Failure> {
     let directory = directory()?;
-    let none = || Failure::new(Exit::Failure, "no cluster runs here; start one with `baton up`");
     if !directory.join("lock").exists() || open(&directory)?.try_lock().is_ok() {
-        return Err(none());
+        return Ok(None);
     }
     let text = fs::read_to_string(directory.join("cluster.json")).map_err(|_| {
         Failure::new(Exit::Failure, "the cluster is still starting or already stopping")
     })?;
-    serde_json::from_str(&text).map_err(|_| none())
+    Ok(serde_json::from_str(&text).ok())
 }
 
 /// `baton down`.
 pub async fn down() -> Result<(), Failure> {
-    let state = running()?;
+    let none = || Failure::new(Exit::Failure, "`baton up` runs no cluster here");
+    let state = running()?.ok_or_else(none)?;
     kill(Pid::from_raw(state.pid), Signal::SIGTERM).map_err(|error| {
         Failure::new(Exit::Failure, format!("cannot signal process {}: {error}", state.pid))
     })?;
