@@ -1,5 +1,7 @@
 //! Pools that grow and shrink: under load, while coordinators die, and when it goes wrong.
 
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -9,13 +11,13 @@ use std::time::{Duration, Instant};
 use baton_coordinator::election::Leadership;
 use baton_coordinator::launch::local::{LocalProcesses, Settings};
 use baton_coordinator::launch::template::Templates;
-use baton_coordinator::launch::{LaunchError, Launcher as _};
+use baton_coordinator::launch::{LaunchError, Launcher as _, WorkerSpec};
 use baton_coordinator::scale::record::{Phase, Record};
 use baton_coordinator::scale::store::{Advanced, Begun, ScaleStore};
 use baton_membership::{EtcdAccess, EtcdSettings};
 use baton_proto::InstanceRole;
 use baton_proto::v1::CancelScaleRequest;
-use baton_tests::binaries::MODEL_NAME;
+use baton_tests::binaries::{MODEL_NAME, program};
 use baton_tests::elastic::{Elastic, command, worker};
 use baton_tests::http::{RawClient, ids, streamed_ids};
 use baton_tests::prometheus::Scrape;
@@ -351,6 +353,58 @@ async fn a_leader_that_slept_changes_nothing() {
     cluster.finish().await;
 }
 
+/// Workers inherit the environment, but not where the coordinator itself is.
+#[tokio::test]
+async fn workers_do_not_take_the_coordinators_place_for_their_own() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| dir.path().join(name);
+    // The workers end when it is not held.
+    let owner = File::create(path("owner")).expect("a file to lock");
+    owner.lock().expect("lock it");
+    // As a coordinator that has these starts it.
+    let supervisor = path("supervisor");
+    let script = format!(
+        "#!/bin/sh\n\
+         export BATON_LISTEN=127.0.0.1:1 BATON_ADVERTISE=http://10.0.0.5:1 BATON_CLUSTER=ours\n\
+         exec '{}' \"$@\"\n",
+        program("baton-coordinator").display()
+    );
+    std::fs::write(&supervisor, script).expect("write it");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&supervisor, executable).expect("make it a program");
+    let tells = command(
+        "pooling",
+        "none",
+        Path::new("sh"),
+        &["-c", "env >&2; echo told >&2; exec sleep 1000"],
+    );
+    let templates: Templates = serde_json::from_value(json!({"pools": [tells]})).expect("commands");
+    let settings = Settings {
+        dir: path("workers"),
+        logs: path("logs"),
+        supervisor,
+        owner: Some(path("owner")),
+        grace: Duration::from_secs(1),
+    };
+    let launcher = LocalProcesses::new(settings, templates).expect("a launcher");
+    let (name, model) = ("a".to_owned(), "none".to_owned());
+    let spec = WorkerSpec { name, pool: InstanceRole::Pooling, model };
+    launcher.launch(1, &spec).await.expect("launched");
+    let environment = async || {
+        let log = std::fs::read_to_string(path("logs/a.log")).unwrap_or_default();
+        if log.ends_with("told\n") { Ok(log) } else { Err(log) }
+    };
+    let (log, _) = eventually("it has told", Duration::from_secs(10), environment).await;
+    assert!(log.contains("BATON_CLUSTER=ours\n"), "{log}");
+    assert!(!log.contains("BATON_LISTEN") && !log.contains("BATON_ADVERTISE"), "{log}");
+    launcher.retire(1, "a").await.expect("told");
+    eventually("it ends", Duration::from_secs(5), async || {
+        let left = launcher.list().await.map_err(|error| error.to_string())?;
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+}
+
 /// The same in the two places that refuse it: etcd, and the launcher.
 #[tokio::test]
 async fn the_writes_and_the_orders_of_a_stale_leader_are_refused() {
@@ -406,14 +460,14 @@ async fn the_writes_and_the_orders_of_a_stale_leader_are_refused() {
     let settings = Settings {
         logs: dir.join("logs"),
         dir,
-        supervisor: baton_tests::binaries::program("baton-coordinator"),
+        supervisor: program("baton-coordinator"),
         owner: Some(cluster.dir().join("owner")),
         grace: Duration::from_secs(1),
     };
     let templates: Templates =
         serde_json::from_value(json!({"pools": idle(&cluster.etcd)})).expect("commands");
     let launcher = LocalProcesses::new(settings, templates).expect("a launcher");
-    let spec = |name: &str| baton_coordinator::launch::WorkerSpec {
+    let spec = |name: &str| WorkerSpec {
         name: name.into(),
         pool: InstanceRole::Pooling,
         model: "none".into(),

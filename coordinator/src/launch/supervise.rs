@@ -26,6 +26,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const RESTART: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// A worker that ran this long is not in a crash loop.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// Where the coordinator is. A worker has flags of the same names, and would take them for its own.
+const PLACE: [&str; 2] = ["BATON_LISTEN", "BATON_ADVERTISE"];
 
 /// What a supervisor tells of its worker.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,7 +141,11 @@ impl Supervisor<'_> {
         let log = File::options().create(true).append(true).open(&self.order.log)?;
         // setpriv has the kernel kill the worker when our main thread ends, which is this one, and
         // then becomes the worker.
-        Command::new("setpriv")
+        let mut command = Command::new("setpriv");
+        for variable in PLACE {
+            command.env_remove(variable);
+        }
+        command
             .args(["--pdeathsig", "KILL", "--"])
             .arg(&self.order.program)
             .args(&self.order.args)
