@@ -38,8 +38,8 @@ def flag(args, name):
     return next(arg.split("=", 1)[1] for arg in args if arg.startswith(f"{name}="))
 
 
-def monitors(monitor, services, https):
-    """The one kind that is not Kubernetes' own: that it finds a port to read from."""
+def monitors(monitor, services, gateway, https):
+    """The one kind that is not Kubernetes' own: that it finds a port to read from, and may read."""
     spec, group = monitor["spec"], monitor["apiVersion"]
     assert group == "monitoring.coreos.com/v1", monitor
     assert spec.keys() == {"jobLabel", "selector", "endpoints"}, monitor
@@ -47,9 +47,13 @@ def monitors(monitor, services, https):
     # Alerts and dashboard ask for this job.
     assert {it["metadata"]["labels"][spec["jobLabel"]] for it in found} == {"baton"}, monitor
     (ports,) = [{port["name"] for port in it["spec"]["ports"]} for it in found]
+    guarded = "--guard-all" in gateway["args"]
+    (key,) = [it["valueFrom"]["secretKeyRef"] for it in gateway["env"] if it["name"] == "VLLM_API_KEY"]
     for endpoint in spec["endpoints"]:
-        tls = {"scheme", "tlsConfig"} if https else set()
-        assert endpoint.keys() == {"port", "path", "interval"} | tls and endpoint["port"] in ports, endpoint
+        extra = ({"scheme", "tlsConfig"} if https else set()) | ({"authorization"} if guarded else set())
+        assert endpoint.keys() == {"port", "path", "interval"} | extra and endpoint["port"] in ports, endpoint
+        if guarded:
+            assert endpoint["authorization"] == {"credentials": {"name": key["name"], "key": key["key"]}}, endpoint
         assert endpoint.get("scheme", "http") == ("https" if https else "http"), endpoint
 
 
@@ -67,11 +71,11 @@ def check(path, programs):
     objects = load(file)
     services = [thing for thing in objects if thing["kind"] == "Service"]
     gateway = next(it for it in objects if it["kind"] == "Deployment" and it["metadata"]["name"].endswith("gateway"))
-    arguments = gateway["spec"]["template"]["spec"]["containers"][0]["args"]
-    https = any(arg.startswith("--ssl-certfile=") for arg in arguments)
+    gateway = gateway["spec"]["template"]["spec"]["containers"][0]
+    https = any(arg.startswith("--ssl-certfile=") for arg in gateway["args"])
     for thing in objects:
         if thing["kind"] == "ServiceMonitor":
-            monitors(thing, services, https)
+            monitors(thing, services, gateway, https)
             continue
         for version in VERSIONS:
             kubernetes_validate.validate(thing, version, strict=True)

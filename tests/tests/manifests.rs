@@ -33,7 +33,7 @@ const KUSTOMIZED: [(&str, &str, &str); 5] = [
 ];
 
 /// What the chart can do besides, and what is there then.
-const VALUES: [(&str, &str, &[&str]); 7] = [
+const VALUES: [(&str, &str, &[&str]); 8] = [
     ("tls", r#"{"clusterTlsSecret": "baton-tls"}"#, &[]),
     (
         "elsewhere",
@@ -76,6 +76,12 @@ const VALUES: [(&str, &str, &[&str]); 7] = [
             "--ssl-keyfile=/gateway-tls/tls.key",
             "secretName: web",
         ],
+    ),
+    (
+        "guarded",
+        r#"{"gateway": {"keysSecret": "web-keys", "extraArgs": ["--guard-all"]},
+            "serviceMonitor": {"enabled": true}}"#,
+        &["credentials: {name: web-keys, key: api-key}"],
     ),
 ];
 
