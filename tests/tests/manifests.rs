@@ -33,7 +33,7 @@ const KUSTOMIZED: [(&str, &str, &str); 5] = [
 ];
 
 /// What the chart can do besides, and what is there then.
-const VALUES: [(&str, &str, &[&str]); 8] = [
+const VALUES: [(&str, &str, &[&str]); 9] = [
     ("tls", r#"{"clusterTlsSecret": "baton-tls"}"#, &[]),
     (
         "elsewhere",
@@ -82,6 +82,17 @@ const VALUES: [(&str, &str, &[&str]); 8] = [
         r#"{"gateway": {"keysSecret": "web-keys", "extraArgs": ["--guard-all"]},
             "serviceMonitor": {"enabled": true}}"#,
         &["credentials: {name: web-keys, key: api-key}"],
+    ),
+    (
+        "ipv6",
+        r#"{"ipv6": true}"#,
+        &[
+            "--listen=[::]:8000\n            - --advertise=http://[$(POD_IP)]:8000",
+            "--listen=[::]:7700\n            - --advertise=http://[$(POD_IP)]:7700",
+            "--listen=[::]:7000\n            - --advertise=http://[$(POD_IP)]:7000",
+            "--listen-client-urls=http://[::]:2379",
+            "--listen-peer-urls=http://[::]:2380",
+        ],
     ),
 ];
 

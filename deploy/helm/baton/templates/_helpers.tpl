@@ -32,6 +32,15 @@ http://{{ .Release.Name }}-etcd-client:2379
 {{- end }}
 {{- end }}
 
+{{/* All addresses of a pod, to listen on; and the one that others call it by. */}}
+{{- define "baton.any" -}}
+{{ ternary "[::]" "0.0.0.0" .Values.ipv6 }}
+{{- end }}
+
+{{- define "baton.host" -}}
+{{ ternary "[$(POD_IP)]" "$(POD_IP)" .Values.ipv6 }}
+{{- end }}
+
 {{/* What every program of the cluster is told. */}}
 {{- define "baton.clusterArgs" -}}
 - --etcd={{ include "baton.etcd" . }}
