@@ -43,15 +43,10 @@ pub(super) fn gone(error: &CallError) -> bool {
     error.code() == 410
 }
 
-/// Whether somebody else has written in between.
-pub(super) fn conflict(error: &CallError) -> bool {
-    error.code() == 409
-}
-
 /// The failure as an operator is told of it.
 pub(super) fn refused(what: String, error: CallError) -> LaunchError {
     let code = error.code();
-    // Refusals last until somebody does something about them.
+    // Refusals last until somebody does something about them; conflicts, until the next try.
     let passes = !(400..500).contains(&code) || matches!(code, 408 | 409 | 410 | 429);
     let why = match error {
         CallError::Late => format!("the API of Kubernetes did not answer within {CALL_TIMEOUT:?}"),

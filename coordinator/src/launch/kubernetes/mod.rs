@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use baton_membership::{Backoff, InstanceRecord, Membership};
+use baton_membership::{InstanceRecord, Membership};
 use baton_proto::InstanceRole;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
@@ -30,15 +30,12 @@ use serde_json::json;
 use tokio::sync::Mutex;
 use tracing::info;
 
-use self::call::{conflict, refused, within};
+use self::call::{refused, within};
 use self::set::Set;
 use self::watch::{Wanted, Watched};
 use super::{LaunchError, Launched, Launcher, Survey, WorkerSpec};
 use crate::scale::machine::{Process, Row};
 use crate::scale::record::unix_ms;
-
-/// How often a number is set that others change at the same time.
-const TRIES: u32 = 8;
 
 /// A pod belongs to its StatefulSet by its labels and its name: started again it would be what the
 /// StatefulSet says.
@@ -139,11 +136,13 @@ impl Kubernetes {
     ///
     /// The number is written only if nobody has written to the StatefulSet since it was read. So a
     /// coordinator that was replaced while it slept between the two can, at worst, do once what
-    /// it had recorded as the leader, and only if its follower has not touched this pool.
+    /// it had recorded as the leader, and only if its follower has not touched this pool. Conflicts
+    /// are told for that reason, and not tried again here: others write the StatefulSet's status
+    /// while pods come and go, and whoever asked looks whether it still leads before it asks again.
     async fn resize(
         &self,
         set: &Set,
-        next: impl Fn(u32) -> Result<Option<u32>, LaunchError>,
+        next: impl FnOnce(u32) -> Result<Option<u32>, LaunchError>,
     ) -> Result<(), LaunchError> {
         let name = &set.row.name;
         let tried = |verb: &str| {
@@ -151,32 +150,22 @@ impl Kubernetes {
             format!("cannot {verb} statefulsets/scale `{name}` in namespace `{namespace}`")
         };
         let _turn = self.turn.lock().await;
-        let mut backoff = Backoff::new();
-        let mut tries = 0;
-        loop {
-            let scale = within(self.api.get_scale(name)).await;
-            let scale = scale.map_err(|error| refused(tried("get"), error))?;
-            let replicas = scale.spec.and_then(|spec| spec.replicas).unwrap_or(0);
-            let end = set.first.saturating_add(u32::try_from(replicas).unwrap_or(0));
-            let Some(wanted) = next(end)? else { return Ok(()) };
-            let replicas = wanted.saturating_sub(set.first);
-            let patch = Patch::Merge(json!({
-                "metadata": {"resourceVersion": scale.metadata.resource_version},
-                "spec": {"replicas": replicas},
-            }));
-            let params =
-                PatchParams { field_manager: Some(set::MANAGER.into()), ..PatchParams::default() };
-            match within(self.api.patch_scale(name, &params, &patch)).await {
-                Ok(_) => {
-                    info!(statefulset = name, replicas, "set the number of replicas");
-                    return Ok(());
-                }
-                // Its status is written often while pods come and go.
-                Err(error) if conflict(&error) && tries < TRIES => tries += 1,
-                Err(error) => return Err(refused(tried("patch"), error)),
-            }
-            backoff.wait().await;
-        }
+        let scale = within(self.api.get_scale(name)).await;
+        let scale = scale.map_err(|error| refused(tried("get"), error))?;
+        let replicas = scale.spec.and_then(|spec| spec.replicas).unwrap_or(0);
+        let end = set.first.saturating_add(u32::try_from(replicas).unwrap_or(0));
+        let Some(wanted) = next(end)? else { return Ok(()) };
+        let replicas = wanted.saturating_sub(set.first);
+        let patch = Patch::Merge(json!({
+            "metadata": {"resourceVersion": scale.metadata.resource_version},
+            "spec": {"replicas": replicas},
+        }));
+        let params =
+            PatchParams { field_manager: Some(set::MANAGER.into()), ..PatchParams::default() };
+        let patched = within(self.api.patch_scale(name, &params, &patch)).await;
+        patched.map_err(|error| refused(tried("patch"), error))?;
+        info!(statefulset = name, replicas, "set the number of replicas");
+        Ok(())
     }
 
     /// The workers of a pool.
