@@ -9,6 +9,8 @@
 //! gateway loads under the name, and no comparison touches what workers have under it. A record is
 //! put when all workers have the adapter. So a load that ends in the middle is undone by the next
 //! comparison.
+//!
+//! An etcd that lost its data is told what each gateway saw there last, before anything is compared.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -205,6 +207,8 @@ impl Catalog {
     /// Compares records with workers, over and over.
     async fn keep(self: Arc<Self>) {
         let mut failed: HashMap<(String, String, String), Instant> = HashMap::new();
+        // What was recorded last, and in which epoch.
+        let mut known: Option<(String, Vec<AdapterRecord>)> = None;
         loop {
             tokio::select! {
                 () = self.registry.adapters_changed.notified() => {}
@@ -219,7 +223,24 @@ impl Catalog {
                 .filter_map(|worker| Some((worker.served()?, worker.adapters()?, worker)))
                 .collect();
             // Without etcd everything stays as it is.
-            let Ok(Adapters { records, claimed }) = self.store.list().await else { continue };
+            let Ok(Adapters { records, claimed, epoch }) = self.store.list().await else {
+                continue;
+            };
+            // An etcd that was restored from nothing says nothing about what workers have.
+            let Some(epoch) = epoch.filter(|epoch| known.iter().all(|(of, _)| of == epoch)) else {
+                let lost = known.as_ref().map_or(&[][..], |(_, records)| records);
+                match self.store.begin(lost).await {
+                    Ok(()) => {
+                        if !lost.is_empty() {
+                            warn!(adapters = lost.len(), "etcd lost its data: recorded again");
+                        }
+                        known = None;
+                    }
+                    Err(error) => warn!(%error, "cannot record the cluster's adapters"),
+                }
+                continue;
+            };
+            known = Some((epoch, records.clone()));
             failed.retain(|_, at| at.elapsed() < RETRY_AFTER);
             let wanted = workers.iter().flat_map(|(served, adapters, worker)| {
                 let own = records.iter().filter(|record| {

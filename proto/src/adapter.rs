@@ -31,6 +31,11 @@ pub fn adapter_key(cluster: &str, name: &str) -> String {
     format!("{}{name}", adapters_prefix(cluster))
 }
 
+/// The key of what is drawn anew when the records begin, after etcd has lost them too.
+pub fn adapters_epoch_key(cluster: &str) -> String {
+    format!("/baton/{cluster}/adapters-epoch")
+}
+
 /// The key prefix of all claims: names whose adapters a gateway is loading. A claim's value is the
 /// name; it lies under a lease that the gateway keeps alive.
 pub fn claims_prefix(cluster: &str) -> String {

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use baton_proto::InstanceRecord;
+use baton_proto::adapter::adapters_prefix;
 use baton_proto::instance::{election_name, instances_prefix};
 use serde_json::Value;
 
@@ -126,6 +127,13 @@ impl Etcd {
         assert!(good, "etcdctl get failed");
         let records = serde_json::Deserializer::from_str(&records).into_iter();
         records.map(|record| record.expect("an instance record")).collect()
+    }
+
+    /// The names of the LoRA adapters that are recorded.
+    pub fn adapters(&self) -> Vec<String> {
+        let prefix = adapters_prefix("default");
+        let (_, keys) = self.ctl(&["get", "--prefix", "--keys-only", &prefix]);
+        keys.lines().filter_map(|key| key.strip_prefix(&prefix)).map(str::to_owned).collect()
     }
 
     /// The ids of the coordinators that stand for election, the leader first.

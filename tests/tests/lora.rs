@@ -363,8 +363,26 @@ async fn without_etcd_adapters_serve_and_do_not_change() {
     for worker in &cluster.workers {
         assert_eq!(names(worker).await, ["one"]);
     }
-    // As soon as it is back, changes are made.
+    // It comes back with nothing: what serves is recorded again.
+    std::fs::remove_dir_all(cluster.dir().join("etcd-0")).expect("lose the data");
     cluster.etcd.restart().await;
+    eventually("the adapter is recorded", Duration::from_secs(20), async || {
+        let recorded = cluster.etcd.adapters();
+        if recorded == ["one"] { Ok(()) } else { Err(format!("{recorded:?}")) }
+    })
+    .await;
+    // By the second comparison a stray would be gone.
+    let joined = cluster.add_worker(Role::Unified).await.address.clone();
+    eventually("a worker that joins gets it", Duration::from_secs(10), async || {
+        let worker = cluster.workers.iter().find(|it| it.address == joined).expect("it is there");
+        if names(worker).await == ["one"] { Ok(()) } else { Err("not yet") }
+    })
+    .await;
+    assert_eq!(answer(&api, "one", 16).await, expected);
+    for worker in &cluster.workers {
+        assert_eq!(names(worker).await, ["one"]);
+    }
+    // As soon as it is back, changes are made.
     let (path, body) = &changes[1];
     eventually("the change is made", Duration::from_secs(20), async || {
         let reply = api.post(path, body).await;

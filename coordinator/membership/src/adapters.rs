@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use baton_proto::AdapterRecord;
-use baton_proto::adapter::{adapter_key, adapters_prefix, claim_key, claims_prefix};
+use baton_proto::adapter::{
+    adapter_key, adapters_epoch_key, adapters_prefix, claim_key, claims_prefix,
+};
 use etcd_client::{
     Client, Compare, CompareOp, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse,
 };
@@ -31,6 +33,9 @@ pub struct Adapters {
     pub records: Vec<AdapterRecord>,
     /// Names that a gateway is loading: what workers have under them is its affair alone.
     pub claimed: HashSet<String>,
+    /// Drawn when the records began, so another after etcd has lost them; `None` until
+    /// [`AdapterStore::begin`].
+    pub epoch: Option<String>,
 }
 
 impl AdapterStore {
@@ -47,9 +52,14 @@ impl AdapterStore {
     pub async fn list(&self) -> Result<Adapters, MembershipError> {
         let all = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
         // In one transaction, so that a load that has just ended is seen as either.
-        let both = [all(adapters_prefix(&self.cluster)), all(claims_prefix(&self.cluster))];
+        let of = &self.cluster;
+        let parts = [
+            all(adapters_prefix(of)),
+            all(claims_prefix(of)),
+            TxnOp::get(adapters_epoch_key(of), None),
+        ];
         let mut client = self.client.clone();
-        let answer = within(CALL_TIMEOUT, client.txn(Txn::new().and_then(both))).await?;
+        let answer = within(CALL_TIMEOUT, client.txn(Txn::new().and_then(parts))).await?;
         let mut found = answer.op_responses().into_iter().map(|response| match response {
             TxnOpResponse::Get(mut got) => got.take_kvs(),
             _ => Vec::new(),
@@ -63,7 +73,25 @@ impl AdapterStore {
         let records = next().into_iter().filter_map(record).collect();
         let name = |kv: KeyValue| kv.value_str().ok().map(str::to_owned);
         let claimed = next().into_iter().filter_map(name).collect();
-        Ok(Adapters { records, claimed })
+        let epoch = next().into_iter().find_map(name);
+        Ok(Adapters { records, claimed, epoch })
+    }
+
+    /// Begins an epoch, unless one has begun, with these records where there are none of their
+    /// names.
+    pub async fn begin(&self, records: &[AdapterRecord]) -> Result<(), MembershipError> {
+        let record = |it: &AdapterRecord| {
+            let value = serde_json::to_string(it).unwrap_or_default();
+            (adapter_key(&self.cluster, &it.name), value)
+        };
+        // The epoch last: who sees it sees the records.
+        let epoch = (adapters_epoch_key(&self.cluster), uuid::Uuid::new_v4().to_string());
+        for (key, value) in records.iter().map(record).chain([epoch]) {
+            let absent = Compare::version(key.as_str(), CompareOp::Equal, 0);
+            let put = Txn::new().when([absent]).and_then([TxnOp::put(key, value, None)]);
+            within(CALL_TIMEOUT, self.client.clone().txn(put)).await?;
+        }
+        Ok(())
     }
 
     /// Claims a name, to load an adapter under it; `None` when another has it.
