@@ -51,11 +51,13 @@ MAY_REFUSE = {
     "POST /v1/chat/completions": OF_ANSWER,
     "POST /v1/completions": OF_ANSWER,
     "POST /v1/messages": {
-        400: f"{OF_ANSWER[400]}; a last message of the assistant that has text and no open call",
+        400: f"""{OF_ANSWER[400]}; a message that is not the system's; a last message of the
+            assistant that has text and no open call""",
         **NO_MODEL,
     },
     "POST /v1/messages/count_tokens": {
-        400: "names of tools; a last message of the assistant that has text and no open call",
+        400: """names of tools; a message that is not the system's; a last message of the assistant
+            that has text and no open call""",
         **NO_MODEL,
     },
     "POST /v1/responses": {

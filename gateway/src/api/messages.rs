@@ -129,7 +129,8 @@ impl MessagesFields {
         self.stream.unwrap_or(false)
     }
 
-    /// The messages as chat completions have them, with `system` before them.
+    /// The messages as chat completions have them. What the system says, in `system` and among the
+    /// messages, is one message before all others: most templates take it nowhere else.
     fn turns(&self) -> Result<Vec<Value>, ApiError> {
         let messages = match &self.messages {
             None => return Err(wrong("messages", "is required")),
@@ -137,9 +138,9 @@ impl MessagesFields {
             Some(_) => return Err(wrong("messages", "must be a list of at least one message")),
         };
         let mut turns = Vec::with_capacity(messages.len() + 1);
+        let mut told = Vec::new();
         if let Some(system) = &self.system {
-            let text = text(system, "system")?;
-            turns.push(json!({"role": "system", "content": text}));
+            told.push(text(system, "system")?);
         }
         // Templates want to know whose result it is.
         let mut names = HashMap::new();
@@ -147,19 +148,27 @@ impl MessagesFields {
             let at = format!("messages[{at}]");
             let content = message.get("content").unwrap_or(&Value::Null);
             match message["role"].as_str() {
-                Some("user") => user(content, &format!("{at}.content"), &names, &mut turns)?,
+                // vLLM's other words for it.
+                Some("user" | "ctx" | "msg") => {
+                    user(content, &format!("{at}.content"), &names, &mut turns)?;
+                }
                 Some("assistant") => {
                     turns.push(assistant(content, &format!("{at}.content"), &mut names)?);
                 }
-                Some("system") => {
-                    let what = "must be \"user\" or \"assistant\": put such text in `system`";
+                Some("system") => told.push(text(content, &format!("{at}.content"))?),
+                _ => {
+                    let what = "must be \"user\", \"assistant\" or \"system\"";
                     return Err(wrong(format!("{at}.role"), what));
                 }
-                _ => return Err(wrong(format!("{at}.role"), "must be \"user\" or \"assistant\"")),
             }
         }
-        if let Some(last) = turns.last().filter(|last| last["role"] == "assistant") {
-            let at = format!("messages[{}].content", messages.len() - 1);
+        let Some(last) = turns.last() else {
+            let what = "must be a list of at least one message that is not the system's";
+            return Err(wrong("messages", what));
+        };
+        if last["role"] == "assistant" {
+            let at = messages.iter().rposition(|message| message["role"] != "system");
+            let at = format!("messages[{}].content", at.unwrap_or_default());
             if last.get("tool_calls").is_some() {
                 let what = "ends with a `tool_use`; its `tool_result` must follow";
                 return Err(wrong(at, what));
@@ -167,6 +176,10 @@ impl MessagesFields {
             if last["content"].as_str().is_none_or(|text| text.trim().is_empty()) {
                 return Err(wrong(at, "is the beginning of the answer; it must hold text"));
             }
+        }
+        told.retain(|text| !text.is_empty());
+        if !told.is_empty() {
+            turns.insert(0, json!({"role": "system", "content": told.join("\n")}));
         }
         Ok(turns)
     }
@@ -584,6 +597,37 @@ mod tests {
     }
 
     #[test]
+    fn what_the_system_says_is_one_message_before_all_others() {
+        let messages = json!([
+            {"role": "ctx", "content": "Q"},
+            {"role": "system", "content": [{"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "A"},
+            {"role": "msg", "content": [{"type": "text", "text": "Why?"}]},
+            {"role": "system", "content": ""},
+            {"role": "system", "content": "c"},
+        ]);
+        let said = json!([
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "Why?"},
+        ]);
+        for (system, told) in [(json!("a"), "a\nb\nc"), (json!(null), "b\nc"), (json!(""), "b\nc")]
+        {
+            let got = chat(json!({"system": system, "messages": messages})).unwrap();
+            let mut expected = vec![json!({"role": "system", "content": told})];
+            expected.extend(said.as_array().unwrap().iter().cloned());
+            assert_eq!(got["messages"], Value::from(expected));
+        }
+        // Nothing said is no message.
+        let got = chat(json!({"system": "", "messages": [{"role": "user", "content": "Q"}]}));
+        assert_eq!(got.unwrap()["messages"], json!([{"role": "user", "content": "Q"}]));
+        // An error names the message that is the last one but for the system's.
+        let blank =
+            json!([{"role": "assistant", "content": " "}, {"role": "system", "content": "x"}]);
+        assert_eq!(chat(json!({"messages": blank})).unwrap_err(), "messages[0].content");
+    }
+
+    #[test]
     fn an_answer_that_has_begun_goes_on() {
         let messages = json!([
             {"role": "user", "content": "Q"}, {"role": "assistant", "content": "So"},
@@ -632,7 +676,9 @@ mod tests {
             (json!({"messages": null}), "messages"),
             (json!({"messages": []}), "messages"),
             (json!({"messages": [5]}), "messages[0].role"),
-            (of("system", json!("x")), "messages[0].role"),
+            (of("system", json!("x")), "messages"),
+            (of("system", json!(5)), "messages[0].content"),
+            (of("tool", json!("x")), "messages[0].role"),
             (of("user", json!(5)), "messages[0].content"),
             (of("user", json!([])), "messages[0].content"),
             (of("user", json!([{}])), "messages[0].content[0].type"),

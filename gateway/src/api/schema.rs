@@ -752,14 +752,16 @@ pub mod anthropic {
         User(UserMessage),
         /// The model's.
         Assistant(AssistantMessage),
+        /// The system's.
+        System(SystemMessage),
     }
 
     /// A message of the user.
     #[derive(ToSchema)]
     #[schema(as = AnthropicUserMessage)]
     pub struct UserMessage {
-        /// `user`
-        #[schema(pattern = "^user$")]
+        /// `user`, or vLLM's other words for it.
+        #[schema(pattern = "^(user|ctx|msg)$")]
         pub role: String,
         /// What is said.
         pub content: UserContent,
@@ -774,6 +776,17 @@ pub mod anthropic {
         pub role: String,
         /// What is said.
         pub content: AssistantContent,
+    }
+
+    /// What the model is told among the messages; it goes to the end of `system`.
+    #[derive(ToSchema)]
+    #[schema(as = AnthropicSystemMessage)]
+    pub struct SystemMessage {
+        /// `system`
+        #[schema(pattern = "^system$")]
+        pub role: String,
+        /// What it is told.
+        pub content: Text,
     }
 
     /// Who speaks.
