@@ -61,6 +61,9 @@ pub struct MessagesFields {
 /// Anthropic's fields that change nothing here, beside those of all routes.
 pub const IGNORED: &[&str] = &["cache_control", "inference_geo", "speed"];
 
+/// How Claude Code begins what it says of billing, in a block of `system` or on its first line.
+const BILLING: &str = "x-anthropic-billing-header";
+
 /// A field at fault, and why.
 fn wrong(path: impl Into<String>, what: &str) -> ApiError {
     let path = path.into();
@@ -140,7 +143,7 @@ impl MessagesFields {
         let mut turns = Vec::with_capacity(messages.len() + 1);
         let mut told = Vec::new();
         if let Some(system) = &self.system {
-            told.push(text(system, "system")?);
+            told.push(told_text(system, "system")?);
         }
         // Templates want to know whose result it is.
         let mut names = HashMap::new();
@@ -155,7 +158,7 @@ impl MessagesFields {
                 Some("assistant") => {
                     turns.push(assistant(content, &format!("{at}.content"), &mut names)?);
                 }
-                Some("system") => told.push(text(content, &format!("{at}.content"))?),
+                Some("system") => told.push(told_text(content, &format!("{at}.content"))?),
                 _ => {
                     let what = "must be \"user\", \"assistant\" or \"system\"";
                     return Err(wrong(format!("{at}.role"), what));
@@ -219,9 +222,9 @@ fn flag(of: &Map<String, Value>, field: &str, at: &str) -> Result<Option<bool>, 
 }
 
 /// A string, or blocks that are all text.
-fn text(content: &Value, at: &str) -> Result<String, ApiError> {
+fn texts<'a>(content: &'a Value, at: &str) -> Result<Vec<&'a str>, ApiError> {
     let list = match content {
-        Value::String(text) => return Ok(text.clone()),
+        Value::String(text) => return Ok(vec![text.as_str()]),
         Value::Array(list) => list,
         _ => return Err(wrong(at, "must be a string or a list of blocks")),
     };
@@ -232,7 +235,27 @@ fn text(content: &Value, at: &str) -> Result<String, ApiError> {
             (at, kind, _) => return Err(not_read(&at, kind, "\"text\"")),
         }
     }
-    Ok(texts.join("\n"))
+    Ok(texts)
+}
+
+/// The same as one text.
+fn text(content: &Value, at: &str) -> Result<String, ApiError> {
+    Ok(texts(content, at)?.join("\n"))
+}
+
+/// What the system says, without Claude Code's word on billing: it changes with each request, and
+/// no prompt would begin like the one before.
+fn told_text(content: &Value, at: &str) -> Result<String, ApiError> {
+    match content {
+        Value::String(text) if text.starts_with(BILLING) => {
+            Ok(text.split_once('\n').map_or_else(String::new, |(_, rest)| rest.to_owned()))
+        }
+        _ => {
+            let mut texts = texts(content, at)?;
+            texts.retain(|text| !text.starts_with(BILLING));
+            Ok(texts.join("\n"))
+        }
+    }
 }
 
 /// A user's message: results become messages of their own, in the order of the blocks.
@@ -625,6 +648,35 @@ mod tests {
         let blank =
             json!([{"role": "assistant", "content": " "}, {"role": "system", "content": "x"}]);
         assert_eq!(chat(json!({"messages": blank})).unwrap_err(), "messages[0].content");
+    }
+
+    #[test]
+    fn what_is_said_of_billing_is_not_told() {
+        let billing = "x-anthropic-billing-header: cc_version=2.1; cch=1f2e;";
+        let block = |text: &str| json!({"type": "text", "text": text});
+        for system in [
+            json!([block(billing), block("Be brief."), block("Be kind.")]),
+            json!([block("Be brief."), block(billing), block("Be kind.")]),
+            json!(format!("{billing}\nBe brief.\nBe kind.")),
+        ] {
+            let among = json!([
+                {"role": "system", "content": system}, {"role": "user", "content": "Q"},
+            ]);
+            for got in [chat(json!({"system": system})), chat(json!({"messages": among}))] {
+                assert_eq!(
+                    got.unwrap()["messages"][0]["content"],
+                    "Be brief.\nBe kind.",
+                    "{system}"
+                );
+            }
+        }
+        for system in [json!(billing), json!([block(billing)])] {
+            let got = chat(json!({"system": system})).unwrap();
+            assert_eq!(got["messages"][0]["role"], "user");
+        }
+        // It is the user's to say.
+        let got = chat(json!({"messages": [{"role": "user", "content": billing}]})).unwrap();
+        assert_eq!(got["messages"][0]["content"], billing);
     }
 
     #[test]
