@@ -202,16 +202,17 @@ fn share_reasoning(message: &mut Map<String, Value>) {
     }
 }
 
-/// Calls of earlier turns: templates want arguments as an object, clients send them as text.
+/// Calls of earlier turns: templates want arguments as an object, clients send them as text, and
+/// none at all as null.
 fn open_arguments(message: &mut Map<String, Value>, at: &str) -> Result<(), ApiError> {
     let calls = match message.get_mut("tool_calls") {
         None => return Ok(()),
-        // Some templates ask whether the key is there.
-        Some(Value::Null) => {
+        Some(Value::Array(calls)) if !calls.is_empty() => calls,
+        // Replies without calls have an empty list. Some templates ask whether the key is there.
+        Some(Value::Null | Value::Array(_)) => {
             message.shift_remove("tool_calls");
             return Ok(());
         }
-        Some(Value::Array(calls)) => calls,
         Some(_) => {
             let at = format!("{at}.tool_calls");
             return Err(ApiError::malformed(format!("`{at}` must be a list.")).param(at));
@@ -222,12 +223,15 @@ fn open_arguments(message: &mut Map<String, Value>, at: &str) -> Result<(), ApiE
             let at = format!("{at}.tool_calls[{i}].function.arguments");
             return Err(ApiError::malformed(format!("`{at}` is required.")).param(at));
         };
-        if let Some(text) = arguments.as_str() {
-            // What an earlier answer broke is shown to the model as it was.
-            let text = if text.trim().is_empty() { "{}" } else { text };
-            if let Ok(value @ Value::Object(_)) = serde_json::from_str(text) {
-                *arguments = value;
-            }
+        let text = match &*arguments {
+            Value::Null => "",
+            Value::String(text) => text.as_str(),
+            _ => continue,
+        };
+        // What an earlier answer broke is shown to the model as it was.
+        let text = if text.trim().is_empty() { "{}" } else { text };
+        if let Ok(value @ Value::Object(_)) = serde_json::from_str(text) {
+            *arguments = value;
         }
     }
     Ok(())
@@ -280,6 +284,28 @@ mod tests {
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let got = messages(json!([{"role": "user", "content": parts, "name": "n"}])).unwrap();
         assert_eq!(got, [json!({"role": "user", "content": "a\nb", "name": "n"})]);
+    }
+
+    #[test]
+    fn calls_of_earlier_turns_are_as_templates_want_them() {
+        let call = |arguments: Value| json!({"function": {"name": "f", "arguments": arguments}});
+        let turn = |calls: Value| {
+            let turn = json!([{"role": "assistant", "content": null, "tool_calls": calls}]);
+            messages(turn).unwrap().remove(0)
+        };
+        let without_calls = json!({"role": "assistant", "content": ""});
+        for none in [json!([]), json!(null)] {
+            assert_eq!(turn(none), without_calls);
+        }
+        for (sent, opened) in [
+            (json!("{\"a\": 1}"), json!({"a": 1})),
+            (json!({"a": 1}), json!({"a": 1})),
+            (json!(" "), json!({})),
+            (json!(null), json!({})),
+            (json!("{\"a\": "), json!("{\"a\": ")),
+        ] {
+            assert_eq!(turn(json!([call(sent)]))["tool_calls"], json!([call(opened)]));
+        }
     }
 
     #[test]
