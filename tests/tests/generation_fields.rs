@@ -234,7 +234,10 @@ async fn tools_are_called_when_they_must_be() {
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 
     let named = json!({"type": "function", "function": {"name": "get_time"}});
-    let body = chat("Hi", json!({"tools": tools, "tool_choice": named, "max_tokens": 200}));
+    // What is called goes before the form of an answer.
+    let format = json!({"type": "json_object"});
+    let fields = json!({"tools": tools, "tool_choice": named, "response_format": format});
+    let body = chat("Hi", with(fields, json!({"max_tokens": 200})));
     let reply = api.ok(CHAT, &body).await;
     let choice = &reply["choices"][0];
     assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], "get_time");
@@ -258,6 +261,7 @@ async fn tools_are_called_when_they_must_be() {
         (json!({"tools": []}), "tools"),
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tools": tools, "tool_choice": "sometimes"}), "tool_choice"),
+        (json!({"tools": tools, "tool_choice": named, "guided_regex": "a"}), "tool_choice"),
     ] {
         let error = api.post(CHAT, &chat("Hi", fields)).await.error(400).unwrap();
         assert_eq!(error["param"], param, "{error}");

@@ -68,6 +68,18 @@ impl StructuredFields {
         }
     }
 
+    /// Whether `json`, `regex` or `choice` is asked for in vLLM's own fields: no tool may be named
+    /// beside them. What else there is, `response_format` too, yields to the tool's schema.
+    pub fn excludes_named_tool(&self) -> bool {
+        let given = |key: &str| {
+            let outputs = self.structured_outputs.as_ref();
+            outputs.and_then(|outputs| outputs.get(key)).is_some_and(|value| !value.is_null())
+        };
+        let guided = [&self.guided_json, &self.guided_regex, &self.guided_choice];
+        ["json", "regex", "choice"].into_iter().any(given)
+            || guided.into_iter().any(Option::is_some)
+    }
+
     /// The constraint; `None` when the text is free. `response_format` comes before
     /// `structured_outputs`, as in vLLM.
     pub fn constraint(&self) -> Result<Option<Constraint>, ApiError> {
@@ -362,6 +374,33 @@ mod tests {
         let fields: StructuredFields =
             serde_json::from_value(json!({"guided_regex": "a"})).unwrap();
         assert_eq!(fields.field(), "guided_regex");
+    }
+
+    #[test]
+    fn a_named_tool_goes_before_a_format_but_not_beside_a_constraint() {
+        let excludes = |fields: Value| {
+            serde_json::from_value::<StructuredFields>(fields).unwrap().excludes_named_tool()
+        };
+        let format = json!({"type": "json_object"});
+        for fields in [
+            json!({}),
+            json!({"response_format": format}),
+            json!({"structured_outputs": {"json_object": true, "json": null}}),
+            json!({"structured_outputs": {"grammar": "start: \"a\""}}),
+            json!({"guided_grammar": "start: \"a\"", "guided_json": null}),
+        ] {
+            assert!(!excludes(fields.clone()), "{fields}");
+        }
+        for fields in [
+            json!({"structured_outputs": {"json": {}}, "response_format": format}),
+            json!({"structured_outputs": {"regex": "a"}}),
+            json!({"structured_outputs": {"choice": ["a"]}}),
+            json!({"guided_json": {}}),
+            json!({"guided_regex": "a"}),
+            json!({"guided_choice": ["a"]}),
+        ] {
+            assert!(excludes(fields.clone()), "{fields}");
+        }
     }
 
     #[test]

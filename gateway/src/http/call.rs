@@ -75,9 +75,9 @@ impl Call {
             constraint: structured.constraint()?.map(|it| (it, structured.field())),
         };
         let choice = tools.as_ref().map_or(ToolChoice::None, |tools| tools.choice.clone());
-        if matches!(choice, ToolChoice::Named(_)) && wish.constraint.is_some() {
+        if matches!(choice, ToolChoice::Named(_)) && structured.excludes_named_tool() {
             let message = "`tool_choice` names a function, whose parameters the answer will be: \
-                           leave `structured_outputs` and `response_format` out.";
+                           leave `structured_outputs` out.";
             return Err(ApiError::malformed(message).param("tool_choice"));
         }
         if let Some(schema) = tools.as_ref().and_then(constraint) {
