@@ -313,7 +313,7 @@ fn responses() -> Value {
         "type": "object", "required": ["type", "name"],
         "properties": {
             "type": {"const": "function"},
-            "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,64}$"},
+            "name": {"type": "string", "pattern": "^[a-zA-Z0-9_.-]{1,128}$"},
             "description": {"type": ["string", "null"]},
             "parameters": all([json!({"type": ["object", "null"]}), parameters()]),
             "strict": {"type": ["boolean", "null"]},

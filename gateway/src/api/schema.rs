@@ -231,7 +231,7 @@ pub struct Tool {
 #[derive(ToSchema)]
 pub struct ToolFunction {
     /// Its name, unlike that of any other.
-    #[schema(pattern = "^[a-zA-Z0-9_.-]{1,64}$")]
+    #[schema(pattern = "^[a-zA-Z0-9_.-]{1,128}$")]
     pub name: String,
     /// What it does.
     pub description: Option<String>,
@@ -907,7 +907,7 @@ pub mod anthropic {
     #[schema(as = AnthropicTool)]
     pub struct Tool {
         /// Its name.
-        #[schema(pattern = "^[a-zA-Z0-9_.-]{1,64}$")]
+        #[schema(pattern = "^[a-zA-Z0-9_.-]{1,128}$")]
         pub name: String,
         /// What it does.
         pub description: Option<String>,

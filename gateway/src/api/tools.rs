@@ -14,7 +14,7 @@ pub const MAX_TOOLS: usize = 128;
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ToolSchema {
-    /// 1 to 64 letters, digits, `_`, `-` and `.`.
+    /// 1 to 128 letters, digits, `_`, `-` and `.`.
     pub name: String,
     /// What it does.
     pub description: Option<String>,
@@ -136,7 +136,7 @@ fn schema(tool: &mut Value, at: &str) -> Result<ToolSchema, ApiError> {
     let at = |key: &str| format!("{at}.{key}");
     let name = field("name").and_then(Value::as_str).filter(|name| is_name(name));
     let name = name.ok_or_else(|| {
-        wrong(&at("name"), "must be 1 to 64 of the letters a-z and A-Z, digits, `_`, `-` and `.`")
+        wrong(&at("name"), "must be 1 to 128 of the letters a-z and A-Z, digits, `_`, `-` and `.`")
     })?;
     let description = match field("description") {
         None => None,
@@ -161,9 +161,10 @@ fn schema(tool: &mut Value, at: &str) -> Result<ToolSchema, ApiError> {
     Ok(ToolSchema { name: name.into(), description, parameters, strict })
 }
 
+/// OpenAI allows 64 letters, Anthropic 128.
 fn is_name(name: &str) -> bool {
     let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    (1..=64).contains(&name.len()) && name.chars().all(fine)
+    (1..=128).contains(&name.len()) && name.chars().all(fine)
 }
 
 fn read_choice(choice: &Value, list: &[ToolSchema]) -> Result<ToolChoice, ApiError> {
@@ -257,7 +258,8 @@ mod tests {
     fn errors_name_the_place() {
         let with = |function: Value| json!({"tools": [{"type": "function", "function": function}]});
         let many: Vec<Value> = (0..129).map(|at| function(&format!("f{at}"))).collect();
-        let long = "x".repeat(65);
+        let long = "x".repeat(129);
+        assert!(read(json!({"tools": [function(&long[1..])]})).is_ok());
         for (bad, param) in [
             (json!({"tools": []}), "tools"),
             (json!({"tools": {}}), "tools"),
