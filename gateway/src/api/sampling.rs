@@ -305,6 +305,7 @@ impl SamplingFields {
             stop,
             include_stop: self.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: self.skip_special_tokens.unwrap_or(true),
+            markers: Vec::new(),
         };
         let salt = self.cache_salt.clone().unwrap_or_default();
         Ok(Sampling {

@@ -26,6 +26,8 @@ pub struct TextSettings {
     pub include_stop: bool,
     /// Whether special tokens are left out.
     pub skip_special_tokens: bool,
+    /// Special tokens that are not left out: the answer is read by them.
+    pub markers: Vec<u32>,
 }
 
 /// What a step added to the answer, or all of them together.
@@ -104,7 +106,8 @@ impl Answer {
         let model = job.served.text.clone();
         let adapter = job.served.adapter.as_ref();
         let lora = adapter.map(|adapter| metrics.lora.begin(&adapter.name));
-        let detokenizer = Detokenizer::after(&model, &job.prompt, text.skip_special_tokens);
+        let detokenizer =
+            Detokenizer::after(&model, &job.prompt, text.skip_special_tokens).keeping(text.markers);
         let generation = Generation::start(registry, job).await?;
         Ok(Self {
             generation,

@@ -96,10 +96,9 @@ impl Call {
         let reasoning = shared.parsers.reasoning(&served.text);
         let syntax = shared.parsers.tools(&served.text);
         let format = OutputFormat::new(tools.as_ref(), syntax.as_ref(), reasoning, &text);
-        if reasoning.is_some() || (format.tools.is_some() && choice == ToolChoice::Auto) {
-            // Some models mark reasoning and calls with special tokens.
-            sampling.text.skip_special_tokens = false;
-        }
+        // Some models mark reasoning and calls with special tokens.
+        let markers = markers(&format).into_iter();
+        sampling.text.markers = markers.filter_map(|it| served.text.special_token(it)).collect();
         let reading = Reading {
             format,
             tools: tools.map_or_else(Vec::new, |tools| tools.list),
@@ -168,6 +167,23 @@ impl Call {
     }
 }
 
+/// What an answer is read by, as far as it may be special tokens of a model: a call that a grammar
+/// constrains has no such marks.
+fn markers(format: &OutputFormat) -> Vec<&'static str> {
+    let of_calls: &[&'static str] = match &format.tools {
+        Some(ToolSyntax::Hermes | ToolSyntax::Qwen3Coder) => &["<tool_call>", "</tool_call>"],
+        Some(ToolSyntax::Llama3Json) => &["<|python_tag|>", "<|python_start|>", "<|python_end|>"],
+        Some(ToolSyntax::Pythonic) => &["<|python_start|>", "<|python_end|>"],
+        Some(ToolSyntax::Mistral) => &["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"],
+        None | Some(ToolSyntax::JsonList | ToolSyntax::Named(_)) => &[],
+    };
+    let mut all = of_calls.to_vec();
+    if format.reasoning.is_some() {
+        all.extend(["<think>", "</think>"]);
+    }
+    all
+}
+
 impl Reading {
     /// A parser for one answer.
     pub(super) fn parser(&self) -> OutputParser {
@@ -207,5 +223,51 @@ impl Parsers {
 
     fn reasoning(&self, model: &TextModel) -> Option<ReasoningSyntax> {
         self.reasoning.or(model.reasoning_syntax)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::output::Parsed;
+
+    #[test]
+    fn answers_are_read_by_their_markers() {
+        for (syntax, calls) in [
+            (
+                ToolSyntax::Hermes,
+                &[r#"<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>"#][..],
+            ),
+            (
+                ToolSyntax::Qwen3Coder,
+                &["<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"],
+            ),
+            (
+                ToolSyntax::Llama3Json,
+                &[
+                    r#"<|python_tag|>{"name": "f", "parameters": {"a": 1}}"#,
+                    r#"<|python_start|>{"name": "f", "parameters": {"a": 1}}<|python_end|>"#,
+                ],
+            ),
+            (ToolSyntax::Pythonic, &["<|python_start|>[f(a=1)]<|python_end|>"]),
+            (ToolSyntax::Mistral, &[r#"[TOOL_CALLS]f[CALL_ID]a1b2c3d4e[ARGS]{"a": 1}"#]),
+        ] {
+            let reasoning = Some(ReasoningSyntax::Qwen3);
+            let format = OutputFormat { tools: Some(syntax), reasoning, ..OutputFormat::default() };
+            let answers: Vec<String> =
+                calls.iter().map(|call| format!("<think>hm</think>{call}")).collect();
+            for answer in &answers {
+                let mut parser = OutputParser::new(&format, &[]);
+                let mut parsed = Parsed::default();
+                parsed.extend(parser.push(answer));
+                parsed.extend(parser.finish());
+                assert_eq!((&*parsed.reasoning, &*parsed.content), ("hm", ""), "{answer}");
+                assert_eq!(parsed.calls.len(), 1, "{answer}");
+            }
+            for marker in markers(&format) {
+                assert!(answers.iter().any(|answer| answer.contains(marker)), "{marker}");
+            }
+        }
+        assert_eq!(markers(&OutputFormat::default()), [""; 0]);
     }
 }

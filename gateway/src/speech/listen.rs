@@ -296,8 +296,12 @@ impl Listener {
             siblings: metrics.siblings(&served.card, 1),
             trace: trace.clone(),
         };
-        let text =
-            TextSettings { stop: Vec::new(), include_stop: false, skip_special_tokens: true };
+        let text = TextSettings {
+            stop: Vec::new(),
+            include_stop: false,
+            skip_special_tokens: true,
+            markers: Vec::new(),
+        };
         Answer::start(registry.clone(), metrics.clone(), job, text, *arrived).await
     }
 

@@ -22,6 +22,8 @@ pub struct Detokenizer {
     /// Tokens before this one have been given out.
     settled: usize,
     skip_special_tokens: bool,
+    /// Special tokens that are not skipped.
+    kept: Vec<u32>,
 }
 
 impl Detokenizer {
@@ -33,12 +35,19 @@ impl Detokenizer {
         if model.decode(&ids, skip_special_tokens).ends_with('\u{fffd}') {
             ids.clear();
         }
-        Self { settled: ids.len(), context: 0, ids, skip_special_tokens }
+        Self { settled: ids.len(), context: 0, ids, skip_special_tokens, kept: Vec::new() }
+    }
+
+    /// Has these special tokens in the text, also where others are skipped.
+    pub fn keeping(mut self, kept: Vec<u32>) -> Self {
+        self.kept = kept;
+        self
     }
 
     /// Adds a token and gives the text that is now certain.
     pub fn push(&mut self, model: &TextModel, id: u32) -> String {
-        if self.skip_special_tokens && model.special.contains(&id) {
+        let special = model.special.contains(&id);
+        if self.skip_special_tokens && special && !self.kept.contains(&id) {
             return String::new();
         }
         self.ids.push(id);
@@ -75,7 +84,8 @@ impl Detokenizer {
     fn decode(&self, model: &TextModel, end: usize) -> String {
         match &self.ids[self.context..end] {
             [] => String::new(),
-            ids => model.decode(ids, self.skip_special_tokens),
+            // Those that are skipped did not get here.
+            ids => model.decode(ids, self.skip_special_tokens && self.kept.is_empty()),
         }
     }
 }
@@ -90,14 +100,18 @@ mod tests {
     /// The bytes of `é`.
     const E: [u32; 2] = [1, 2];
     const EOS: u32 = 3;
+    const MARK: u32 = 4;
 
     fn model() -> TextModel {
+        let special = |id: u32, content: &str| {
+            json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true,
+            })
+        };
         let tokenizer = json!({
             "version": "1.0",
-            "added_tokens": [{
-                "id": EOS, "content": "<eos>", "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false, "special": true,
-            }],
+            "added_tokens": [special(EOS, "<eos>"), special(MARK, "<mark>")],
             "decoder": {
                 "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
                 "use_regex": true,
@@ -142,6 +156,18 @@ mod tests {
         assert_eq!(text.push(&model, A), "a");
         // They are text where they are asked for.
         assert_eq!(Detokenizer::after(&model, &[], false).push(&model, EOS), "<eos>");
+    }
+
+    #[test]
+    fn special_tokens_that_mark_something_are_text() {
+        let model = model();
+        assert_eq!(model.special_token("<mark>"), Some(MARK));
+        assert_eq!(model.special_token("a"), None);
+        let mut text = Detokenizer::after(&model, &[EOS], true).keeping(vec![MARK]);
+        let pieces = [MARK, A, EOS, A, MARK].map(|id| text.push(&model, id));
+        assert_eq!(pieces, ["<mark>", "a", "", "a", "<mark>"]);
+        let mut all = Detokenizer::after(&model, &[], false).keeping(vec![MARK]);
+        assert_eq!([MARK, EOS].map(|id| all.push(&model, id)), ["<mark>", "<eos>"]);
     }
 
     #[test]

@@ -95,6 +95,11 @@ impl TextModel {
             .map_err(|error| error.to_string())
     }
 
+    /// The special token with this text, if there is one.
+    pub fn special_token(&self, text: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(text).filter(|id| self.special.contains(id))
+    }
+
     /// The text of some tokens.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
         // The decoder fails on nothing that a vocabulary check lets through.
