@@ -108,6 +108,11 @@ async fn values_that_no_field_takes_are_400_and_name_the_field() {
         let reply = cluster.api.post(route, &with(route, field, &value)).await;
         verdict.error(&format!("{route} {field} {value}"), &reply, 400, &[field]);
     }
+    // More than a completion has that does not say.
+    let mut body = with("/v1/completions", "min_tokens", &json!(17));
+    body.as_object_mut().expect("an object").remove("max_tokens");
+    let reply = cluster.api.post("/v1/completions", &body).await;
+    verdict.error("min_tokens over the default", &reply, 400, &["min_tokens"]);
     // Greedy decoding has one answer.
     let mut body = with("/v1/completions", "n", &json!(2));
     body["temperature"] = 0.into();

@@ -83,6 +83,17 @@ pub fn room(
     }
 }
 
+/// Refuses a `min_tokens` that an answer of `max_tokens`, which the request may not have named,
+/// cannot have; where a wish that does not fit is clipped, this one is too.
+pub fn check_min_tokens(min_tokens: u32, max_tokens: u32, budget: Budget) -> Result<(), ApiError> {
+    if min_tokens <= max_tokens || budget.clip {
+        return Ok(());
+    }
+    let message =
+        format!("`min_tokens` is {min_tokens}, but this answer may have {max_tokens} tokens only.");
+    Err(ApiError::bad_value("min_tokens", message))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -111,5 +122,17 @@ mod tests {
         assert_eq!(room(200, 256, None, rest.or(Some(2048))).unwrap(), 56);
         let sixteen = Budget { default: Some(16), ..rest };
         assert_eq!(room(200, 256, None, sixteen.or(Some(2048))).unwrap(), 16);
+    }
+
+    #[test]
+    fn min_tokens_are_held_against_what_there_will_be() {
+        let sixteen = Budget { default: Some(16), clip: false };
+        let most = |prompt| room(prompt, 256, None, sixteen).unwrap();
+        assert!(check_min_tokens(16, most(200), sixteen).is_ok());
+        for (min_tokens, prompt) in [(17, 200), (7, 250)] {
+            let error = check_min_tokens(min_tokens, most(prompt), sixteen).unwrap_err();
+            assert_eq!(error.field(), Some("min_tokens"));
+            assert!(check_min_tokens(min_tokens, 6, Budget { clip: true, ..sixteen }).is_ok());
+        }
     }
 }

@@ -19,7 +19,7 @@ use super::load::Place;
 use super::{Shared, body, connection, request_id};
 use crate::api::Body;
 use crate::api::sampling::{Bounds, MAX_SEQUENCES, Sampling, SamplingFields, Wish};
-use crate::api::usage::{Budget, Usage, room};
+use crate::api::usage::{Budget, Usage, check_min_tokens, room};
 use crate::error::ApiError;
 use crate::generate::Job;
 use crate::generate::answer::{Answer, Delta};
@@ -142,6 +142,7 @@ impl Order {
             let limit = served.card.max_model_len;
             let budget = budget.or(sampling.default_max_tokens);
             let max_tokens = room(prompt.len(), limit, sampling.max_tokens, budget)?;
+            check_min_tokens(sampling.params.min_tokens, max_tokens, budget)?;
             let siblings = shared.metrics.siblings(&served.card, sampling.n);
             let hashes: Arc<[_]> =
                 served.root(&sampling.salt).chain(prompt, served.block_size()).into();
