@@ -318,8 +318,20 @@ async fn reasoning_is_told_from_the_answer() {
         .collect();
     assert_eq!(thought, message["reasoning"]);
     assert_eq!(streamed_text(&events, 0), "Paris");
-    let silent = api.ok(CHAT, &with(body, json!({"include_reasoning": false}))).await;
-    assert_eq!(silent["choices"][0]["message"]["reasoning"], Value::Null);
+    // Nor can it be read from tokens then.
+    let hidden = json!({"include_reasoning": false, "logprobs": true, "return_token_ids": true});
+    let body = with(body, hidden);
+    let silent = api.ok(CHAT, &body).await;
+    let choice = &silent["choices"][0];
+    assert_eq!(choice["message"]["reasoning"], Value::Null);
+    assert_eq!((&choice["logprobs"], &choice["token_ids"]), (&Value::Null, &Value::Null));
+    assert!(silent["prompt_token_ids"].is_array(), "{silent}");
+    let events = api.stream(CHAT, &with(body, json!({"stream": true}))).await.collect().await;
+    assert_eq!(streamed_text(&events, 0), "Paris");
+    for choice in events.iter().flat_map(|event| event["choices"].as_array().unwrap()) {
+        assert_eq!(choice["logprobs"], Value::Null, "{choice}");
+        assert_eq!(choice.get("token_ids"), None, "{choice}");
+    }
     cluster.finish().await;
 }
 

@@ -190,6 +190,11 @@ impl Reading {
         OutputParser::new(&self.format, &self.tools)
     }
 
+    /// Whether what the model thinks is kept from the client, who could read it from tokens too.
+    pub(super) fn hides_reasoning(&self) -> bool {
+        self.format.reasoning.is_some() && !self.include_reasoning
+    }
+
     /// Whether the text of an answer with calls is `""` in place of null: vLLM's way where a call
     /// was not the model's choice.
     pub(super) fn forced(&self) -> bool {
@@ -269,5 +274,19 @@ mod tests {
             }
         }
         assert_eq!(markers(&OutputFormat::default()), [""; 0]);
+    }
+
+    #[test]
+    fn only_a_model_that_reasons_has_reasoning_to_hide() {
+        for (syntax, include_reasoning, hides) in [
+            (Some(ReasoningSyntax::Qwen3), false, true),
+            (Some(ReasoningSyntax::Qwen3), true, false),
+            (None, false, false),
+        ] {
+            let format = OutputFormat { reasoning: syntax, ..OutputFormat::default() };
+            let (tools, choice) = (Vec::new(), ToolChoice::None);
+            let reading = Reading { format, tools, choice, include_reasoning };
+            assert_eq!(reading.hides_reasoning(), hides);
+        }
     }
 }

@@ -55,7 +55,10 @@ struct Chat {
     envelope: Envelope,
     call: Call,
     naming: Naming,
+    /// Whether log-probabilities are sent, the answers' token ids, and the prompt's.
+    logprobs: bool,
     token_ids: bool,
+    prompt_ids: bool,
     usage: (bool, bool),
     answers: Vec<Progress>,
 }
@@ -74,10 +77,14 @@ impl Chat {
         let fields = &call.fields;
         let answer =
             |_| Progress { parser: call.reading.parser(), tokens: Vec::new(), called: false };
+        let shown = !call.reading.hides_reasoning();
+        let ids = fields.return_token_ids.unwrap_or(false);
         Self {
             envelope,
             naming: Naming { as_token_ids: fields.return_tokens_as_token_ids.unwrap_or(false) },
-            token_ids: fields.return_token_ids.unwrap_or(false),
+            logprobs: call.logprobs && shown,
+            token_ids: ids && shown,
+            prompt_ids: ids,
             usage: fields.usage_in_stream(),
             answers: (0..call.sampling.n).map(answer).collect(),
             call,
@@ -112,8 +119,7 @@ impl Chat {
                 })
             })
             .collect();
-        let logprobs =
-            self.call.logprobs.then(|| self.naming.chat(&self.call.served.text, &tokens));
+        let logprobs = self.logprobs.then(|| self.naming.chat(&self.call.served.text, &tokens));
         let ids: Option<Vec<u32>> =
             self.token_ids.then(|| tokens.iter().map(|token| token.id).collect());
         json!({
@@ -156,7 +162,7 @@ impl Chat {
             "logprobs": null,
             "finish_reason": reason,
         });
-        if self.call.logprobs && !tokens.is_empty() {
+        if self.logprobs && !tokens.is_empty() {
             choice["logprobs"] = self.naming.chat(&self.call.served.text, &tokens);
         }
         if let Some(end) = end {
@@ -176,7 +182,7 @@ impl Chat {
             "finish_reason": null,
         });
         let mut event = self.envelope.frame("chat.completion.chunk", vec![choice]);
-        let prompt_ids = self.token_ids.then(|| self.call.prompt.to_vec());
+        let prompt_ids = self.prompt_ids.then(|| self.call.prompt.to_vec());
         event.insert("prompt_token_ids".into(), json!(prompt_ids));
         event
     }
@@ -191,7 +197,7 @@ impl Shape for Chat {
         let prompt_logprobs = prompt
             .filter(|_| self.call.sampling.params.prompt_logprobs.is_some())
             .map(|prompt| self.naming.prompt(&self.call.served.text, &prompt));
-        let prompt_ids = self.token_ids.then(|| self.call.prompt.to_vec());
+        let prompt_ids = self.prompt_ids.then(|| self.call.prompt.to_vec());
         let mut reply = self.envelope.frame("chat.completion", choices);
         reply.insert("service_tier".into(), Value::Null);
         reply.insert("system_fingerprint".into(), Value::Null);
@@ -236,7 +242,7 @@ impl Shape for Chat {
             self.send(choice, usage, frames);
         }
         // Tokens are not kept back when their text is: logprobs and ids stay with their step.
-        let tokens = self.call.logprobs || self.token_ids;
+        let tokens = self.logprobs || self.token_ids;
         if end.is_some() || (tokens && !self.answers[index].tokens.is_empty()) {
             let choice = self.part(index, json!({"content": ""}), end);
             self.send(choice, usage, frames);
