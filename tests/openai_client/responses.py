@@ -80,6 +80,15 @@ def conversation(client: OpenAI, model: str, first: types.Response) -> None:
     assert own.output_text == kept.output_text, (own, kept)
     items = client.responses.input_items.list(kept.id)
     assert [item.content[0].text for item in items] == ["Why?"], items
+    said = [
+        (item.role, item.content[0].type, item.content[0].text)
+        for item in client.responses.input_items.list(own.id, order="asc")
+    ]
+    assert said == [
+        ("user", "input_text", "Say hello."),
+        ("assistant", "output_text", first.output_text),
+        ("user", "input_text", "Why?"),
+    ], said
     client.responses.delete(own.id)
     try:
         client.responses.retrieve(own.id)

@@ -100,10 +100,34 @@ fn read_item(item: &Value, at: &str) -> Result<Value, ApiError> {
     };
     let mut fields = fields.clone();
     fields.insert("type".into(), kind.into());
+    if kind == "message" {
+        complete(&mut fields);
+    }
     if !fields.get("id").is_some_and(Value::is_string) {
         fields.insert("id".into(), new_id(prefix).into());
     }
     Ok(fields.into())
+}
+
+/// Makes of a message what OpenAI's API gives back: content in parts, and a status.
+fn complete(message: &mut Map<String, Value>) {
+    let answers = message.get("role").is_some_and(|role| role == "assistant");
+    let part = |text: Value| match answers {
+        true => json!({"type": "output_text", "text": text, "annotations": []}),
+        false => json!({"type": "input_text", "text": text}),
+    };
+    match message.get_mut("content") {
+        Some(Value::Array(parts)) => {
+            for plain in parts.iter_mut().filter(|it| it["type"] == "text") {
+                *plain = part(plain["text"].take());
+            }
+        }
+        Some(text) => *text = vec![part(text.take())].into(),
+        None => {}
+    }
+    if !message.get("status").is_some_and(Value::is_string) {
+        message.insert("status".into(), "completed".into());
+    }
 }
 
 /// The text of a content: a string, or parts of these types, joined by line feeds as in chats.
@@ -279,6 +303,31 @@ mod tests {
                 json!({"role": "user", "content": "hi"})
             ]
         );
+    }
+
+    #[test]
+    fn messages_are_given_back_in_parts() {
+        let of = |role: &str, content: Value| json!([{"role": role, "content": content}]);
+        let answer = json!([{"type": "output_text", "text": "x", "annotations": []}]);
+        let refusal = json!([{"type": "refusal", "refusal": "x"}]);
+        let text = json!([{"type": "text", "text": "x"}]);
+        for (role, sent, parts) in [
+            ("user", json!("x"), json!([{"type": "input_text", "text": "x"}])),
+            ("developer", text.clone(), json!([{"type": "input_text", "text": "x"}])),
+            ("assistant", json!("x"), answer.clone()),
+            ("assistant", text, answer.clone()),
+            ("assistant", answer.clone(), answer),
+            ("assistant", refusal.clone(), refusal),
+        ] {
+            let items = read(&of(role, sent)).unwrap();
+            assert_eq!((&items[0]["content"], &items[0]["type"]), (&parts, &json!("message")));
+            assert_eq!(items[0]["status"], "completed");
+            // What the model sees is as it came.
+            assert_eq!(chat(None, &[], &items).unwrap()[0]["content"], "x");
+        }
+        let mut cut = of("assistant", json!("x"));
+        cut[0]["status"] = "incomplete".into();
+        assert_eq!(read(&cut).unwrap()[0]["status"], "incomplete");
     }
 
     #[test]
