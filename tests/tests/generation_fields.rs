@@ -3,6 +3,7 @@
 use baton_tests::Cluster;
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{ids, streamed_text};
+use reqwest::Method;
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -145,6 +146,20 @@ async fn what_only_passes_through_comes_out() {
     assert_eq!(streamed_text(&events, 0), content(&whole));
     let error = api.post(COMPLETION, &completion(json!({"suffix": "x"}))).await;
     assert_eq!(error.error(400).unwrap()["param"], "suffix");
+    // Balancers are told how busy the workers are, if they ask.
+    let (chat, completion) = (chat("Hi", json!({"max_tokens": 2})), completion(json!({})));
+    for (path, body, format, begins) in [
+        (CHAT, &chat, "json", "JSON {\"named_metrics\": {\"kv_cache_usage_perc\": "),
+        (COMPLETION, &completion, "TEXT", "TEXT named_metrics.kv_cache_usage_perc="),
+        (CHAT, &chat, "XML", ""),
+        (CHAT, &with(chat.clone(), json!({"stream": true})), "JSON", ""),
+    ] {
+        let json = ("Content-Type", "application/json");
+        let headers = [json, ("endpoint-load-metrics-format", format)];
+        let reply = api.send_with(Method::POST, path, &headers, &body.to_string()).await;
+        let told = reply.header("endpoint-load-metrics");
+        assert!(told.starts_with(begins) && told.is_empty() == begins.is_empty(), "{told}");
+    }
     cluster.finish().await;
 }
 

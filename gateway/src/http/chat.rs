@@ -22,6 +22,11 @@ use crate::output::{OutputParser, Parsed, Part};
 /// Answers a chat.
 #[utoipa::path(
     post, path = "/v1/chat/completions", tag = "generation", request_body = ChatRequest,
+    params((
+        "endpoint-load-metrics-format" = Option<String>, Header,
+        description = "JSON or TEXT: a reply that is no stream has a header \
+                       `endpoint-load-metrics` then, which says how busy the workers are.",
+    )),
     responses((
         status = 200, description = "The answer; a stream of events if `stream` is true.",
         content((ChatCompletion = "application/json"), (StreamEvent = "text/event-stream")),
@@ -41,13 +46,13 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
+    let Intake { arrived, place, mut body, client, request_id, trace, load } = intake;
     let call = Call::read(&shared, &mut body, &CHAT, trace).await?;
     let envelope = Envelope::new("chatcmpl", &request_id, call.served.name());
     let id = envelope.id.clone();
     let order = call.order(shared.into_inner(), id, Budget::default(), arrived, place);
     let streams = call.fields.streams();
-    order.respond(Chat::new(call, envelope), streams, &body, client).await
+    order.respond(Chat::new(call, envelope), streams, &body, client, load).await
 }
 
 /// How a chat's answers are worded.

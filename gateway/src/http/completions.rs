@@ -27,6 +27,11 @@ use crate::workers::Served;
 /// Completes texts or tokens.
 #[utoipa::path(
     post, path = "/v1/completions", tag = "generation", request_body = CompletionRequest,
+    params((
+        "endpoint-load-metrics-format" = Option<String>, Header,
+        description = "JSON or TEXT: a reply that is no stream has a header \
+                       `endpoint-load-metrics` then, which says how busy the workers are.",
+    )),
     responses((
         status = 200, description = "The answers; a stream of events if `stream` is true.",
         content((TextCompletion = "application/json"), (StreamEvent = "text/event-stream")),
@@ -46,7 +51,7 @@ pub(super) async fn answer(
     intake: Intake,
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
-    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
+    let Intake { arrived, place, mut body, client, request_id, trace, load } = intake;
     let fields: SamplingFields = body.read()?;
     let completion: CompletionFields = body.read()?;
     let structured: StructuredFields = body.read()?;
@@ -114,7 +119,7 @@ pub(super) async fn answer(
         place,
         trace,
     };
-    order.respond(shape, fields.streams(), &body, client).await
+    order.respond(shape, fields.streams(), &body, client, load).await
 }
 
 /// How a completion's answer is worded.

@@ -16,7 +16,7 @@ use tracing::Instrument as _;
 use super::connection::{Connection, closed};
 use super::frames::{Frames, Shape};
 use super::load::Place;
-use super::{Shared, body, connection, request_id};
+use super::{Shared, body, connection, orca, request_id};
 use crate::api::Body;
 use crate::api::sampling::{Bounds, MAX_SEQUENCES, Sampling, SamplingFields, Wish};
 use crate::api::usage::{Budget, Usage, check_min_tokens, room};
@@ -43,6 +43,8 @@ pub(super) struct Intake {
     /// The request's id, the client's own if it gave one.
     pub(super) request_id: String,
     pub(super) trace: Trace,
+    /// How it wants to be told of the workers' load.
+    pub(super) load: Option<orca::Format>,
 }
 
 impl Intake {
@@ -61,7 +63,8 @@ impl Intake {
         let own_id = body.get("request_id").and_then(Value::as_str);
         let request_id = request_id::settle(request, own_id);
         let (client, trace) = (connection(request), trace(request));
-        Ok(Self { arrived, place, body, client, request_id, trace })
+        let load = orca::Format::of(request.headers());
+        Ok(Self { arrived, place, body, client, request_id, trace, load })
     }
 }
 
@@ -97,14 +100,17 @@ pub(super) struct Answers {
 }
 
 impl Order {
-    /// Generates, and replies as the request asks: with a stream or as a whole.
+    /// Generates, and replies as the request asks: with a stream or as a whole, which tells of the
+    /// workers' load if it is to.
     pub(super) async fn respond<S: Shape + 'static>(
         self,
         mut shape: S,
         streams: bool,
         body: &Body,
         client: Option<Connection>,
+        load: Option<orca::Format>,
     ) -> Result<HttpResponse, ApiError> {
+        let (shared, served) = (self.shared.clone(), self.served.clone());
         let answers = self.start(client.as_ref()).await?;
         let mut response = HttpResponse::Ok();
         body::warn_of_unknown(body, &mut response);
@@ -112,6 +118,9 @@ impl Order {
             return Ok(streaming(response, answers.stream(shape, client)));
         }
         let (wholes, usage) = answers.whole(client.as_ref()).await?;
+        if let Some(format) = load {
+            orca::tell(&mut response, format, &shared.registry, &served);
+        }
         Ok(response.json(shape.whole(wholes, usage)))
     }
 

@@ -41,7 +41,7 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, request_id, trace } = intake;
+    let Intake { arrived, place, mut body, client, request_id, trace, .. } = intake;
     let fields = read(&mut body)?;
     fields.check_max_tokens()?;
     let call = Call::read(&shared, &mut fields.to_chat()?, &MESSAGES, trace).await?;
@@ -49,7 +49,7 @@ pub(super) async fn create(
     let order = call.order(shared.into_inner(), id.clone(), Budget::default(), arrived, place);
     let parser = call.reading.parser();
     let message = Message { id, model, parser, blocks: Blocks::default(), end: None };
-    order.respond(message, fields.streams(), &body, client).await
+    order.respond(message, fields.streams(), &body, client, None).await
 }
 
 /// Counts the tokens of a chat's prompt.

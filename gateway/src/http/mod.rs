@@ -21,6 +21,7 @@ mod model;
 mod multipart;
 mod openapi;
 mod ops;
+mod orca;
 mod page;
 mod pooling;
 mod request_id;

@@ -74,7 +74,7 @@ impl Work {
         api: &Api,
         prefix: &str,
     ) -> Result<(Self, Body), ApiError> {
-        let Intake { arrived, place, mut body, client, request_id, trace } = intake;
+        let Intake { arrived, place, mut body, client, request_id, trace, .. } = intake;
         body.ignore(IGNORED);
         let served = model(&shared, name, api)?;
         let envelope = Envelope::new(prefix, &request_id, served.name());

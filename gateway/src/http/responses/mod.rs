@@ -109,7 +109,7 @@ pub(super) async fn create(
     shared: web::Data<Shared>,
 ) -> Result<HttpResponse, ApiError> {
     let intake = Intake::read(&request, payload, &shared).await?;
-    let Intake { arrived, place, mut body, client, request_id: _, trace } = intake;
+    let Intake { arrived, place, mut body, client, trace, .. } = intake;
     let fields = ResponsesFields::read(&mut body)?;
     let shared = shared.into_inner();
     let key = owner(&request);
