@@ -237,7 +237,8 @@ fn open_arguments(message: &mut Map<String, Value>, at: &str) -> Result<(), ApiE
     Ok(())
 }
 
-/// A message's text: a string, or text parts, joined by line feeds as vLLM joins them.
+/// A message's text: a string, or parts that are text by whatever name, joined by line feeds; all
+/// as in vLLM.
 fn content(value: Option<&Value>, at: &str) -> Result<String, ApiError> {
     let wrong =
         |path: &str, what: &str| ApiError::malformed(format!("`{path}` {what}.")).param(path);
@@ -253,15 +254,17 @@ fn content(value: Option<&Value>, at: &str) -> Result<String, ApiError> {
         .enumerate()
         .map(|(i, part)| {
             let at = format!("{at}[{i}]");
-            match (part["type"].as_str(), part["text"].as_str()) {
-                (Some("text" | "input_text" | "output_text"), Some(text)) => Ok(text),
-                (Some("text" | "input_text" | "output_text"), None) => {
-                    Err(wrong(&format!("{at}.text"), "must be a string"))
-                }
+            let field = match (part, part["type"].as_str()) {
+                (Value::String(text), _) => return Ok(text.as_str()),
+                (_, Some("text" | "input_text" | "output_text")) => "text",
+                (_, Some(kind @ ("refusal" | "thinking"))) => kind,
                 _ => {
-                    Err(wrong(&format!("{at}.type"), "must be \"text\": this model reads no other"))
+                    let what = "must be \"text\": this model reads no other";
+                    return Err(wrong(&format!("{at}.type"), what));
                 }
-            }
+            };
+            let text = part[field].as_str();
+            text.ok_or_else(|| wrong(&format!("{at}.{field}"), "must be a string"))
         })
         .collect::<Result<_, _>>()?;
     Ok(texts.join("\n"))
@@ -284,6 +287,19 @@ mod tests {
         let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
         let got = messages(json!([{"role": "user", "content": parts, "name": "n"}])).unwrap();
         assert_eq!(got, [json!({"role": "user", "content": "a\nb", "name": "n"})]);
+    }
+
+    #[test]
+    fn what_is_text_by_another_name_is_text() {
+        let parts = json!([
+            "a",
+            {"type": "input_text", "text": "b"},
+            {"type": "output_text", "text": "c"},
+            {"type": "thinking", "thinking": "d", "closed": true},
+            {"type": "refusal", "refusal": "e"},
+        ]);
+        let got = messages(json!([{"role": "assistant", "content": parts}])).unwrap();
+        assert_eq!(got[0]["content"], "a\nb\nc\nd\ne");
     }
 
     #[test]
@@ -318,6 +334,11 @@ mod tests {
             (json!([{"role": "user", "content": 5}]), "messages[0].content"),
             (json!([{"role": "u", "content": [{"type": "text"}]}]), "messages[0].content[0].text"),
             (json!([{"role": "u", "content": [{"type": "x"}]}]), "messages[0].content[0].type"),
+            (json!([{"role": "u", "content": ["x", 5]}]), "messages[0].content[1].type"),
+            (
+                json!([{"role": "u", "content": [{"type": "refusal", "text": "x"}]}]),
+                "messages[0].content[0].refusal",
+            ),
         ] {
             assert_eq!(messages(bad).unwrap_err(), format!("{param:?}"));
         }

@@ -122,9 +122,24 @@ pub enum Content {
     Parts(Vec<ContentPart>),
 }
 
-/// A part of a message.
+/// A part of a message; images and audio are refused.
 #[derive(ToSchema)]
-pub struct ContentPart {
+#[serde(untagged)]
+pub enum ContentPart {
+    /// Text.
+    Plain(String),
+    /// Text.
+    Text(TextPart),
+    /// Text in which the assistant refused.
+    Refusal(RefusalPart),
+    /// Text in which the assistant thought.
+    Thinking(ThinkingPart),
+}
+
+/// A part that is text.
+#[derive(ToSchema)]
+#[schema(as = ChatTextPart)]
+pub struct TextPart {
     /// Its kind.
     #[schema(rename = "type")]
     pub kind: PartKind,
@@ -132,7 +147,29 @@ pub struct ContentPart {
     pub text: String,
 }
 
-/// Kinds of parts; images and audio are refused.
+/// A part in which the assistant refused.
+#[derive(ToSchema)]
+#[schema(as = ChatRefusalPart)]
+pub struct RefusalPart {
+    /// `refusal`
+    #[schema(rename = "type", pattern = "^refusal$")]
+    pub kind: String,
+    /// The text.
+    pub refusal: String,
+}
+
+/// A part in which the assistant thought.
+#[derive(ToSchema)]
+#[schema(as = ChatThinkingPart)]
+pub struct ThinkingPart {
+    /// `thinking`
+    #[schema(rename = "type", pattern = "^thinking$")]
+    pub kind: String,
+    /// The text.
+    pub thinking: String,
+}
+
+/// Names of text.
 #[derive(ToSchema)]
 #[schema(rename_all = "snake_case")]
 pub enum PartKind {
