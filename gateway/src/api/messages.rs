@@ -132,8 +132,9 @@ impl MessagesFields {
         self.stream.unwrap_or(false)
     }
 
-    /// The messages as chat completions have them. What the system says, in `system` and among the
-    /// messages, is one message before all others: most templates take it nowhere else.
+    /// The messages as chat completions have them. What the system says before all others is one
+    /// message. Most templates take none later: what it says then stays in its place, so that the
+    /// prompt goes on to begin like the one before, as a part of what the user says.
     fn turns(&self) -> Result<Vec<Value>, ApiError> {
         let messages = match &self.messages {
             None => return Err(wrong("messages", "is required")),
@@ -158,7 +159,20 @@ impl MessagesFields {
                 Some("assistant") => {
                     turns.push(assistant(content, &format!("{at}.content"), &mut names)?);
                 }
-                Some("system") => told.push(told_text(content, &format!("{at}.content"))?),
+                Some("system") => {
+                    let text = told_text(content, &format!("{at}.content"))?;
+                    match turns.is_empty() {
+                        true => told.push(text),
+                        false if text.is_empty() => {}
+                        // The words that Claude Code has for it.
+                        false => {
+                            say(
+                                &format!("<system-reminder>\n{text}\n</system-reminder>"),
+                                &mut turns,
+                            );
+                        }
+                    }
+                }
                 _ => {
                     let what = "must be \"user\", \"assistant\" or \"system\"";
                     return Err(wrong(format!("{at}.role"), what));
@@ -170,8 +184,7 @@ impl MessagesFields {
             return Err(wrong("messages", what));
         };
         if last["role"] == "assistant" {
-            let at = messages.iter().rposition(|message| message["role"] != "system");
-            let at = format!("messages[{}].content", at.unwrap_or_default());
+            let at = format!("messages[{}].content", messages.len() - 1);
             if last.get("tool_calls").is_some() {
                 let what = "ends with a `tool_use`; its `tool_result` must follow";
                 return Err(wrong(at, what));
@@ -258,6 +271,17 @@ fn told_text(content: &Value, at: &str) -> Result<String, ApiError> {
     }
 }
 
+/// Turns of the user that follow each other are one, as Anthropic has it: some templates refuse two.
+fn say(text: &str, turns: &mut Vec<Value>) {
+    match turns.last_mut().filter(|turn| turn["role"] == "user") {
+        Some(turn) => {
+            let before = turn["content"].as_str().unwrap_or_default();
+            turn["content"] = format!("{before}\n{text}").into();
+        }
+        None => turns.push(json!({"role": "user", "content": text})),
+    }
+}
+
 /// A user's message: results become messages of their own, in the order of the blocks.
 fn user(
     content: &Value,
@@ -266,7 +290,7 @@ fn user(
     turns: &mut Vec<Value>,
 ) -> Result<(), ApiError> {
     let Value::Array(list) = content else {
-        turns.push(json!({"role": "user", "content": text(content, at)?}));
+        say(&text(content, at)?, turns);
         return Ok(());
     };
     if list.is_empty() {
@@ -275,7 +299,7 @@ fn user(
     let mut texts: Vec<&str> = Vec::new();
     let said = |texts: &mut Vec<&str>, turns: &mut Vec<Value>| {
         if !texts.is_empty() {
-            turns.push(json!({"role": "user", "content": texts.join("\n")}));
+            say(&texts.join("\n"), turns);
             texts.clear();
         }
     };
@@ -620,22 +644,22 @@ mod tests {
     }
 
     #[test]
-    fn what_the_system_says_is_one_message_before_all_others() {
+    fn what_the_system_says_is_one_message_or_stays_in_its_place() {
         let messages = json!([
-            {"role": "ctx", "content": "Q"},
             {"role": "system", "content": [{"type": "text", "text": "b"}]},
+            {"role": "ctx", "content": "Q"},
+            {"role": "system", "content": "c"},
             {"role": "assistant", "content": "A"},
             {"role": "msg", "content": [{"type": "text", "text": "Why?"}]},
             {"role": "system", "content": ""},
-            {"role": "system", "content": "c"},
+            {"role": "user", "content": "Tell."},
         ]);
         let said = json!([
-            {"role": "user", "content": "Q"},
+            {"role": "user", "content": "Q\n<system-reminder>\nc\n</system-reminder>"},
             {"role": "assistant", "content": "A"},
-            {"role": "user", "content": "Why?"},
+            {"role": "user", "content": "Why?\nTell."},
         ]);
-        for (system, told) in [(json!("a"), "a\nb\nc"), (json!(null), "b\nc"), (json!(""), "b\nc")]
-        {
+        for (system, told) in [(json!("a"), "a\nb"), (json!(null), "b"), (json!(""), "b")] {
             let got = chat(json!({"system": system, "messages": messages})).unwrap();
             let mut expected = vec![json!({"role": "system", "content": told})];
             expected.extend(said.as_array().unwrap().iter().cloned());
@@ -644,10 +668,6 @@ mod tests {
         // Nothing said is no message.
         let got = chat(json!({"system": "", "messages": [{"role": "user", "content": "Q"}]}));
         assert_eq!(got.unwrap()["messages"], json!([{"role": "user", "content": "Q"}]));
-        // An error names the message that is the last one but for the system's.
-        let blank =
-            json!([{"role": "assistant", "content": " "}, {"role": "system", "content": "x"}]);
-        assert_eq!(chat(json!({"messages": blank})).unwrap_err(), "messages[0].content");
     }
 
     #[test]

@@ -815,7 +815,7 @@ pub mod anthropic {
         pub content: AssistantContent,
     }
 
-    /// What the model is told among the messages; it goes to the end of `system`.
+    /// What the model is told among the messages.
     #[derive(ToSchema)]
     #[schema(as = AnthropicSystemMessage)]
     pub struct SystemMessage {
