@@ -16,7 +16,7 @@ use crate::api::schema::{Detokenized, Tokenized, TokenizerInfo};
 use crate::api::tokenize::{DetokenizeFields, TokenizeFields};
 use crate::api::tools::Tools;
 use crate::error::ApiError;
-use crate::text::TextModel;
+use crate::text::{TextModel, parallel};
 use crate::trace::Trace;
 
 /// Texts from this length on are tokenized off the threads that serve.
@@ -85,9 +85,7 @@ pub(super) async fn detokenize(
     let text = served.text.clone();
     let decode = move || text.decode(&tokens, false);
     let prompt = match tokens_are_many {
-        true => tokio::task::spawn_blocking(decode)
-            .await
-            .map_err(|error| ApiError::internal(format!("The tokenizer failed: {error}.")))?,
+        true => parallel::run(decode).await?,
         false => decode(),
     };
     Ok(response.json(json!({"prompt": prompt})))
@@ -125,17 +123,15 @@ pub(super) async fn encode(
     trace: &Trace,
 ) -> Result<Vec<u32>, ApiError> {
     let mut span = trace.span("tokenize");
-    let failed = |error: String| ApiError::internal(format!("The tokenizer failed: {error}."));
     let tokens = match text.len() < LONG_TEXT {
         true => text_model.encode(&text, add_special_tokens),
         false => {
             let text_model = text_model.clone();
-            tokio::task::spawn_blocking(move || text_model.encode(&text, add_special_tokens))
-                .await
-                .map_err(|error| failed(error.to_string()))?
+            parallel::run(move || text_model.encode(&text, add_special_tokens)).await?
         }
     };
-    let tokens = tokens.map_err(failed)?;
+    let tokens =
+        tokens.map_err(|error| ApiError::internal(format!("The tokenizer failed: {error}.")))?;
     span.set("baton.tokens", tokens.len() as i64);
     Ok(tokens)
 }

@@ -1,8 +1,8 @@
-//! Work on many texts at once, off the threads that serve.
+//! Work on texts off the threads that serve: many at once, or a long one.
 
 use std::sync::{Arc, LazyLock};
 
-use futures::future::try_join_all;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::sync::Semaphore;
 
 use crate::error::ApiError;
@@ -12,9 +12,27 @@ const SHORT: usize = 2 * 1024;
 /// Bytes of texts that one thread takes in one go. Between two, other requests have their turn.
 const GROUP: usize = 32 * 1024;
 
+/// As many threads as there are cores.
+static CORES: LazyLock<usize> =
+    LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
 /// One for each core: all requests together keep no more threads busy.
-static THREADS: LazyLock<Semaphore> =
-    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+static THREADS: LazyLock<Semaphore> = LazyLock::new(|| Semaphore::new(*CORES));
+
+/// What `work` makes, once a core is free for it.
+pub async fn run<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        ApiError::internal(format!("The tokenizer failed: {error}."))
+    };
+    let turn = THREADS.acquire().await.map_err(|error| failed(&error))?;
+    let done = tokio::task::spawn_blocking(move || {
+        // Until the thread is done, whether or not somebody still waits for it.
+        let _turn = turn;
+        work()
+    });
+    done.await.map_err(|error| failed(&error))
+}
 
 /// What `work` makes of each item, in order. `work` gets the item's place too, and `bytes` says how
 /// much work there is with an item. The first error ends all.
@@ -45,24 +63,20 @@ where
         left = left.saturating_sub(size);
     }
     let work = Arc::new(work);
-    let failed = |error: &dyn std::fmt::Display| {
-        ApiError::internal(format!("The texts could not be tokenized: {error}."))
-    };
     let all = groups.into_iter().map(|(first, group)| {
         let work = work.clone();
         async move {
-            let turn = THREADS.acquire().await.map_err(|error| failed(&error))?;
-            let done = tokio::task::spawn_blocking(move || {
+            let group = move || {
                 let each = group.into_iter().enumerate();
                 each.map(|(at, item)| work(first + at, item)).collect::<Result<Vec<U>, _>>()
-            });
-            let done = done.await.map_err(|error| failed(&error))?;
-            drop(turn);
-            done
+            };
+            run(group).await?
         }
     });
+    // No more of them wait for a thread at a time: those of other requests come in between.
+    let mut done = stream::iter(all).buffered(*CORES);
     let mut results = Vec::with_capacity(count);
-    for group in try_join_all(all).await? {
+    while let Some(group) = done.try_next().await? {
         results.extend(group);
     }
     Ok(results)
@@ -70,6 +84,10 @@ where
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering::Relaxed;
+    use std::time::Duration;
+
     use super::*;
 
     #[tokio::test]
@@ -86,5 +104,26 @@ mod tests {
             _ => Ok(at),
         };
         assert!(map(sizes.to_vec(), |size| *size, fails).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn no_more_threads_are_busy_than_there_are_cores() {
+        static BUSY: AtomicUsize = AtomicUsize::new(0);
+        static MOST: AtomicUsize = AtomicUsize::new(0);
+        let work = || {
+            MOST.fetch_max(BUSY.fetch_add(1, Relaxed) + 1, Relaxed);
+            std::thread::sleep(Duration::from_millis(20));
+            BUSY.fetch_sub(1, Relaxed);
+        };
+        // Of those that nobody waits for, the threads go on.
+        for _ in 0..2 * *CORES {
+            let _ = tokio::time::timeout(Duration::from_millis(1), run(work)).await;
+        }
+        let all = (0..4 * *CORES).map(|_| run(work));
+        assert!(futures::future::join_all(all).await.iter().all(Result::is_ok));
+        assert!((1..=*CORES).contains(&MOST.load(Relaxed)), "{MOST:?}");
+        let fails = || assert!(BUSY.load(Relaxed) > 0, "a tokenizer that fails");
+        assert!(run(fails).await.is_err());
+        assert!(run(|| ()).await.is_ok());
     }
 }
