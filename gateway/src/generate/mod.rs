@@ -411,7 +411,7 @@ async fn open(
             let held = held.filter(|held| !asked.contains(&held.worker.record.id))?;
             registry.back_to(&held.worker, missing)
         };
-        let Some(ticket) = others.or_else(back) else {
+        let Some(mut ticket) = others.or_else(back) else {
             return Err(match no_room {
                 true => Failure::Full(full()),
                 // Gone, or on its way to another worker.
@@ -429,7 +429,7 @@ async fn open(
             && ticket.worker.record.role == InstanceRole::Decode
             && tokens >= job.handoff_min_tokens as usize
         {
-            registry.choose_prefill(&job.served, tokens, &job.hashes)
+            registry.choose_prefill(&job.served, tokens, &job.hashes, &mut ticket)
         } else {
             None
         };

@@ -1,6 +1,7 @@
 //! Which worker takes a request: pure functions over plain numbers.
 //!
 //! * [`choose`]: the decision.
+//! * [`worth_handing_off`]: whether a prefill worker computes its prompt.
 //! * [`kv_index`]: what workers say they have cached.
 //! * [`prefix_index`]: the guess, for a worker that does not say.
 //!
@@ -31,6 +32,9 @@ const REQUEST_COST: u64 = 64;
 /// Requests by which a worker may lead the least loaded one and still be chosen for its cache:
 /// this many, or half of the least load if that is more.
 const MAX_LEAD: usize = 8;
+/// Tokens that may wait at a prefill worker before it counts as swamped, whatever a decode worker
+/// has to do: some steps' worth, which are gone in a moment.
+const BACKLOG: u64 = 4096;
 
 /// A worker as the router sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +45,19 @@ pub struct Candidate {
     pub requests: usize,
     /// Prompt tokens that this gateway has sent it and that are not answered yet.
     pub pending_tokens: u64,
+    /// Of these, what prefill workers compute for it.
+    pub handed_tokens: u64,
     /// Tokens for which it has KV blocks that no request holds, as it reported last.
     pub free_tokens: usize,
     /// Whether it has just refused a request for want of room.
     pub full: bool,
+}
+
+impl Candidate {
+    /// The work that it already has, in tokens.
+    fn load(&self) -> u64 {
+        self.requests as u64 * REQUEST_COST + self.pending_tokens
+    }
 }
 
 /// The best of `candidates` for a prompt of `prompt_tokens`; `None` when there are none. Those
@@ -82,12 +95,21 @@ pub fn choose(
         .filter(|(_, candidate)| candidate.requests <= bound)
         .min_by_key(|(at, candidate)| {
             let uncached = prompt_tokens.saturating_sub(candidate.cached_tokens) as u64;
-            let load = candidate.requests as u64 * REQUEST_COST + candidate.pending_tokens;
             // What finds no room waits until others are done, and takes blocks from the cache.
             let blocked = uncached.saturating_sub(candidate.free_tokens as u64);
-            (uncached + load + blocked, behind(*at))
+            (uncached + candidate.load() + blocked, behind(*at))
         })
         .map(|(at, _)| at)
+}
+
+/// Whether `prefill` should compute a prompt for `decode`, both as they were before it came;
+/// `missing` tokens of it are not cached at `decode`.
+///
+/// A decode worker is there for its streams, which stutter while it computes a prompt: it does so
+/// only when the prompt would wait at the prefill worker for much longer than it takes here.
+pub fn worth_handing_off(prefill: &Candidate, decode: &Candidate, missing: u64) -> bool {
+    let here = decode.load().saturating_sub(decode.handed_tokens);
+    prefill.load() <= BACKLOG.max(here + 2 * missing)
 }
 
 #[cfg(test)]
@@ -100,6 +122,7 @@ mod tests {
         cached_tokens: 0,
         requests: 0,
         pending_tokens: 0,
+        handed_tokens: 0,
         free_tokens: 100_000,
         full: false,
     };
@@ -142,6 +165,37 @@ mod tests {
             let turns = (0..6).map(|turn| super::choose(policy, turn, 9, &[IDLE, busy, IDLE]));
             assert!(turns.into_iter().all(|at| at != Some(1)));
         }
+    }
+
+    #[test]
+    fn a_swamped_prefill_worker_is_not_offered() {
+        let swamped = Candidate { requests: 12, pending_tokens: 12_000, ..IDLE };
+        assert!(!worth_handing_off(&swamped, &IDLE, 1500));
+        assert!(!worth_handing_off(&swamped, &Candidate { requests: 20, ..IDLE }, 1500));
+        // What others compute for the decode worker does not keep it from computing.
+        let handed =
+            Candidate { requests: 12, pending_tokens: 12_000, handed_tokens: 12_000, ..IDLE };
+        assert!(!worth_handing_off(&swamped, &handed, 1500));
+        // A prompt that takes as long by itself is better computed where nobody is in its way.
+        assert!(worth_handing_off(&swamped, &IDLE, 8000));
+        // Nor is one gained where others wait as well.
+        let busy = Candidate { requests: 9, pending_tokens: 9500, ..IDLE };
+        assert!(worth_handing_off(&swamped, &busy, 1500));
+    }
+
+    #[test]
+    fn ordinary_load_is_handed_off() {
+        assert!(worth_handing_off(&IDLE, &IDLE, 0));
+        assert!(worth_handing_off(&IDLE, &IDLE, 64));
+        // Some prompts before ours, and nobody at the decode worker.
+        let some = Candidate { requests: 2, pending_tokens: 3000, ..IDLE };
+        assert!(worth_handing_off(&some, &IDLE, 64));
+        let many_short = Candidate { requests: 16, pending_tokens: 16 * 150, ..IDLE };
+        assert!(worth_handing_off(&many_short, &IDLE, 150));
+        // Streams at the decode worker are what the hand-off is for.
+        let streams = Candidate { requests: 64, ..IDLE };
+        let queue = Candidate { requests: 4, pending_tokens: 5000, ..IDLE };
+        assert!(worth_handing_off(&queue, &streams, 600));
     }
 
     proptest! {

@@ -42,7 +42,7 @@ pub struct TextModel {
 #[cfg(test)]
 impl TextModel {
     /// A tokenizer alone.
-    fn of(tokenizer: &Value) -> Self {
+    pub(crate) fn of(tokenizer: &Value) -> Self {
         Self::new(&TokenizerBundle {
             tokenizer_json: tokenizer.to_string(),
             chat_template: None,

@@ -77,6 +77,7 @@ pub(super) fn start(
         listed: AtomicBool::new(true),
         requests: AtomicUsize::new(0),
         pending_tokens: AtomicU64::new(0),
+        handed_tokens: AtomicU64::new(0),
         full_until: Mutex::new(None),
         prefixes: Mutex::new(None),
         suspect: Notify::new(),

@@ -12,6 +12,8 @@
 mod adapters;
 mod blocks;
 mod connection;
+#[cfg(test)]
+pub(crate) mod fake;
 pub mod recent;
 pub mod tasks;
 
@@ -37,7 +39,7 @@ use tracing::info;
 
 use crate::routing::kv_index::{Depths, KvIndex, Slot};
 use crate::routing::prefix_index::PrefixIndex;
-use crate::routing::{Candidate, Policy, choose};
+use crate::routing::{Candidate, Policy, choose, worth_handing_off};
 use crate::text::TextModel;
 use adapters::Loaded;
 use recent::Recent;
@@ -74,6 +76,8 @@ pub struct Worker {
     requests: AtomicUsize,
     /// Prompt tokens of calls that have not brought a token yet.
     pending_tokens: AtomicU64,
+    /// Of these, what prefill workers compute.
+    handed_tokens: AtomicU64,
     full_until: Mutex<Option<Instant>>,
     prefixes: Mutex<Option<PrefixIndex>>,
     /// Its place in the index of KV blocks.
@@ -173,6 +177,7 @@ impl Worker {
             cached_tokens: matching * block_size,
             requests: self.requests.load(Relaxed).max(reported),
             pending_tokens: self.pending_tokens.load(Relaxed),
+            handed_tokens: self.handed_tokens.load(Relaxed),
             full: self.full_until.lock().is_some_and(|until| Instant::now() < until),
         }
     }
@@ -190,25 +195,44 @@ pub struct Ticket {
     pub worker: Arc<Worker>,
     /// Leading prompt tokens that it is believed to have cached.
     pub cached_tokens: usize,
+    /// Prompt tokens that it has not, until they have been computed.
     pending: u64,
+    /// Those of them that a prefill worker computes.
+    handed: u64,
     /// The prompt's blocks, until it has been computed.
     promised: Vec<BlockHash>,
+    /// The worker as it was before.
+    before: Candidate,
 }
 
 impl Ticket {
-    fn new(worker: Arc<Worker>, cached_tokens: usize, pending: u64, hashes: &[BlockHash]) -> Self {
+    fn new(
+        worker: Arc<Worker>,
+        before: Candidate,
+        prompt_tokens: usize,
+        hashes: &[BlockHash],
+    ) -> Self {
+        let cached_tokens = before.cached_tokens.min(prompt_tokens);
+        let pending = (prompt_tokens - cached_tokens) as u64;
         {
             let mut promised = worker.promised.lock();
             hashes.iter().for_each(|hash| *promised.entry(*hash).or_default() += 1);
         }
         worker.requests.fetch_add(1, Relaxed);
         worker.pending_tokens.fetch_add(pending, Relaxed);
-        Self { worker, cached_tokens, pending, promised: hashes.to_vec() }
+        Self { worker, cached_tokens, pending, handed: 0, promised: hashes.to_vec(), before }
+    }
+
+    /// Notes that a prefill worker computes the prompt.
+    fn hand_off(&mut self) {
+        self.handed = self.pending;
+        self.worker.handed_tokens.fetch_add(self.handed, Relaxed);
     }
 
     /// Notes that the prompt has been computed.
     pub fn answered(&mut self) {
         self.worker.pending_tokens.fetch_sub(std::mem::take(&mut self.pending), Relaxed);
+        self.worker.handed_tokens.fetch_sub(std::mem::take(&mut self.handed), Relaxed);
         let mut promised = self.worker.promised.lock();
         for hash in std::mem::take(&mut self.promised) {
             if let Entry::Occupied(mut count) = promised.entry(hash) {
@@ -248,9 +272,8 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Follows the cluster's membership for as long as the process lives.
-    pub fn start(watch: ClusterWatch, policy: Policy) -> Arc<Self> {
-        let registry = Arc::new(Self {
+    fn new(policy: Policy) -> Self {
+        Self {
             workers: RwLock::default(),
             tasks: Mutex::default(),
             texts: Mutex::default(),
@@ -261,7 +284,12 @@ impl Registry {
             coordinators: RwLock::default(),
             recent: Recent::default(),
             adapters_changed: Notify::new(),
-        });
+        }
+    }
+
+    /// Follows the cluster's membership for as long as the process lives.
+    pub fn start(watch: ClusterWatch, policy: Policy) -> Arc<Self> {
+        let registry = Arc::new(Self::new(policy));
         let follower = registry.clone();
         let mut view = watch.subscribe();
         registry.apply(&view.borrow_and_update().clone());
@@ -368,7 +396,8 @@ impl Registry {
 
     /// A worker that had a sequence, if it answers, draining or not.
     pub fn back_to(&self, worker: &Arc<Worker>, prompt_tokens: usize) -> Option<Ticket> {
-        worker.answers().then(|| Ticket::new(worker.clone(), 0, prompt_tokens as u64, &[]))
+        let before = worker.candidate(&[], &Depths::new(), 1);
+        worker.answers().then(|| Ticket::new(worker.clone(), before, prompt_tokens, &[]))
     }
 
     /// The workers of a model that answer, of every role.
@@ -378,16 +407,24 @@ impl Registry {
         workers
     }
 
-    /// Chooses the worker that computes a prompt for another.
+    /// Chooses the worker that computes a prompt for the one of `decode`; `None` when nobody does, or
+    /// none is worth waiting for.
     pub fn choose_prefill(
         &self,
         served: &Served,
         prompt_tokens: usize,
         hashes: &[BlockHash],
+        decode: &mut Ticket,
     ) -> Option<Ticket> {
-        self.choose(served, prompt_tokens, hashes, &self.turns[1], |worker| {
-            worker.record.role == InstanceRole::Prefill
-        })
+        let (worker, before) =
+            self.pick(served, prompt_tokens, hashes, &self.turns[1], |worker| {
+                worker.record.role == InstanceRole::Prefill
+            })?;
+        if !worth_handing_off(&before, &decode.before, decode.pending) {
+            return None;
+        }
+        decode.hand_off();
+        Some(Ticket::new(worker, before, prompt_tokens, hashes))
     }
 
     fn choose(
@@ -398,6 +435,19 @@ impl Registry {
         turn: &AtomicUsize,
         eligible: impl Fn(&Worker) -> bool,
     ) -> Option<Ticket> {
+        let (worker, before) = self.pick(served, prompt_tokens, hashes, turn, eligible)?;
+        Some(Ticket::new(worker, before, prompt_tokens, hashes))
+    }
+
+    /// The best of the eligible workers of a model, and how it was seen.
+    fn pick(
+        &self,
+        served: &Served,
+        prompt_tokens: usize,
+        hashes: &[BlockHash],
+        turn: &AtomicUsize,
+        eligible: impl Fn(&Worker) -> bool,
+    ) -> Option<(Arc<Worker>, Candidate)> {
         let workers: Vec<Arc<Worker>> = self
             .workers()
             .into_iter()
@@ -410,9 +460,7 @@ impl Registry {
             workers.iter().map(|worker| worker.candidate(hashes, &depths, block_size)).collect();
         let turn = turn.fetch_add(1, Relaxed);
         let at = choose(self.policy, turn, prompt_tokens, &candidates)?;
-        let cached = candidates[at].cached_tokens.min(prompt_tokens);
-        let pending = (prompt_tokens - cached) as u64;
-        Some(Ticket::new(workers[at].clone(), cached, pending, hashes))
+        Some((workers[at].clone(), candidates[at]))
     }
 
     fn apply(self: &Arc<Self>, membership: &Membership) {
@@ -501,5 +549,33 @@ impl Served {
     /// Size of a KV block over all layers, in bytes; 0 when the worker does not say.
     pub fn block_bytes(&self) -> u64 {
         self.description.kv_layout.as_ref().map_or(0, |layout| layout.block_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn prompts_that_are_handed_off_do_not_keep_a_decode_worker_from_computing() {
+        let registry = fake::registry();
+        let served = fake::served("m");
+        fake::list(&registry, &[("d", InstanceRole::Decode), ("p", InstanceRole::Prefill)]);
+        let [decode, prefill] = ["d", "p"].map(|id| fake::serves(&registry, id, &served));
+        let send = || {
+            let mut ticket = registry.choose_decode(&served, (1000, 1000), &[], &[]).unwrap();
+            let peer = registry.choose_prefill(&served, 1000, &[], &mut ticket);
+            (ticket, peer)
+        };
+        let sent: Vec<_> = (0..10).map(|_| send()).collect();
+        // What BACKLOG holds, and then in turns.
+        let handed: Vec<bool> = sent.iter().map(|(_, peer)| peer.is_some()).collect();
+        assert_eq!(handed[..4], [true; 4]);
+        assert_eq!(handed[4..].iter().filter(|handed| **handed).count(), 2, "{handed:?}");
+        drop(sent);
+        for worker in [decode, prefill] {
+            let left = [&worker.pending_tokens, &worker.handed_tokens].map(|it| it.load(Relaxed));
+            assert_eq!((left, worker.requests.load(Relaxed)), ([0, 0], 0));
+        }
     }
 }
