@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use baton_tests::bench::null::NullCluster;
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{Sse, choices, ids, streamed_ids};
 use baton_tests::{Cluster, Role, eventually, grpc};
@@ -304,4 +305,30 @@ async fn an_answer_that_nobody_can_go_on_with_is_given_up_as_one_that_had_begun(
     let reply = cluster.api.post("/v1/completions", &body).await;
     assert!([404, 503].contains(&reply.status.as_u16()), "{}", reply.text);
     cluster.finish().await;
+}
+
+/// What fails at once looks idle.
+#[tokio::test]
+async fn a_worker_that_fails_every_step_gets_few_requests_and_costs_none() {
+    let mut null = NullCluster::start(Cluster::builder()).await;
+    let (mut failing, address) = null.add(&["--fail"]).await;
+    null.found(2).await;
+    let api = null.cluster.api.clone();
+    let body = json!({"model": MODEL_NAME, "prompt": "One two", "max_tokens": 4});
+    for _ in 0..100 {
+        let reply = api.ok("/v1/completions", &body).await;
+        assert_eq!(reply["usage"]["completion_tokens"], 4, "{reply}");
+    }
+    // Three steps, and one more every ten seconds.
+    let asked = grpc::status(&address).await.requests;
+    assert!((3..=8).contains(&asked), "{asked} of 100 requests");
+    // The last one is asked, and says why.
+    null.worker.stop().await;
+    null.found(1).await;
+    let error = api.post("/v1/completions", &body).await.error(500).expect("a failure");
+    assert_eq!(error["type"], "InternalServerError");
+    assert_eq!(error["message"], "The forward pass panicked.");
+    assert_eq!(grpc::status(&address).await.requests, asked + 3);
+    failing.stop().await;
+    null.cluster.finish().await;
 }

@@ -273,6 +273,7 @@ impl Generation {
                         continue;
                     }
                     Some(Event::Tokens(tokens)) => {
+                        self.attempt.ticket.step_done();
                         self.failures = 0;
                         self.ready = tokens.tokens.into_iter();
                         let Some(token) = self.ready.next() else { continue };
@@ -534,10 +535,13 @@ fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) ->
             Failure::Final(ApiError::bad_value(field, capitalized(status.message())))
         }
         Code::DeadlineExceeded => Failure::Final(ApiError::timed_out()),
-        // The worker lives, and says that the step failed: it would fail elsewhere too.
+        // The worker lives, and says that the step failed: for all of its batch, because of one of
+        // them or of the worker.
         Code::Internal if std::error::Error::source(&status).is_none() => {
             warn!(id = worker.record.id, %status, "a worker failed a request");
-            Failure::Final(ApiError::internal(capitalized(status.message())))
+            ticket.step_failed();
+            avoid.push(worker.record.id.clone());
+            Failure::Retry(ApiError::internal(capitalized(status.message())))
         }
         _ => {
             warn!(id = worker.record.id, %status, "a worker does not answer a request");

@@ -20,6 +20,7 @@ use tonic::Status;
 use tracing::{debug, warn};
 
 use super::adapters::Loaded;
+use super::faults::Faults;
 use super::{Registry, Served, Worker, blocks};
 use crate::routing::kv_index::Share;
 use crate::routing::prefix_index::PrefixIndex;
@@ -79,6 +80,7 @@ pub(super) fn start(
         pending_tokens: AtomicU64::new(0),
         handed_tokens: AtomicU64::new(0),
         full_until: Mutex::new(None),
+        faults: Faults::default(),
         prefixes: Mutex::new(None),
         suspect: Notify::new(),
     });

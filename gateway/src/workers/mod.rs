@@ -6,6 +6,7 @@
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+//! * `faults`: whose steps fail.
 //! * [`tasks`]: what each model can be asked for.
 //! * [`recent`]: where the last sequences were computed.
 
@@ -14,6 +15,7 @@ mod blocks;
 mod connection;
 #[cfg(test)]
 pub(crate) mod fake;
+mod faults;
 pub mod recent;
 pub mod tasks;
 
@@ -35,13 +37,14 @@ use thread_local::ThreadLocal;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tonic::transport::{Channel, Endpoint};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::routing::kv_index::{Depths, KvIndex, Slot};
 use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::{Candidate, Policy, choose, worth_handing_off};
 use crate::text::TextModel;
 use adapters::Loaded;
+use faults::Faults;
 use recent::Recent;
 pub use tasks::Lack;
 
@@ -79,6 +82,7 @@ pub struct Worker {
     /// Of these, what prefill workers compute.
     handed_tokens: AtomicU64,
     full_until: Mutex<Option<Instant>>,
+    faults: Faults,
     prefixes: Mutex<Option<PrefixIndex>>,
     /// Its place in the index of KV blocks.
     slot: Slot,
@@ -159,6 +163,11 @@ impl Worker {
         *self.full_until.lock() = Some(Instant::now() + FULL_FOR);
     }
 
+    /// Whether its steps fail, one after the other.
+    fn fails(&self) -> bool {
+        self.faults.too_many(self.requests.load(Relaxed) > 0, Instant::now())
+    }
+
     fn candidate(&self, hashes: &[BlockHash], depths: &Depths, block_size: usize) -> Candidate {
         let status = self.status.load();
         let reported = status.as_ref().map_or(0, |s| (s.running + s.waiting) as usize);
@@ -203,6 +212,8 @@ pub struct Ticket {
     promised: Vec<BlockHash>,
     /// The worker as it was before.
     before: Candidate,
+    /// When it was chosen.
+    since: Instant,
 }
 
 impl Ticket {
@@ -220,13 +231,34 @@ impl Ticket {
         }
         worker.requests.fetch_add(1, Relaxed);
         worker.pending_tokens.fetch_add(pending, Relaxed);
-        Self { worker, cached_tokens, pending, handed: 0, promised: hashes.to_vec(), before }
+        Self {
+            worker,
+            cached_tokens,
+            pending,
+            handed: 0,
+            promised: hashes.to_vec(),
+            before,
+            since: Instant::now(),
+        }
     }
 
     /// Notes that a prefill worker computes the prompt.
     fn hand_off(&mut self) {
         self.handed = self.pending;
         self.worker.handed_tokens.fetch_add(self.handed, Relaxed);
+    }
+
+    /// Notes that a step with the request has failed.
+    pub fn step_failed(&self) {
+        if self.worker.faults.failed(self.since, Instant::now()) {
+            let id = &self.worker.record.id;
+            warn!(id, "a worker fails every step: it is passed over while there are others");
+        }
+    }
+
+    /// Notes that a step with the request has brought a token.
+    pub fn step_done(&self) {
+        self.worker.faults.good();
     }
 
     /// Notes that the prompt has been computed.
@@ -381,9 +413,8 @@ impl Registry {
         hashes: &[BlockHash],
         avoid: &[String],
     ) -> Option<Ticket> {
-        let ticket = self.choose(served, missing, hashes, &self.turns[0], |worker| {
-            let record = &worker.record;
-            record.role.generates() && !avoid.contains(&record.id) && worker.takes(tokens)
+        let ticket = self.choose(served, missing, hashes, &self.turns[0], avoid, |worker| {
+            worker.record.role.generates() && worker.takes(tokens)
         })?;
         let worker = &ticket.worker;
         if !worker.tells_blocks.load(Relaxed)
@@ -417,7 +448,7 @@ impl Registry {
         decode: &mut Ticket,
     ) -> Option<Ticket> {
         let (worker, before) =
-            self.pick(served, prompt_tokens, hashes, &self.turns[1], |worker| {
+            self.pick(served, prompt_tokens, hashes, &self.turns[1], &[], |worker| {
                 worker.record.role == InstanceRole::Prefill
             })?;
         if !worth_handing_off(&before, &decode.before, decode.pending) {
@@ -433,27 +464,32 @@ impl Registry {
         prompt_tokens: usize,
         hashes: &[BlockHash],
         turn: &AtomicUsize,
+        avoid: &[String],
         eligible: impl Fn(&Worker) -> bool,
     ) -> Option<Ticket> {
-        let (worker, before) = self.pick(served, prompt_tokens, hashes, turn, eligible)?;
+        let (worker, before) = self.pick(served, prompt_tokens, hashes, turn, avoid, eligible)?;
         Some(Ticket::new(worker, before, prompt_tokens, hashes))
     }
 
-    /// The best of the eligible workers of a model, and how it was seen.
+    /// The best of the eligible workers of a model but those in `avoid`, and how it was seen.
     fn pick(
         &self,
         served: &Served,
         prompt_tokens: usize,
         hashes: &[BlockHash],
         turn: &AtomicUsize,
+        avoid: &[String],
         eligible: impl Fn(&Worker) -> bool,
     ) -> Option<(Arc<Worker>, Candidate)> {
-        let workers: Vec<Arc<Worker>> = self
+        let (failing, sound): (Vec<_>, Vec<_>) = self
             .workers()
             .into_iter()
             .filter(|worker| worker.alive() && eligible(worker))
             .filter(|worker| worker.serves(served))
-            .collect();
+            .partition(|worker| worker.fails());
+        // Better those that have no room, or have failed this request, than who fails them all.
+        let mut workers = if sound.is_empty() { failing } else { sound };
+        workers.retain(|worker| !avoid.contains(&worker.record.id));
         let block_size = served.block_size();
         let depths = self.kv.read().depths(hashes);
         let candidates: Vec<Candidate> =
@@ -577,5 +613,32 @@ mod tests {
             let left = [&worker.pending_tokens, &worker.handed_tokens].map(|it| it.load(Relaxed));
             assert_eq!((left, worker.requests.load(Relaxed)), ([0, 0], 0));
         }
+    }
+
+    #[tokio::test]
+    async fn a_worker_whose_steps_fail_is_passed_over_unless_it_is_the_last() {
+        let registry = fake::registry();
+        let served = fake::served("m");
+        fake::list(&registry, &[("a", InstanceRole::Unified), ("b", InstanceRole::Unified)]);
+        let [a, b] = ["a", "b"].map(|id| fake::serves(&registry, id, &served));
+        let choose = |avoid: &[&str]| {
+            let avoid: Vec<String> = avoid.iter().map(|id| (*id).to_owned()).collect();
+            registry.choose_decode(&served, (10, 10), &[], &avoid)
+        };
+        let chosen = |avoid: &[&str]| choose(avoid).map(|ticket| ticket.worker.record.id.clone());
+        for _ in 0..3 {
+            assert_eq!(chosen(&["b"]).as_deref(), Some("a"));
+            // Two requests of one step.
+            let tickets = [choose(&["b"]), choose(&["b"])];
+            tickets.iter().flatten().for_each(Ticket::step_failed);
+        }
+        assert!((0..4).all(|_| chosen(&[]).as_deref() == Some("b")));
+        // Who was refused by the others waits for them.
+        assert_eq!(chosen(&["b"]), None);
+        b.mark_down();
+        assert_eq!(chosen(&[]).as_deref(), Some("a"));
+        b.alive.store(true, Relaxed);
+        a.faults.good();
+        assert_eq!(chosen(&["b"]).as_deref(), Some("a"));
     }
 }

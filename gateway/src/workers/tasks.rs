@@ -70,10 +70,8 @@ impl Registry {
         (tokens, longest): (usize, usize),
         avoid: &[String],
     ) -> Option<Ticket> {
-        self.choose(served, tokens, &[], &self.turns[2], |worker| {
-            let record = &worker.record;
-            let pools = record.role == InstanceRole::Pooling;
-            pools && !avoid.contains(&record.id) && worker.takes(longest)
+        self.choose(served, tokens, &[], &self.turns[2], avoid, |worker| {
+            worker.record.role == InstanceRole::Pooling && worker.takes(longest)
         })
     }
 

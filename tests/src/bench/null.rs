@@ -1,4 +1,4 @@
-//! A cluster whose only worker computes nothing: what is left is the gateway.
+//! A cluster whose workers compute nothing: what is left is the gateway.
 
 use std::time::Duration;
 
@@ -28,23 +28,33 @@ impl NullCluster {
     /// Starts `builder`'s etcd and gateway, and a null worker that is like a real one.
     pub async fn start(builder: Builder) -> Self {
         let mut cluster = builder.unified(1).start().await;
-        let args = ["--etcd", cluster.etcd.url(), "--like", &cluster.workers[0].address];
-        let spec = Spec::new("null-worker", program("baton-null-worker"), args);
-        let mut worker = Process::start(&spec, cluster.dir());
-        let address = worker.ready().await;
+        let (worker, address) = start(&cluster, &cluster.workers[0].address, &[]).await;
         cluster.kill_worker(0);
-        eventually("the null worker alone is left", Duration::from_secs(20), async || {
-            let scrape = Scrape::parse(&cluster.api.get("/metrics").await.text)?;
+        let null = Self { cluster, worker, address };
+        null.found(1).await;
+        null
+    }
+
+    /// Starts another null worker, with these flags; it is like the first one.
+    pub async fn add(&self, flags: &[&str]) -> (Process, String) {
+        start(&self.cluster, &self.address, flags).await
+    }
+
+    /// Waits until so many workers are up, and no others are known.
+    pub async fn found(&self, workers: usize) {
+        let what = format!("{workers} null workers alone are left");
+        eventually(&what, Duration::from_secs(20), async || {
+            let scrape = Scrape::parse(&self.cluster.api.get("/metrics").await.text)?;
             let up = scrape.sum("baton_workers", &[("state", "up")]);
             let all = scrape.sum("baton_workers", &[]);
-            if (up, all) == (Some(1.0), Some(1.0)) {
+            let expected = Some(workers as f64);
+            if (up, all) == (expected, expected) {
                 Ok(())
             } else {
                 Err(format!("{up:?} of {all:?} up"))
             }
         })
         .await;
-        Self { cluster, worker, address }
     }
 
     /// Asks the worker itself for one token; returns when its answer has ended.
@@ -59,4 +69,13 @@ impl NullCluster {
         self.worker.stop().await;
         self.cluster.finish().await;
     }
+}
+
+async fn start(cluster: &Cluster, like: &str, flags: &[&str]) -> (Process, String) {
+    let args = ["--etcd", cluster.etcd.url(), "--like", like];
+    let args = args.iter().chain(flags).copied();
+    let spec = Spec::new("null-worker", program("baton-null-worker"), args);
+    let mut worker = Process::start(&spec, cluster.dir());
+    let address = worker.ready().await;
+    (worker, address)
 }

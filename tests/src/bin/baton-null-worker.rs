@@ -1,10 +1,14 @@
 //! A worker without an engine: it answers every request at once with the same token.
 //!
 //! Registered as a real one and with a real model's tokenizer, it leaves nothing of a request's
-//! time but the gateway's share and the wire's. `bench_cluster` measures the gateway against it.
+//! time but the gateway's share and the wire's. `bench_cluster` measures the gateway against it. Or
+//! it fails, as a real one cannot be told to.
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use baton_membership::daemon::{self, Exit, Failure, StopSignals};
@@ -38,13 +42,19 @@ struct Settings {
     /// A real worker to take the description and the tokenizer from; not needed afterwards.
     #[arg(long)]
     like: String,
+    /// Fails every request, as a worker does whose steps fail.
+    #[arg(long)]
+    fail: bool,
 }
 
-/// What a real worker said of itself.
+/// What a real worker said of itself, and what this one does.
 #[derive(Debug)]
 struct NullWorker {
     description: WorkerDescription,
     tokenizer: Vec<ModelChunk>,
+    fail: bool,
+    /// Requests that came.
+    requests: Arc<AtomicU64>,
 }
 
 /// One thread: it shares a core with the load generator.
@@ -57,6 +67,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, error);
     let mut stop = StopSignals::take()?;
     let mut worker = copy(&settings.like).await.map_err(|error| failed(&error))?;
+    worker.fail = settings.fail;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.map_err(|e| failed(&e))?;
     let address = listener.local_addr().map_err(|error| failed(&error))?;
     let model = worker.description.model.clone().unwrap_or_default().name;
@@ -93,13 +104,13 @@ async fn copy(address: &str) -> Result<NullWorker, Box<dyn std::error::Error>> {
     while let Some(chunk) = chunks.message().await? {
         tokenizer.push(chunk);
     }
-    Ok(NullWorker { description, tokenizer })
+    Ok(NullWorker { description, tokenizer, fail: false, requests: Arc::default() })
 }
 
 #[tonic::async_trait]
 impl Worker for NullWorker {
     type FetchTokenizerStream = BoxStream<'static, Result<ModelChunk, Status>>;
-    type GenerateStream = stream::Iter<std::vec::IntoIter<Result<GenerateEvent, Status>>>;
+    type GenerateStream = BoxStream<'static, Result<GenerateEvent, Status>>;
     type PrefillStream = BoxStream<'static, Result<PrefillEvent, Status>>;
     type WatchBlocksStream = BoxStream<'static, Result<BlockChanges, Status>>;
     type FetchBlocksStream = BoxStream<'static, Result<PrefillEvent, Status>>;
@@ -124,6 +135,11 @@ impl Worker for NullWorker {
         &self,
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        self.requests.fetch_add(1, Relaxed);
+        if self.fail {
+            let failed = Status::internal("the forward pass panicked");
+            return Ok(Response::new(stream::iter([Err(failed)]).boxed()));
+        }
         let count = request.into_inner().sampling.unwrap_or_default().max_tokens.max(1) as usize;
         let token = Tokens { tokens: vec![Token { id: TOKEN, ..Token::default() }] };
         let finished = Finished { reason: FinishReason::Length.into(), stop_token_id: None };
@@ -131,7 +147,7 @@ impl Worker for NullWorker {
         events.resize(1 + count, Event::Tokens(token));
         events.push(Event::Finished(finished));
         let events = events.into_iter().map(|event| Ok(GenerateEvent { event: Some(event) }));
-        Ok(Response::new(stream::iter(events.collect::<Vec<_>>())))
+        Ok(Response::new(stream::iter(events.collect::<Vec<_>>()).boxed()))
     }
 
     async fn prefill(
@@ -210,8 +226,13 @@ impl Worker for NullWorker {
         request: Request<WatchStatusRequest>,
     ) -> Result<Response<Self::WatchStatusStream>, Status> {
         let every = Duration::from_millis(request.into_inner().interval_ms.max(10).into());
-        let status = WorkerStatus { kv_blocks_total: 4096, ..WorkerStatus::default() };
+        let requests = self.requests.clone();
+        let status = move || WorkerStatus {
+            kv_blocks_total: 4096,
+            requests: requests.load(Relaxed),
+            ..WorkerStatus::default()
+        };
         let ticks = IntervalStream::new(tokio::time::interval(every));
-        Ok(Response::new(ticks.map(move |_| Ok(status.clone())).boxed()))
+        Ok(Response::new(ticks.map(move |_| Ok(status())).boxed()))
     }
 }
