@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use baton_tests::bench::null::NullCluster;
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{Sse, choices, ids, streamed_ids};
-use baton_tests::{Cluster, Role, eventually, grpc};
+use baton_tests::{Cluster, Reply, Role, eventually, grpc};
 use serde_json::{Value, json};
 
 /// Requests whose answers depend on every token before: greedy ones and seeded ones.
@@ -331,4 +331,63 @@ async fn a_worker_that_fails_every_step_gets_few_requests_and_costs_none() {
     assert_eq!(grpc::status(&address).await.requests, asked + 3);
     failing.stop().await;
     null.cluster.finish().await;
+}
+
+/// Sends a request that null workers die of, after so many tokens of each, to five of them; returns
+/// the reply, and how many have died of it.
+async fn deadly(die_after: usize, max_tokens: usize) -> (Reply, usize) {
+    const DEADLY: u32 = 4242;
+    let (die_of, die_after) = (DEADLY.to_string(), die_after.to_string());
+    let flags = ["--die-of", &*die_of, "--die-after", &*die_after];
+    let null = NullCluster::start_with(Cluster::builder(), &flags).await;
+    let mut workers = Vec::new();
+    for _ in 0..4 {
+        workers.push(null.add(&flags).await.0);
+    }
+    null.found(5).await;
+    let NullCluster { cluster, worker, .. } = null;
+    workers.push(worker);
+    let request = |prompt: [u32; 3]| {
+        json!({
+            "model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true,
+        })
+    };
+    let reply = cluster.api.post("/v1/completions", &request([1000, DEADLY, 1001])).await;
+    // A process that has closed its connections may be there for a moment.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    workers.retain_mut(|worker| worker.exited().is_none());
+    // The others are as they were.
+    let body = request([1000, 1001, 1002]);
+    for _ in 0..2 * workers.len() {
+        let reply = cluster.api.ok("/v1/completions", &body).await;
+        assert_eq!(reply["usage"]["completion_tokens"], max_tokens, "{reply}");
+    }
+    let dead = 5 - workers.len();
+    for worker in &mut workers {
+        worker.stop().await;
+    }
+    cluster.finish().await;
+    (reply, dead)
+}
+
+#[tokio::test]
+async fn a_request_that_kills_workers_before_its_first_token_is_given_up_after_the_third() {
+    let (reply, dead) = deadly(0, 100).await;
+    assert_eq!(reply.error(502).expect("given up")["type"], "BadGatewayError");
+    assert_eq!(dead, 3);
+}
+
+#[tokio::test]
+async fn a_request_that_kills_workers_after_a_token_is_given_up_after_the_third() {
+    let (reply, dead) = deadly(1, 100).await;
+    assert_eq!(reply.error(502).expect("given up")["type"], "BadGatewayError");
+    assert_eq!(dead, 3);
+}
+
+/// Not the request's fault, for all that anybody can tell.
+#[tokio::test]
+async fn an_answer_that_goes_on_outlives_more_than_three_workers() {
+    let (reply, dead) = deadly(40, 190).await;
+    assert_eq!(reply.ok()["usage"]["completion_tokens"], 190);
+    assert_eq!(dead, 4);
 }

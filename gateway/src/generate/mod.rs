@@ -7,6 +7,7 @@
 //! cancels the work, all the way down.
 
 pub mod answer;
+mod failures;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,12 +28,8 @@ use crate::error::ApiError;
 use crate::metrics::Siblings;
 use crate::trace::Trace;
 use crate::workers::{Registry, Served, Ticket, Worker};
+use failures::Failures;
 
-/// Failures in a row, without a token between them, after which a request is given up: it may be
-/// the request that brings workers down.
-const MAX_FAILURES: usize = 3;
-/// Failures in all.
-const MAX_FAILURES_IN_ALL: usize = 16;
 /// The call, in spans.
 const GENERATE: &str = "baton.v1.Worker/Generate";
 /// How long a worker may take to say that it has a request.
@@ -131,8 +128,7 @@ pub struct Generation {
     prompt_logprobs: usize,
     /// Instances that failed this sequence.
     avoid: Vec<String>,
-    failures: usize,
-    failures_in_all: usize,
+    failures: Failures,
 }
 
 /// The sequence on one worker.
@@ -197,7 +193,7 @@ impl Generation {
     /// Sends the sequence to a worker. An error here comes before anything was generated.
     pub async fn start(registry: Arc<Registry>, job: Job) -> Result<Self, ApiError> {
         let mut avoid = Vec::new();
-        let mut failures = 0;
+        let mut failures = Failures::default();
         let patience = Instant::now() + START_WITHIN;
         loop {
             match open(&registry, &job, &[], &mut avoid, None).await {
@@ -214,7 +210,6 @@ impl Generation {
                         prompt_logprobs: 0,
                         avoid,
                         failures,
-                        failures_in_all: failures,
                     });
                 }
                 // The connection to the only worker may just be coming back.
@@ -222,16 +217,11 @@ impl Generation {
                     avoid.clear();
                     tokio::time::sleep(LOOK_EVERY).await;
                 }
-                Err(Failure::Absent(_)) if failures > 0 => return Err(gone()),
+                Err(Failure::Absent(_)) if failures.any() => return Err(gone()),
                 Err(Failure::Final(error) | Failure::Absent(error) | Failure::Full(error)) => {
                     return Err(error);
                 }
-                Err(Failure::Retry(error)) => {
-                    failures += 1;
-                    if failures >= MAX_FAILURES {
-                        return Err(error);
-                    }
-                }
+                Err(Failure::Retry(error)) => failures.add(error)?,
             }
         }
     }
@@ -274,7 +264,7 @@ impl Generation {
                     }
                     Some(Event::Tokens(tokens)) => {
                         self.attempt.ticket.step_done();
-                        self.failures = 0;
+                        self.failures.passed(tokens.tokens.len());
                         self.ready = tokens.tokens.into_iter();
                         let Some(token) = self.ready.next() else { continue };
                         self.output.push(token.id);
@@ -310,7 +300,7 @@ impl Generation {
             match failure {
                 Some(Failure::Final(error)) => return Err(error),
                 Some(Failure::Retry(error) | Failure::Absent(error) | Failure::Full(error)) => {
-                    self.failed(error)?
+                    self.failures.add(error)?;
                 }
                 None => {}
             }
@@ -348,16 +338,6 @@ impl Generation {
         }
     }
 
-    /// Counts a failure; an error when there were too many.
-    fn failed(&mut self, cause: ApiError) -> Result<(), ApiError> {
-        self.failures += 1;
-        self.failures_in_all += 1;
-        match self.failures >= MAX_FAILURES || self.failures_in_all > MAX_FAILURES_IN_ALL {
-            true => Err(cause),
-            false => Ok(()),
-        }
-    }
-
     /// Goes on elsewhere, and waits a little for somewhere to go on.
     async fn resume(&mut self) -> Result<(), ApiError> {
         let until = self.job.deadline.min(Instant::now() + RESUME_WITHIN);
@@ -377,7 +357,7 @@ impl Generation {
                     }
                     return Ok(());
                 }
-                Err(Failure::Retry(error)) => self.failed(error)?,
+                Err(Failure::Retry(error)) => self.failures.add(error)?,
                 // Nobody is there, or nobody has room: that may pass.
                 Err(Failure::Absent(_) | Failure::Full(_)) if Instant::now() < until => {
                     // A worker that failed may be back as good as new.

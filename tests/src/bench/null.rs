@@ -27,8 +27,13 @@ pub struct NullCluster {
 impl NullCluster {
     /// Starts `builder`'s etcd and gateway, and a null worker that is like a real one.
     pub async fn start(builder: Builder) -> Self {
+        Self::start_with(builder, &[]).await
+    }
+
+    /// The same with flags for the null worker.
+    pub async fn start_with(builder: Builder, flags: &[&str]) -> Self {
         let mut cluster = builder.unified(1).start().await;
-        let (worker, address) = start(&cluster, &cluster.workers[0].address, &[]).await;
+        let (worker, address) = start(&cluster, &cluster.workers[0].address, flags).await;
         cluster.kill_worker(0);
         let null = Self { cluster, worker, address };
         null.found(1).await;

@@ -45,14 +45,23 @@ struct Settings {
     /// Fails every request, as a worker does whose steps fail.
     #[arg(long)]
     fail: bool,
+    /// Dies of a request whose prompt has this token.
+    #[arg(long)]
+    die_of: Option<u32>,
+    /// Tokens of the answer that it sends before it dies.
+    #[arg(long, default_value_t = 0)]
+    die_after: usize,
 }
+
+/// The time that what was sent last has to leave.
+const LAST_WORDS: Duration = Duration::from_millis(50);
 
 /// What a real worker said of itself, and what this one does.
 #[derive(Debug)]
 struct NullWorker {
     description: WorkerDescription,
     tokenizer: Vec<ModelChunk>,
-    fail: bool,
+    settings: Settings,
     /// Requests that came.
     requests: Arc<AtomicU64>,
 }
@@ -66,8 +75,8 @@ async fn main() -> std::process::ExitCode {
 async fn run(settings: Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, error);
     let mut stop = StopSignals::take()?;
-    let mut worker = copy(&settings.like).await.map_err(|error| failed(&error))?;
-    worker.fail = settings.fail;
+    let etcd = settings.etcd.clone();
+    let mut worker = copy(settings).await.map_err(|error| failed(&error))?;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.map_err(|e| failed(&e))?;
     let address = listener.local_addr().map_err(|error| failed(&error))?;
     let model = worker.description.model.clone().unwrap_or_default().name;
@@ -81,7 +90,7 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     let serving = tokio::spawn(server);
     let etcd = EtcdSettings {
-        endpoints: vec![settings.etcd],
+        endpoints: vec![etcd],
         cluster: "default".into(),
         lease_ttl: Duration::from_secs(5),
         start_timeout: Duration::from_secs(10),
@@ -95,8 +104,8 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn copy(address: &str) -> Result<NullWorker, Box<dyn std::error::Error>> {
-    let mut real = WorkerClient::new(endpoint(address)?.connect().await?)
+async fn copy(settings: Settings) -> Result<NullWorker, Box<dyn std::error::Error>> {
+    let mut real = WorkerClient::new(endpoint(&settings.like)?.connect().await?)
         .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let description = real.describe(DescribeRequest {}).await?.into_inner();
     let mut chunks = real.fetch_tokenizer(FetchTokenizerRequest {}).await?.into_inner();
@@ -104,7 +113,13 @@ async fn copy(address: &str) -> Result<NullWorker, Box<dyn std::error::Error>> {
     while let Some(chunk) = chunks.message().await? {
         tokenizer.push(chunk);
     }
-    Ok(NullWorker { description, tokenizer, fail: false, requests: Arc::default() })
+    Ok(NullWorker { description, tokenizer, settings, requests: Arc::default() })
+}
+
+/// Ends the process, as a crash would.
+async fn die() -> Result<GenerateEvent, Status> {
+    tokio::time::sleep(LAST_WORDS).await;
+    std::process::exit(1)
 }
 
 #[tonic::async_trait]
@@ -136,18 +151,32 @@ impl Worker for NullWorker {
         request: Request<GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         self.requests.fetch_add(1, Relaxed);
-        if self.fail {
+        if self.settings.fail {
             let failed = Status::internal("the forward pass panicked");
             return Ok(Response::new(stream::iter([Err(failed)]).boxed()));
         }
-        let count = request.into_inner().sampling.unwrap_or_default().max_tokens.max(1) as usize;
+        let request = request.into_inner();
+        let before = request.output_token_ids.len();
+        let count = request.sampling.unwrap_or_default().max_tokens as usize;
+        let count = count.saturating_sub(before).max(1);
         let token = Tokens { tokens: vec![Token { id: TOKEN, ..Token::default() }] };
         let finished = Finished { reason: FinishReason::Length.into(), stop_token_id: None };
         let mut events = vec![Event::Started(Started::default())];
         events.resize(1 + count, Event::Tokens(token));
         events.push(Event::Finished(finished));
+        let Settings { die_of, die_after, .. } = self.settings;
+        let deadly = die_of.is_some_and(|token| request.prompt_token_ids.contains(&token));
+        let dies = deadly && die_after < count;
+        if dies {
+            // With the first token, as a real one, it says that it has started.
+            events.truncate(if die_after == 0 { 0 } else { 1 + die_after });
+        }
         let events = events.into_iter().map(|event| Ok(GenerateEvent { event: Some(event) }));
-        Ok(Response::new(stream::iter(events.collect::<Vec<_>>()).boxed()))
+        let events = stream::iter(events.collect::<Vec<_>>());
+        Ok(Response::new(match dies {
+            true => events.chain(stream::once(die())).boxed(),
+            false => events.boxed(),
+        }))
     }
 
     async fn prefill(
