@@ -303,7 +303,7 @@ async fn an_answer_that_nobody_can_go_on_with_is_given_up_as_one_that_had_begun(
     assert_eq!(reply.header("retry-after"), "1");
     let body = json!({"model": MODEL_NAME, "prompt": "One", "max_tokens": 2});
     let reply = cluster.api.post("/v1/completions", &body).await;
-    assert!([404, 503].contains(&reply.status.as_u16()), "{}", reply.text);
+    reply.error(503).expect("there may be a worker again");
     cluster.finish().await;
 }
 

@@ -395,11 +395,7 @@ async fn open(
         let Some(mut ticket) = others.or_else(back) else {
             return Err(match no_room {
                 true => Failure::Full(full()),
-                // Gone, or on its way to another worker.
-                false if registry.served(job.served.name()).is_none() => {
-                    Failure::Absent(ApiError::unknown_model(job.served.name()))
-                }
-                false => Failure::Absent(nobody(job.served.name())),
+                false => Failure::Absent(absent(registry, job.served.name())),
             });
         };
         let source = held
@@ -534,11 +530,16 @@ fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) ->
     }
 }
 
-fn nobody(model: &str) -> ApiError {
+/// Nobody serves what was there a moment ago.
+fn absent(registry: &Registry, model: &str) -> ApiError {
+    // Unloaded, and not on its way to another worker.
+    if registry.served(model).is_none() && !registry.awaits(model) {
+        return ApiError::unknown_model(model);
+    }
     ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
 }
 
-/// Like [`nobody`], of a request that has begun.
+/// Like [`absent`], of a request that has begun.
 fn gone() -> ApiError {
     ApiError::given_up(
         "The worker that served the request is gone, and there is no other; try again.",

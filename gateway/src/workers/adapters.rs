@@ -38,10 +38,14 @@ impl Worker {
             (adapter.name, Arc::new(with))
         });
         let loaded = Arc::new(Loaded { version: Some(version), served: each.collect() });
-        self.adapters.rcu(|now| match now.version {
+        let before = self.adapters.rcu(|now| match now.version {
             Some(newer) if newer > version => now.clone(),
             _ => loaded.clone(),
         });
+        // Unloaded; those of workers that left may still come back.
+        let now = self.adapters.load();
+        let unloaded = before.served.keys().filter(|name| !now.served.contains_key(*name));
+        unloaded.for_each(|name| self.departed.strike(name));
     }
 
     /// The model with the adapter of this name.
@@ -75,6 +79,7 @@ impl Worker {
             // The next status brings the whole list.
             Loaded { version: None, served }
         });
+        self.departed.strike(name);
     }
 
     /// Has the worker load an adapter.

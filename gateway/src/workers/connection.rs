@@ -73,6 +73,7 @@ pub(super) fn start(
         control,
         served: ArcSwapOption::empty(),
         adapters: ArcSwap::from_pointee(Loaded::default()),
+        departed: registry.departed.clone(),
         status: ArcSwapOption::empty(),
         alive: AtomicBool::new(false),
         listed: AtomicBool::new(true),

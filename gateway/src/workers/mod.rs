@@ -6,6 +6,7 @@
 //! * `connection`: one task per worker that connects, learns what it serves and listens to its
 //!   status. The stream of status is the sign of life: when it breaks the worker is out of routing
 //!   at once, whatever etcd says; while it flows the worker stays, whatever etcd says.
+//! * `departed`: what was served until a while ago.
 //! * `faults`: whose steps fail.
 //! * [`tasks`]: what each model can be asked for.
 //! * [`recent`]: where the last sequences were computed.
@@ -13,6 +14,7 @@
 mod adapters;
 mod blocks;
 mod connection;
+mod departed;
 #[cfg(test)]
 pub(crate) mod fake;
 mod faults;
@@ -44,6 +46,7 @@ use crate::routing::prefix_index::PrefixIndex;
 use crate::routing::{Candidate, Policy, choose, worth_handing_off};
 use crate::text::TextModel;
 use adapters::Loaded;
+use departed::Departed;
 use faults::Faults;
 use recent::Recent;
 pub use tasks::Lack;
@@ -69,6 +72,8 @@ pub struct Worker {
     served: ArcSwapOption<Served>,
     /// What else it serves: the model with each of its adapters.
     adapters: ArcSwap<Loaded>,
+    /// The registry's.
+    departed: Arc<Departed>,
     /// Its last status.
     status: ArcSwapOption<WorkerStatus>,
     /// Whether the status stream flows.
@@ -121,6 +126,16 @@ impl Worker {
     /// What it serves, if it has answered.
     pub fn served(&self) -> Option<Arc<Served>> {
         self.served.load_full()
+    }
+
+    /// The names that clients may ask it for.
+    fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.adapters.load().served.keys().cloned().collect();
+        if let Some(served) = self.served() {
+            names.push(served.card.name.clone());
+            names.extend(served.card.aliases.iter().cloned());
+        }
+        names
     }
 
     /// Its last status.
@@ -297,6 +312,8 @@ pub struct Registry {
     /// What was routed: sequences to workers that generate, prompts to prefill workers, texts.
     turns: [AtomicUsize; 3],
     coordinators: RwLock<Vec<String>>,
+    /// The names that workers served which have left.
+    departed: Arc<Departed>,
     /// Where the last sequences were computed.
     pub recent: Recent,
     /// Woken when a worker joins or its adapters change.
@@ -314,6 +331,7 @@ impl Registry {
             policy,
             turns: Default::default(),
             coordinators: RwLock::default(),
+            departed: Arc::default(),
             recent: Recent::default(),
             adapters_changed: Notify::new(),
         }
@@ -359,6 +377,11 @@ impl Registry {
     pub fn served(&self, model: &str) -> Option<Arc<Served>> {
         let generating = || self.named(model, |served| served.does(&[Task::Generate]));
         generating().or_else(|| self.named(model, |_| true))
+    }
+
+    /// Whether a worker that served `model` has left within the last hour: there may be one again.
+    pub fn awaits(&self, model: &str) -> bool {
+        self.departed.awaits(model, Instant::now())
     }
 
     /// What a worker that answers clients has to offer: of one that is up, if there is one, and of
@@ -529,7 +552,12 @@ impl Registry {
     }
 
     fn forget(&self, workers: &mut BTreeMap<String, Arc<Worker>>, id: &str) {
-        workers.remove(id);
+        if let Some(worker) = workers.remove(id)
+            && worker.record.role.answers()
+        {
+            let now = Instant::now();
+            worker.names().into_iter().for_each(|name| self.departed.add(name, now));
+        }
         if let Some(task) = self.tasks.lock().remove(id) {
             task.abort();
         }
@@ -590,6 +618,8 @@ impl Served {
 
 #[cfg(test)]
 mod tests {
+    use baton_proto::v1::AdapterList;
+
     use super::*;
 
     #[tokio::test]
@@ -640,5 +670,42 @@ mod tests {
         b.alive.store(true, Relaxed);
         a.faults.good();
         assert_eq!(chosen(&["b"]).as_deref(), Some("a"));
+    }
+
+    #[tokio::test]
+    async fn a_model_whose_workers_left_is_awaited_and_one_that_never_was_is_not() {
+        let registry = fake::registry();
+        let (left, right) = (("l", InstanceRole::Unified), ("r", InstanceRole::Unified));
+        fake::list(&registry, &[left, right]);
+        let model = fake::served("left");
+        let worker = fake::serves(&registry, "l", &model);
+        fake::serves(&registry, "r", &fake::served("right"));
+        let loaded = |names: &[&str], version: u64| {
+            let adapters =
+                names.iter().map(|name| Adapter { name: (*name).to_owned(), ..Adapter::default() });
+            let adapters = adapters.collect();
+            worker.set_adapters(&model, AdapterList { adapters, version });
+        };
+        loaded(&["kept", "unloaded"], 1);
+        let able = |name: &str| registry.able(name, &[Task::Generate]);
+        assert!(["left", "right", "kept", "unloaded"].iter().all(|name| able(name).is_ok()));
+        loaded(&["kept"], 2);
+        assert!(matches!(able("unloaded"), Err(Lack::Unknown)));
+        // It is silent, and its lease is over.
+        worker.alive.store(false, Relaxed);
+        fake::list(&registry, &[right]);
+        for name in ["left", "kept"] {
+            assert!(registry.awaits(name) && matches!(able(name), Err(Lack::Nobody)), "{name}");
+        }
+        for name in ["unloaded", "never"] {
+            assert!(!registry.awaits(name) && matches!(able(name), Err(Lack::Unknown)), "{name}");
+        }
+        assert!(able("right").is_ok());
+        // A worker that comes back without an adapter that others had when they left.
+        fake::list(&registry, &[left, right]);
+        let back = fake::serves(&registry, "l", &model);
+        assert!(able("left").is_ok() && matches!(able("kept"), Err(Lack::Nobody)));
+        back.forget_adapter("kept");
+        assert!(matches!(able("kept"), Err(Lack::Unknown)));
     }
 }

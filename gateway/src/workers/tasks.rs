@@ -9,7 +9,7 @@ use super::{Registry, Served, Ticket, Worker};
 
 /// Why a request finds no model.
 pub enum Lack {
-    /// No worker serves any model.
+    /// No worker serves any model, or none does any more that served this one a while ago.
     Nobody,
     /// No model has the name.
     Unknown,
@@ -57,7 +57,7 @@ impl Registry {
         }
         match self.served(model) {
             Some(other) => Err(Lack::Unable(other)),
-            None if self.models().is_empty() => Err(Lack::Nobody),
+            None if self.models().is_empty() || self.awaits(model) => Err(Lack::Nobody),
             None => Err(Lack::Unknown),
         }
     }
