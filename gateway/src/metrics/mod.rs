@@ -1,7 +1,9 @@
 //! What Prometheus reads: vLLM's names where vLLM has one, `baton_*` for the rest.
 //!
 //! Requests are counted here, as they pass. What workers count comes with their status and is
-//! added up at each scrape, by growth, so that a sum does not fall when a worker leaves.
+//! added up at each scrape, by growth, so that a sum does not fall when a worker leaves. As all
+//! counters it begins at zero with the process: what workers had counted before would look like
+//! growth of that moment.
 
 mod families;
 mod http;
@@ -606,7 +608,7 @@ impl Metrics {
                         status.kv_blocks_total;
                 }
             }
-            let before = seen.get(id).cloned().unwrap_or_default();
+            let before = seen.get(id).cloned().unwrap_or_else(|| worker.counted_before());
             self.add_growth(model, &before, &status);
             seen.insert(id.to_owned(), status);
         }
@@ -742,5 +744,39 @@ pub fn transport(kind: Transport) -> &'static str {
         Transport::CudaIpc => "cuda-ipc",
         Transport::Nccl => "nccl",
         Transport::Unspecified => "none",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workers::fake;
+
+    #[tokio::test]
+    async fn what_workers_had_counted_before_a_gateway_came_is_no_growth() {
+        let metrics = Metrics::new().unwrap();
+        let workers = fake::registry();
+        let (old, new) = (("old", InstanceRole::Decode), ("new", InstanceRole::Decode));
+        let model = fake::served("m");
+        let mut seen = HashMap::new();
+        let mut failures = |workers: &Workers| {
+            metrics.take_in(workers, &mut seen);
+            metrics.handoff_failures.with_label_values(&["m", ENGINE]).get()
+        };
+        let status =
+            |failures: u64| WorkerStatus { handoff_failures: failures, ..WorkerStatus::default() };
+        fake::list(&workers, &[old]);
+        let there = fake::serves(&workers, "old", &model);
+        fake::says(&there, status(700));
+        // Between its first status and the first scrape one more has failed.
+        fake::says(&there, status(701));
+        assert_eq!(failures(&workers), 1);
+        fake::says(&there, status(703));
+        assert_eq!(failures(&workers), 3);
+        // One that comes later has not been counted by anybody.
+        fake::list(&workers, &[old, new]);
+        let joined = fake::serves(&workers, "new", &model);
+        fake::says(&joined, status(5));
+        assert_eq!(failures(&workers), 8);
     }
 }

@@ -1,8 +1,8 @@
 //! The connection to one worker.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -75,6 +75,8 @@ pub(super) fn start(
         adapters: ArcSwap::from_pointee(Loaded::default()),
         departed: registry.departed.clone(),
         status: ArcSwapOption::empty(),
+        first_status: OnceLock::new(),
+        was_there: !registry.begun.load(Relaxed),
         alive: AtomicBool::new(false),
         listed: AtomicBool::new(true),
         requests: AtomicUsize::new(0),
@@ -145,7 +147,7 @@ async fn follow(registry: &Registry, worker: &Worker, wait: &mut Duration) -> Re
             *prefixes = Some(PrefixIndex::new(blocks.max(1)));
         }
         drop(prefixes);
-        worker.status.store(Some(Arc::new(status)));
+        worker.heard(status);
         worker.alive.store(true, Relaxed);
         // Last: a model is listed when it can be asked.
         if worker.served.load().is_none() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use baton_membership::{InstanceRecord, InstanceRole, Membership};
-use baton_proto::v1::{ModelCard, WorkerDescription};
+use baton_proto::v1::{ModelCard, WorkerDescription, WorkerStatus};
 use serde_json::json;
 
 use super::{Registry, Served, Worker};
@@ -51,4 +51,9 @@ pub(crate) fn serves(registry: &Registry, id: &str, served: &Arc<Served>) -> Arc
     worker.served.store(Some(served.clone()));
     worker.alive.store(true, Relaxed);
     worker
+}
+
+/// It tells its status.
+pub(crate) fn says(worker: &Worker, status: WorkerStatus) {
+    worker.heard(status);
 }

@@ -25,7 +25,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -76,6 +76,10 @@ pub struct Worker {
     departed: Arc<Departed>,
     /// Its last status.
     status: ArcSwapOption<WorkerStatus>,
+    /// Its first status, if it was there before this gateway.
+    first_status: OnceLock<Arc<WorkerStatus>>,
+    /// Whether it was.
+    was_there: bool,
     /// Whether the status stream flows.
     alive: AtomicBool,
     /// Whether etcd still lists it.
@@ -141,6 +145,22 @@ impl Worker {
     /// Its last status.
     pub fn status(&self) -> Option<Arc<WorkerStatus>> {
         self.status.load_full()
+    }
+
+    /// What it had counted when this gateway began to watch it: what a worker did before this gateway
+    /// was there is no growth of now, and all that one did which came later is.
+    pub fn counted_before(&self) -> Arc<WorkerStatus> {
+        self.first_status.get().cloned().unwrap_or_default()
+    }
+
+    /// Takes over what it says of itself.
+    fn heard(&self, status: WorkerStatus) {
+        let status = Arc::new(status);
+        if self.was_there {
+            // Only the first is kept.
+            let _ = self.first_status.set(status.clone());
+        }
+        self.status.store(Some(status));
     }
 
     /// Whether it may be sent requests.
@@ -306,6 +326,8 @@ pub struct Registry {
     /// By the digest of the tokenizer; locked while one is fetched.
     texts: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Weak<TextModel>>>>>,
     etcd_connected: AtomicBool,
+    /// Whether the workers are known that were there before this gateway.
+    begun: AtomicBool,
     /// Which of them hold which KV blocks.
     pub kv: Arc<RwLock<KvIndex>>,
     policy: Policy,
@@ -327,6 +349,7 @@ impl Registry {
             tasks: Mutex::default(),
             texts: Mutex::default(),
             etcd_connected: AtomicBool::new(true),
+            begun: AtomicBool::new(false),
             kv: Arc::new(RwLock::new(KvIndex::new(MAX_INDEXED))),
             policy,
             turns: Default::default(),
@@ -549,6 +572,7 @@ impl Registry {
                 workers.insert(id.clone(), worker);
             }
         }
+        self.begun.store(true, Relaxed);
     }
 
     fn forget(&self, workers: &mut BTreeMap<String, Arc<Worker>>, id: &str) {
