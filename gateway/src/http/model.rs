@@ -56,7 +56,9 @@ pub(super) fn any_model(shared: &Shared, name: Option<&str>) -> Result<Arc<Serve
     let name = name.unwrap_or_default();
     match shared.registry.served(name) {
         Some(served) => Ok(served),
-        None if shared.registry.models().is_empty() => Err(nobody()),
+        None if shared.registry.models().is_empty() || shared.registry.awaits(name) => {
+            Err(nobody())
+        }
         None => Err(ApiError::unknown_model(name)),
     }
 }

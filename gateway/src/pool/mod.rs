@@ -220,10 +220,12 @@ async fn call(
                     return Err(ApiError::bad_value("input", capitalized(status.message())));
                 }
                 Code::DeadlineExceeded => return Err(ApiError::timed_out()),
-                // The worker lives, and says that it failed: it would fail elsewhere too.
+                // The worker lives. What failed may be another text of its batch.
                 Code::Internal if std::error::Error::source(&status).is_none() => {
                     warn!(id = worker.record.id, %status, "a worker failed a call");
-                    return Err(ApiError::internal(capitalized(status.message())));
+                    if failures + 1 >= MAX_FAILURES {
+                        return Err(ApiError::internal(capitalized(status.message())));
+                    }
                 }
                 _ => {
                     warn!(id = worker.record.id, %status, "a worker does not answer a call");
