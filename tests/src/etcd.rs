@@ -129,6 +129,16 @@ impl Etcd {
         records.map(|record| record.expect("an instance record")).collect()
     }
 
+    /// Ends every lease, as if all of them had run out.
+    pub fn revoke_leases(&self) {
+        let (good, list) = self.ctl(&["lease", "list"]);
+        assert!(good, "etcdctl lease list failed");
+        for lease in list.lines().filter(|line| !line.starts_with("found")) {
+            // Its owner may have given it back meanwhile.
+            self.ctl(&["lease", "revoke", lease]);
+        }
+    }
+
     /// The names of the LoRA adapters that are recorded.
     pub fn adapters(&self) -> Vec<String> {
         let prefix = adapters_prefix("default");

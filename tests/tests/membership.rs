@@ -6,6 +6,7 @@ use baton_tests::bench::null::NullCluster;
 use baton_tests::binaries::MODEL_NAME;
 use baton_tests::http::{Sse, choices, ids, streamed_ids};
 use baton_tests::{Cluster, Reply, Role, eventually, grpc};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// Requests whose answers depend on every token before: greedy ones and seeded ones.
@@ -282,6 +283,52 @@ async fn an_etcd_that_lost_its_data_is_filled_again() {
     .await;
     cluster.kill_worker(0);
     cluster.still_serves().await;
+    cluster.finish().await;
+}
+
+/// etcd may forget every lease at once. Who is known and answers goes on to be asked.
+#[tokio::test]
+async fn leases_that_are_revoked_cost_no_request() {
+    let builder = Cluster::builder().prefill(1).decode(1).coordinator();
+    let cluster = builder.handoff_min_tokens(8).start().await;
+    let requests = requests(4, 200);
+    let expected = undisturbed(&cluster, &requests).await;
+    let registered = cluster.etcd.instances();
+    let streams = begin(&cluster, &requests, 4).await;
+    for _ in 0..2 {
+        cluster.etcd.revoke_leases();
+        eventually("all are registered again", Duration::from_secs(20), async || {
+            let body = json!({"model": MODEL_NAME, "prompt": "Meanwhile", "max_tokens": 1});
+            cluster.api.ok("/v1/completions", &body).await;
+            let records = cluster.etcd.instances();
+            if records == registered { Ok(()) } else { Err(format!("{records:?}")) }
+        })
+        .await;
+    }
+    for (i, (stream, mut events)) in streams.into_iter().enumerate() {
+        events.extend(stream.collect().await);
+        assert_eq!(streamed_ids(&events, 0), expected[i], "request {i}");
+    }
+    cluster.finish().await;
+}
+
+/// It is not dead: its connections stay open, and nothing is refused.
+#[tokio::test]
+async fn streams_go_on_when_their_decode_worker_hangs_for_good() {
+    let cluster = Cluster::builder().prefill(1).decode(2).handoff_min_tokens(8).start().await;
+    let requests = requests(4, 96);
+    let expected = undisturbed(&cluster, &requests).await;
+    let streams = begin(&cluster, &requests, 4).await;
+    let status = cluster.workers[1].status().await;
+    assert!(status.running > 0, "there is load on it: {status:?}");
+    cluster.workers[1].process.signal(Signal::SIGSTOP);
+    let hung = Instant::now();
+    for (i, (stream, mut events)) in streams.into_iter().enumerate() {
+        events.extend(stream.collect().await);
+        assert_eq!(streamed_ids(&events, 0), expected[i], "request {i}");
+    }
+    println!("all had ended {:?} after one of two decode workers hung", hung.elapsed());
+    cluster.workers[1].process.signal(Signal::SIGCONT);
     cluster.finish().await;
 }
 
