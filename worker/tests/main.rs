@@ -3,6 +3,7 @@
 
 mod architectures;
 mod gemma3;
+mod interrupts;
 mod lora;
 mod lost_device;
 mod pooling;

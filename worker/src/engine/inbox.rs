@@ -29,7 +29,7 @@ pub(super) struct Inbox {
     limits: Limits,
     state: Mutex<State>,
     wake: Condvar,
-    /// Raised by an abort: the step in progress is given up.
+    /// Raised by an abort that saves work: the step in progress is given up.
     interrupt: Arc<AtomicBool>,
 }
 
@@ -43,9 +43,11 @@ struct State {
     taken: usize,
     /// The scheduler's load as of the last drain.
     load: Load,
-    /// Whether an abort may interrupt the step in progress: not twice in a row, so that a storm
-    /// of cancels cannot stop all progress.
-    interruptible: bool,
+    /// Sequences whose abort interrupts the step in progress: those of whose tokens it computes
+    /// several. Whoever takes one row of it, or has ended already, is not worth the others' time.
+    /// None of a step that follows an interrupted one, so that a storm of cancels cannot stop all
+    /// progress.
+    interrupting: Vec<SequenceId>,
     draining: bool,
     stopping: bool,
 }
@@ -83,7 +85,7 @@ impl Inbox {
 
     pub(super) fn push(&self, command: Command) {
         let mut state = self.state.lock();
-        if state.interruptible && matches!(command, Command::Abort(_)) {
+        if state.interrupts(&command) {
             self.interrupt.store(true, Ordering::Relaxed);
         }
         state.commands.push_back(command);
@@ -125,16 +127,28 @@ impl Inbox {
         Batch { commands: std::mem::take(&mut state.commands), stopping: state.stopping }
     }
 
-    /// Opens a step: notes the load, and whether the step may be interrupted. False when commands
-    /// have come that should be looked at first.
-    pub(super) fn open_step(&self, load: Load, interruptible: bool) -> bool {
+    /// Opens a step: notes the load, and whose aborts interrupt it. False when one of these has
+    /// come already.
+    pub(super) fn open_step(
+        &self,
+        load: Load,
+        interrupting: impl Iterator<Item = SequenceId>,
+    ) -> bool {
         let mut state = self.state.lock();
         state.load = load;
         state.taken = 0;
-        state.interruptible = interruptible;
+        // In place: a step allocates nothing.
+        state.interrupting.clear();
+        state.interrupting.extend(interrupting);
         if !state.stopping {
             self.interrupt.store(false, Ordering::Relaxed);
         }
-        !state.commands.iter().any(|command| matches!(command, Command::Abort(_)))
+        !state.commands.iter().any(|command| state.interrupts(command))
+    }
+}
+
+impl State {
+    fn interrupts(&self, command: &Command) -> bool {
+        matches!(command, Command::Abort(id) if self.interrupting.contains(id))
     }
 }

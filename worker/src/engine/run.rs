@@ -156,8 +156,9 @@ impl Running {
             self.announce_admissions(&plan);
             self.publish();
             idle = plan.slices.is_empty();
-            if !self.inbox.open_step(self.scheduler.load(), !interrupted) && !interrupted {
-                // An abort came in: it may make this step, or a part of it, pointless.
+            let prompts = plan.slices.iter().filter(|slice| slice.own() > 1 && !interrupted);
+            if !self.inbox.open_step(self.scheduler.load(), prompts.map(|slice| slice.id)) {
+                // An abort came in that makes a part of this step pointless.
                 idle = false;
                 interrupted = true;
                 continue;
@@ -411,7 +412,7 @@ impl Running {
         let tokens = plan.tokens();
         self.steps[STEP_TOKENS.partition_point(|&most| (most as usize) < tokens)] += 1;
         self.step_tokens += tokens as u64;
-        let own = plan.slices.iter().map(|slice| slice.len - slice.drafted());
+        let own = plan.slices.iter().map(Slice::own);
         self.computed_prompt_tokens += own.filter(|own| *own > 1).sum::<usize>() as u64;
         let vocab = self.model.config().vocab;
         let mut logits = std::mem::take(&mut self.logits);

@@ -34,6 +34,11 @@ impl Slice {
         self.logits.saturating_sub(self.scored + 1)
     }
 
+    /// How many are the sequence's own: one where it decodes, more of a prompt.
+    pub fn own(&self) -> usize {
+        self.len - self.drafted()
+    }
+
     /// Whether the next token can be sampled after it.
     pub fn samples(&self) -> bool {
         self.logits > self.scored
@@ -210,7 +215,7 @@ impl Scheduler {
                 if slice.probe.is_some() {
                     sequence.probe = None;
                 }
-                sequence.computed = slice.start + slice.len - slice.drafted();
+                sequence.computed = slice.start + slice.own();
                 sequence.scores = sequence.scores.max(sequence.computed.min(sequence.scored));
                 self.commit(slice.id);
             }
