@@ -21,7 +21,7 @@ use baton_proto::TokenizerBundle;
 use baton_proto::v1;
 use baton_proto::v1::constraint::Kind;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::SlicedBiasComputer;
+use llguidance::earley::{Parser, SlicedBiasComputer};
 use llguidance::{Matcher, ParserFactory};
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -96,10 +96,15 @@ struct Tools {
 
 /// A constraint, ready to start sequences.
 pub struct Compiled {
+    /// Sequences begin with copies of it, which share its lexer's states.
     fresh: Mutex<Matcher>,
+    /// A look at these states, and with how many of them it is retired.
+    lexer: Mutex<Parser>,
+    half: usize,
+    /// As it was compiled, and used by nobody: the copies of this one share nothing.
+    untouched: Mutex<Matcher>,
     helpers: Arc<Helpers>,
-    /// Sequences share the lexer's states. After a failure these may be at their limit, so that
-    /// the next request compiles anew.
+    /// The shared lexer is half full, or failed: the next request compiles anew.
     retired: AtomicBool,
 }
 
@@ -173,11 +178,17 @@ impl Shared {
             .factory
             .create_parser(grammar)
             .map_err(|error| ConstraintError::Invalid(brief(&error)))?;
+        let lexer = parser.parser.clone();
         let mut matcher = Matcher::new(Ok(parser));
+        let untouched = matcher.deep_clone();
         // The first mask tells whether anything can match, and fills the lexer for all sequences.
         matcher.compute_mask_or_eos().map_err(|error| ConstraintError::Invalid(brief(&error)))?;
+        let half = usize::midpoint(lexer.lexer_stats().num_states, MAX_LEXER_STATES);
         let compiled = Arc::new(Compiled {
             fresh: Mutex::new(matcher),
+            lexer: Mutex::new(lexer),
+            half,
+            untouched: Mutex::new(untouched),
             helpers: tools.helpers.clone(),
             retired: AtomicBool::new(false),
         });
@@ -214,13 +225,28 @@ impl Compiled {
         Session::start(self.clone(), self.helpers.queue(), output)
     }
 
+    /// At the beginning, over the lexer that sequences share.
     fn matcher(&self) -> Matcher {
         let copy = self.fresh.lock().clone();
         copy.into_cancellable()
     }
 
+    /// At the beginning, over a lexer of its own.
+    fn own_matcher(&self) -> Matcher {
+        let copy = self.untouched.lock().deep_clone();
+        copy.into_cancellable()
+    }
+
     fn retire(&self) {
         self.retired.store(true, Ordering::Relaxed);
+    }
+
+    /// Leaves the other half of the shared lexer to those that are on it.
+    fn retire_in_time(&self) {
+        let retired = self.retired.load(Ordering::Relaxed);
+        if !retired && self.lexer.lock().lexer_stats().num_states > self.half {
+            self.retire();
+        }
     }
 }
 

@@ -3,6 +3,10 @@
 //! Right after a token was drawn, a helper thread takes the matcher over it and computes which
 //! tokens may follow, while the engine computes the token's forward pass. The engine asks at the
 //! next draw, and waits if the helper is not done.
+//!
+//! Sequences of one constraint share its lexer, whose states and errors are all of theirs. So one
+//! that fails is taken over its output once more, with a lexer of its own: what it fails of there is
+//! its own fault.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,10 +38,13 @@ pub(super) struct Shared {
 pub struct State {
     /// Absent before the first job, while a helper has it, and after a failure.
     matcher: Option<Matcher>,
-    /// Where the first job gets its matcher from.
-    origin: Option<Arc<Compiled>>,
+    /// Where the matcher comes from.
+    origin: Arc<Compiled>,
+    /// Whether its lexer is its own.
+    apart: bool,
     cancel: Option<CancellationHandle>,
-    /// Tokens that the matcher has yet to take.
+    /// Tokens that it has taken, and those that it has yet to take.
+    taken: Vec<u32>,
     todo: Vec<u32>,
     /// Whether a helper has it, or will.
     queued: bool,
@@ -71,8 +78,10 @@ impl Session {
         todo.extend_from_slice(output);
         let state = State {
             matcher: None,
-            origin: Some(compiled),
+            origin: compiled,
+            apart: false,
             cancel: None,
+            taken: Vec::new(),
             todo,
             queued: true,
             abandoned: false,
@@ -136,6 +145,7 @@ impl Shared {
     fn work(&self) {
         let mut tokens = Vec::new();
         let mut state = self.state.lock();
+        let origin = state.origin.clone();
         loop {
             if state.abandoned || state.failure.is_some() {
                 break;
@@ -143,11 +153,17 @@ impl Shared {
             tokens.clear();
             // Not taken: the engine's thread must not allocate when it adds the next.
             tokens.append(&mut state.todo);
-            let (matcher, origin) = (state.matcher.take(), state.origin.clone());
-            let mut matcher = match (matcher, &origin) {
-                (Some(matcher), _) => matcher,
-                (None, Some(origin)) => MutexGuard::unlocked(&mut state, || origin.matcher()),
-                (None, None) => break,
+            state.taken.extend_from_slice(&tokens);
+            let mut matcher = match state.matcher.take() {
+                Some(matcher) => matcher,
+                None => {
+                    tokens.clone_from(&state.taken);
+                    let apart = state.apart;
+                    MutexGuard::unlocked(&mut state, || match apart {
+                        true => origin.own_matcher(),
+                        false => origin.matcher(),
+                    })
+                }
             };
             state.cancel = matcher.cancellation_handle();
             if state.abandoned {
@@ -161,22 +177,30 @@ impl Shared {
                 (step, matcher)
             });
             match step {
-                Ok((mask, over)) => (state.mask, state.over) = (mask, over),
-                Err(error) if state.abandoned => drop(error),
-                Err(error) => {
-                    state.failure = Some(format!("constraint: {}", brief(&error)));
-                    if let Some(origin) = &origin {
-                        origin.retire();
-                    }
+                Ok((mask, over)) => {
+                    (state.mask, state.over) = (mask, over);
+                    state.matcher = Some(matcher);
                 }
+                Err(error) if state.abandoned => drop(error),
+                Err(_) if !state.apart => {
+                    origin.retire();
+                    state.apart = true;
+                    continue;
+                }
+                Err(error) => state.failure = Some(format!("constraint: {}", brief(&error))),
             }
-            state.matcher = Some(matcher);
             if state.todo.is_empty() {
                 break;
             }
         }
         state.queued = false;
         self.ready.notify_all();
+        let shares = state.matcher.is_some() && !state.apart;
+        drop(state);
+        // After the answer: others may have the lexer.
+        if shares {
+            origin.retire_in_time();
+        }
     }
 }
 

@@ -333,3 +333,47 @@ fn sessions_that_are_dropped_early_leave_no_work_behind() {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+/// Its lexer has a state for whichever of the last 25 letters are an `a`.
+fn blow_up() -> Kind {
+    regex("(a|b)*a(a|b){24}")
+}
+
+#[test]
+fn a_sequence_that_exhausts_the_lexer_that_others_share_ends_alone() {
+    let fixture = smollm2();
+    let compiled = fixture.compile(blow_up()).unwrap();
+    let a = fixture.ids("a")[0];
+    let calm = compiled.session(&[a]);
+    assert!(calm.next().0.is_ok());
+    let params = SamplingParams { ignore_eos: true, max_tokens: 60_000, ..params(1) };
+    let (output, end) = fixture.random(blow_up(), params, &[]);
+    println!("after {} tokens: {end:?}", output.len());
+    assert!(matches!(&end, Draw::Stuck(why) if why.starts_with("constraint: ")), "{end:?}");
+    assert!(compiled.lexer.lock().lexer_stats().error, "it was on the lexer of the others");
+    for _ in 0..3 {
+        calm.advance(a);
+        assert!(calm.next().0.unwrap().allows(a));
+    }
+}
+
+#[test]
+fn a_lexer_that_is_half_full_takes_no_more_sequences() {
+    let fixture = smollm2();
+    let compiled = fixture.compile(blow_up()).unwrap();
+    let letters = [fixture.ids("a")[0], fixture.ids("b")[0]];
+    let session = compiled.session(&[]);
+    let (mut steps, mut random) = (0, 1u32);
+    while !compiled.retired.load(Ordering::Relaxed) {
+        assert!(session.next().0.is_ok() && steps < 60_000, "after {steps} tokens");
+        random ^= random << 13;
+        random ^= random >> 17;
+        random ^= random << 5;
+        session.advance(letters[(random & 1) as usize]);
+        steps += 1;
+    }
+    let stats = compiled.lexer.lock().lexer_stats();
+    println!("after {steps} tokens: {stats}");
+    assert!(!stats.error && stats.num_states < MAX_LEXER_STATES * 3 / 4, "{stats}");
+    assert!(!Arc::ptr_eq(&compiled, &fixture.compile(blow_up()).unwrap()));
+}
