@@ -2,6 +2,7 @@
 //! to compute the same. What counts allocations, and what runs on a GPU, are programs of their own.
 
 mod architectures;
+mod draining;
 mod gemma3;
 mod interrupts;
 mod lora;

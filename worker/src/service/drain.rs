@@ -1,10 +1,10 @@
 //! How a worker gets rid of what it computes.
 //!
-//! A worker that drains refuses new requests. Each sequence waits for its turn, a few at a time,
-//! and is released: its stream ends with `Released`, its blocks stay until the caller has had it
-//! sent on, and the worker that goes on pulls them from here. A caller that finds no other worker
-//! sends it back, and it is released again after a while. What is left when the time is up is given
-//! up, and computed again elsewhere.
+//! A worker that drains refuses new requests. Each sequence that can go waits for its turn, a few
+//! at a time, and is released: its stream ends with `Released`, its blocks stay until the caller has
+//! had it sent on, and the worker that goes on pulls them from here. A caller that finds no other
+//! worker sends it back, and it is released again after a while. What is left when the time is up is
+//! given up, and computed again elsewhere.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::Status;
 use tracing::info;
 
@@ -24,7 +24,9 @@ use crate::kv::BlockId;
 /// Sequences that are on their way at a time: more would make each other's pause longer.
 const AT_ONCE: usize = 4;
 /// How long a sequence that came back stays before it is released again.
-const STAY: Duration = Duration::from_secs(2);
+pub(super) const STAY: Duration = Duration::from_secs(2);
+/// For how long a sequence keeps its turn whose caller does not read, or does not have it sent on.
+pub(super) const MOVED_WITHIN: Duration = Duration::from_secs(3);
 
 /// Whether a worker drains, until when, and what it has released.
 pub struct Drain {
@@ -36,7 +38,7 @@ pub struct Drain {
     until: watch::Sender<Option<Instant>>,
     /// The process is about to end. Changes under the lock of `until`.
     closing: AtomicBool,
-    turns: Semaphore,
+    turns: Arc<Semaphore>,
     held: Mutex<HashMap<String, Arc<Held>>>,
 }
 
@@ -55,7 +57,7 @@ impl Drain {
             timeout,
             until: watch::Sender::new(None),
             closing: AtomicBool::new(false),
-            turns: Semaphore::new(AT_ONCE),
+            turns: Arc::new(Semaphore::new(AT_ONCE)),
             held: Mutex::default(),
         }
     }
@@ -132,15 +134,16 @@ impl Drain {
         }
     }
 
-    /// Waits until the worker drains and a sequence may go. One that `came_back` stays a while.
-    pub(super) async fn turn(&self, came_back: bool) -> SemaphorePermit<'_> {
-        let mut changes = self.until.subscribe();
-        if came_back {
-            tokio::time::sleep(STAY).await;
+    /// Waits until the worker drains and a sequence may go, which is not before `from`. Who waits
+    /// may be given the turn at any time, and must look for it or let go.
+    pub(super) async fn turn(&self, from: Option<Instant>) -> OwnedSemaphorePermit {
+        if let Some(from) = from {
+            tokio::time::sleep_until(from.into()).await;
         }
+        let mut changes = self.until.subscribe();
         loop {
             let _ = changes.wait_for(Option::is_some).await;
-            let Ok(turn) = self.turns.acquire().await else {
+            let Ok(turn) = self.turns.clone().acquire_owned().await else {
                 return std::future::pending().await;
             };
             if self.until.borrow().is_some() {
@@ -209,18 +212,19 @@ mod tests {
     #[tokio::test]
     async fn a_sequence_goes_only_while_the_worker_drains_and_a_few_at_a_time() {
         let drain = drain(60);
-        assert!(soon(drain.turn(false)).await.is_none(), "the worker serves");
+        assert!(soon(drain.turn(None)).await.is_none(), "the worker serves");
         drain.begin(None);
         let mut turns = Vec::new();
         for _ in 0..AT_ONCE {
-            turns.push(soon(drain.turn(false)).await.expect("a turn"));
+            turns.push(soon(drain.turn(None)).await.expect("a turn"));
         }
-        assert!(soon(drain.turn(false)).await.is_none(), "too many at once");
+        assert!(soon(drain.turn(None)).await.is_none(), "too many at once");
         turns.pop();
-        assert!(soon(drain.turn(false)).await.is_some());
-        assert!(soon(drain.turn(true)).await.is_none(), "it just came back");
+        assert!(soon(drain.turn(None)).await.is_some());
+        let later = Instant::now() + STAY;
+        assert!(soon(drain.turn(Some(later))).await.is_none(), "it just came back");
         drain.end().expect("it serves");
-        assert!(soon(drain.turn(false)).await.is_none(), "the worker serves again");
+        assert!(soon(drain.turn(None)).await.is_none(), "the worker serves again");
     }
 
     #[tokio::test]
@@ -236,6 +240,6 @@ mod tests {
         assert!(soon(drain.over()).await.is_none(), "a drain that was taken back has no end");
         drain.close();
         assert!(drain.end().is_err(), "nobody keeps a process that ends");
-        assert!(soon(drain.turn(false)).await.is_some());
+        assert!(soon(drain.turn(None)).await.is_some());
     }
 }

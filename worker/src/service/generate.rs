@@ -12,11 +12,11 @@ use baton_proto::v1::{
     Tokens,
 };
 use prost::Message as _;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tonic::Status;
 use tracing::{Instrument as _, debug, info_span};
 
-use super::drain::{Held, given_up};
+use super::drain::{Held, MOVED_WITHIN, STAY, given_up};
 use super::spans::{self, Spans};
 use super::{Owned, Shared, micros, refused, timeout};
 use crate::engine::{Event, Finish, NewRequest, PullOrder, Purpose, RequestHandle};
@@ -51,6 +51,7 @@ pub(super) async fn start(
             sender,
             started: Started::default(),
             announced: false,
+            turn: None,
             admitted: Instant::now(),
             spans,
         };
@@ -131,6 +132,8 @@ struct Driver {
     started: Started,
     /// Whether `started` has been sent.
     announced: bool,
+    /// To move, while the worker drains.
+    turn: Option<OwnedSemaphorePermit>,
     admitted: Instant,
     spans: Spans,
 }
@@ -138,15 +141,18 @@ struct Driver {
 impl Driver {
     async fn run(&mut self, mut handle: RequestHandle, returning: bool) {
         let drain = self.shared.drain.clone();
-        let turn = drain.turn(returning);
-        tokio::pin!(turn);
-        let mut permit = None;
+        let from = returning.then(|| Instant::now() + STAY);
+        let mut asked = false;
+        // What cannot be released yet takes no turn: others can go meanwhile.
+        let (mut waits, mut unscored) = (true, self.scored());
         loop {
+            let may_go = self.request.movable && !asked && (waits || unscored == 0);
             let event = tokio::select! {
                 biased;
                 event = handle.next() => event,
-                turn = &mut turn, if self.request.movable && permit.is_none() => {
-                    permit = Some(turn);
+                // Anew each time, so that nobody has a turn who waits for something else.
+                permit = drain.turn(from), if may_go => {
+                    (self.turn, asked) = (Some(permit), true);
                     handle.release();
                     continue;
                 }
@@ -157,6 +163,10 @@ impl Driver {
                     return self.released(Held { positions, blocks, _handle: handle }).await;
                 }
                 Event::Admitted { cached, waited } => {
+                    waits = false;
+                    if unscored > 0 {
+                        self.turn = None;
+                    }
                     self.admitted = Instant::now();
                     self.spans.admitted(cached, waited);
                     self.started.cached_tokens = cached as u32;
@@ -164,6 +174,7 @@ impl Driver {
                     true
                 }
                 Event::Pull(order) => {
+                    self.turn = None;
                     // A deadline ends the request while it is pulled: then the pull is dropped,
                     // and the order with it.
                     let end = {
@@ -185,7 +196,10 @@ impl Driver {
                         Err(_) => return,
                     }
                 }
-                Event::Prompt(scores) => self.prompt(scores).await,
+                Event::Prompt(scores) => {
+                    unscored = unscored.saturating_sub(scores.len());
+                    self.prompt(scores).await
+                }
                 Event::Token(token) => self.token(token).await,
                 Event::Finished(finish) => return self.finish(finish).await,
                 Event::NoSpeech(probability) => {
@@ -200,19 +214,31 @@ impl Driver {
         }
     }
 
+    /// The prompt's tokens whose logprobs are wanted.
+    fn scored(&self) -> usize {
+        let wanted = self.request.sampling.as_ref().and_then(|sampling| sampling.prompt_logprobs);
+        wanted.map_or(0, |_| self.request.prompt_token_ids.len().saturating_sub(1))
+    }
+
     /// Hands the sequence over: its blocks stay until the caller has let go, or the lease ends.
     async fn released(&mut self, held: Held) {
         self.spans.released(held.positions);
         let held_positions = held.positions as u32;
+        let lease = self.shared.hold_lease;
         let key = self.shared.drain.hold(held);
-        if !self.send(Out::Released(Released { held_id: key.id.clone(), held_positions })).await {
-            return;
-        }
-        tokio::select! {
-            () = self.sender.closed() => {}
-            () = tokio::time::sleep(self.shared.hold_lease) => {
-                self.fail(Status::aborted("nobody went on with the sequence in time")).await;
+        let released = Out::Released(Released { held_id: key.id.clone(), held_positions });
+        let moved = async {
+            if self.send(released).await {
+                let _ = tokio::time::timeout(MOVED_WITHIN, self.sender.closed()).await;
+                self.turn = None;
+                self.sender.closed().await;
             }
+        };
+        let moved = tokio::time::timeout(lease, moved).await;
+        // Before the caller is told, who may read nothing.
+        drop((key, self.turn.take()));
+        if moved.is_err() {
+            self.fail(Status::aborted("nobody went on with the sequence in time")).await;
         }
     }
 
@@ -230,7 +256,7 @@ impl Driver {
     }
 
     /// Sends the prompt's logprobs in pieces of about [`PIECE_BYTES`].
-    async fn prompt(&self, scores: Vec<PromptTokenLogprob>) -> bool {
+    async fn prompt(&mut self, scores: Vec<PromptTokenLogprob>) -> bool {
         let mut tokens = Vec::new();
         let mut bytes = 0;
         let mut scores = scores.into_iter().peekable();
@@ -269,8 +295,19 @@ impl Driver {
         let _ = self.sender.send(Err(status)).await;
     }
 
-    async fn send(&self, event: Out) -> bool {
-        self.sender.send(Ok(GenerateEvent { event: Some(event) })).await.is_ok()
+    async fn send(&mut self, event: Out) -> bool {
+        let sent = self.sender.send(Ok(GenerateEvent { event: Some(event) }));
+        if self.turn.is_none() {
+            return sent.await.is_ok();
+        }
+        tokio::pin!(sent);
+        match tokio::time::timeout(MOVED_WITHIN, &mut sent).await {
+            Ok(sent) => sent.is_ok(),
+            Err(_) => {
+                self.turn = None;
+                sent.await.is_ok()
+            }
+        }
     }
 
     /// Has the peer compute the prompt, or give what it has. Whatever comes of it, the engine goes
