@@ -48,6 +48,6 @@ pub const LATENCY_US: [u64; 34] = {
 
 /// The largest gRPC message any Baton process sends or takes.
 ///
-/// Sized for a prompt of a million tokens and for one KV block of a large model; payloads above
-/// it are cut into several messages.
+/// Sized for a prompt of a million tokens. What is larger is cut into several messages, but for a KV
+/// block: a worker whose blocks are larger does not start with gRPC among its transports.
 pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;

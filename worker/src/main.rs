@@ -12,7 +12,7 @@ use baton_membership::traces::Traces;
 use baton_membership::{Backoff, EtcdSettings, InstanceRecord, Registration};
 use baton_proto::v1::{LoadAdapterRequest, ModelCard, SpeechCard, Task};
 use baton_worker::checkpoint::{LoadError, WhisperFolder};
-use baton_worker::config::{Role, Settings};
+use baton_worker::config::{Role, Settings, Transport};
 use baton_worker::device::Device;
 use baton_worker::engine::{self, Engine};
 use baton_worker::lora::{self, AdapterError, Adapters};
@@ -20,7 +20,7 @@ use baton_worker::model::{self, LoadedModel};
 use baton_worker::pooling::{self, Pooler};
 use baton_worker::scheduler::Limits;
 use baton_worker::service::{Computes, Identity, Member, Parts, PoolingParts, WorkerService};
-use baton_worker::transfer::Transports;
+use baton_worker::transfer::{Transports, grpc};
 use tracing::{error, info, warn};
 
 /// Of the file of settings: it tells what settings other programs have.
@@ -165,6 +165,9 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
         return Err(Failure::new(Exit::Config, message));
     }
     let layout = loaded.model.kv_layout(settings.block_size, settings.kv_cache_dtype.into());
+    if transports.contains(&Transport::Grpc) {
+        grpc::check(&layout).map_err(config_error)?;
+    }
     let blocks = settings.kv_memory.0 / layout.block_bytes as usize;
     if blocks < 2 {
         let message = format!(

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use baton_proto::MAX_MESSAGE_BYTES;
 use baton_proto::v1;
 use baton_proto::v1::prefill_event::Event;
 use futures::future::BoxFuture;
@@ -10,6 +11,27 @@ use super::{Opening, Outlet, Source, TransferError, Transport};
 use crate::engine::PullOrder;
 use crate::kv::BlockId;
 use crate::kv::pool::{DeviceError, KvPool};
+
+/// The largest block that fits into a message; the rest is for what is around it.
+const MAX_BLOCK_BYTES: u64 = MAX_MESSAGE_BYTES as u64 - 1024;
+
+/// What is wrong with a layout whose blocks do not fit into a message, and which ones do.
+pub fn check(layout: &v1::KvLayout) -> Result<(), String> {
+    let &v1::KvLayout { block_size, block_bytes, .. } = layout;
+    if block_bytes <= MAX_BLOCK_BYTES {
+        return Ok(());
+    }
+    let token_bytes = block_bytes.div_ceil(u64::from(block_size.max(1)));
+    // Block sizes are multiples of 16.
+    let smaller = match MAX_BLOCK_BYTES / token_bytes / 16 * 16 {
+        0 => String::new(),
+        fits => format!("give at most --block-size {fits}, or "),
+    };
+    Err(format!(
+        "--block-size {block_size}: a KV block of this model has {block_bytes} bytes, and gRPC \
+         carries at most {MAX_BLOCK_BYTES}; {smaller}leave grpc out of --transports"
+    ))
+}
 
 /// The gRPC stream.
 pub struct Grpc;
@@ -88,5 +110,31 @@ impl Source for Messages {
 
     fn survives_peer(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_do_not_fit_into_a_message_are_refused_with_a_size_that_does() {
+        let of = |block_size: u32, token_bytes: u64| {
+            let block_bytes = u64::from(block_size) * token_bytes;
+            check(&v1::KvLayout { block_size, block_bytes, ..v1::KvLayout::default() })
+        };
+        // Of 80 layers with 8 heads of 128 dimensions, in two bytes.
+        let large = 80 * 8 * 128 * 2 * 2;
+        assert_eq!(of(16, large), Ok(()));
+        let error = of(64, large).unwrap_err();
+        assert!(error.contains("--block-size 64") && error.contains("--block-size 48"), "{error}");
+        assert_eq!(of(48, large), Ok(()));
+        let error = of(16, 2 << 20).unwrap_err();
+        assert!(
+            !error.contains("at most --block-size") && error.contains("--transports"),
+            "{error}"
+        );
+        // Exactly a message's size leaves nothing for what is around it.
+        assert!(of(16, 1 << 20).is_err());
     }
 }
