@@ -24,6 +24,9 @@ pub const IGNORED: &[&str] =
 pub const UNSUPPORTED: &[(&str, &str)] =
     &[("n", r#""1""#), ("to_language", r#""""#), ("use_beam_search", r#""false""#)];
 
+/// Below this a temperature makes logits overflow, as for texts.
+const MIN_TEMPERATURE: f64 = 0.01;
+
 /// The fields of the form, but for the file.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct AudioFields {
@@ -188,6 +191,8 @@ impl AudioFields {
     /// knows English alone.
     pub fn wish(&self, wording: &Wording, known: &[&str]) -> Result<Wish, ApiError> {
         let temperature = in_range("temperature", self.temperature, 0.0, 0.0..=2.0)?;
+        let greedy = temperature == 0.0;
+        let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
         let top_p = in_range("top_p", self.top_p, 1.0, 0.0..=1.0)?;
         if top_p == 0.0 {
             return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
@@ -202,6 +207,9 @@ impl AudioFields {
             let message = "`repetition_penalty` must be over 0.";
             return Err(ApiError::bad_value("repetition_penalty", message));
         }
+        // Within what 32 bits hold: neither may become 0 there.
+        let least = f64::from(f32::MIN_POSITIVE);
+        let (top_p, repetition_penalty) = (top_p.max(least), repetition_penalty.max(least));
         let limit = self.max_completion_tokens;
         let limits = 1..=i64::from(u32::MAX);
         let max_tokens =
@@ -439,6 +447,16 @@ mod tests {
         let wish = fields.wish(&wording, &["en", "de"]).unwrap();
         assert_eq!((wish.language, wish.params.seed), (Some("de"), -7_i64 as u64));
         assert_eq!((wish.params.temperature, wish.params.top_k, wish.params.top_p), (0.4, 0, 1.0));
+    }
+
+    #[test]
+    fn what_32_bits_do_not_hold_is_raised() {
+        let form =
+            [("temperature", "1e-40"), ("top_p", "5e-324"), ("repetition_penalty", "5e-324")];
+        let fields = fields(&form).unwrap();
+        let params = fields.wish(&fields.wording(false).unwrap(), &["en"]).unwrap().params;
+        assert!(params.temperature > 0.005, "{params:?}");
+        assert!(params.top_p > 0.0 && params.repetition_penalty > 0.0, "{params:?}");
     }
 
     #[test]

@@ -21,6 +21,10 @@ use baton_proto::v1::{
 use self::speech::Speech;
 use crate::constraint::{Session, State};
 
+/// Lower temperatures are raised to this: with it the likeliest token is the only one unless others
+/// are all but as likely, and no weight is infinite.
+const MIN_TEMPERATURE: f32 = 1e-5;
+
 /// Memory that draws work in; any sampler may use it. Grown to the vocabulary and kept.
 #[derive(Default)]
 pub struct Scratch {
@@ -156,8 +160,8 @@ impl Sampler {
     /// Where the parameters leave no token, the sequence ends: under a constraint if the output is
     /// complete, else if `min_tokens` alone kept its end off. If it cannot, the draw is stuck.
     pub fn draw(&mut self, logits: &mut [f32], scratch: &mut Scratch) -> Draw {
-        // Comparisons would take them for what is forbidden.
-        if logits.iter().any(|logit| logit.is_nan()) {
+        // Comparisons would take them for what is forbidden, or for all there is.
+        if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
             return Draw::NotANumber;
         }
         let Scratch { candidates, raw, order, constrained, waited } = scratch;
@@ -256,7 +260,7 @@ impl Sampler {
     fn adjust(&self, logits: &mut [f32]) {
         for (&token, &bias) in &self.params.logit_bias {
             if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
+                *logit = finite(*logit, *logit + bias);
             }
         }
         if self.repetition() {
@@ -265,14 +269,16 @@ impl Sampler {
             let new = self.output.keys().filter(|token| self.prompt.binary_search(token).is_err());
             for &token in self.prompt.iter().chain(new) {
                 if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                    let penalized = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                    *logit = finite(*logit, penalized);
                 }
             }
         }
         for (&token, &count) in &self.output {
             if let Some(logit) = logits.get_mut(token as usize) {
-                *logit -=
+                let penalty =
                     self.params.frequency_penalty * count as f32 + self.params.presence_penalty;
+                *logit = finite(*logit, *logit - penalty);
             }
         }
         let mut forbid = |token: u32| {
@@ -299,10 +305,10 @@ impl Sampler {
     }
 
     fn choose(&self, logits: &[f32], largest: f32, candidates: &mut Vec<(u32, f32)>) -> u32 {
-        let scale = 1.0 / self.params.temperature;
+        let scale = 1.0 / self.params.temperature.max(MIN_TEMPERATURE);
         // Unnormalized probabilities: the most likely token has exactly one.
         let weight = |logit: f32| ((logit - largest) * scale).exp();
-        let min_p = self.params.min_p;
+        let min_p = self.params.min_p.min(1.0);
         let top_k = match self.params.top_k as usize {
             0 => logits.len(),
             k => k.min(logits.len()),
@@ -334,7 +340,7 @@ impl Sampler {
             let mut count = 0;
             // Sort ever larger heads until they hold enough: a sharp distribution needs one.
             let mut sorted = 0;
-            while count < candidates.len() && kept < wanted {
+            while count < candidates.len() && (count == 0 || kept < wanted) {
                 if count == sorted {
                     let head = (sorted * 4).max(64).min(candidates.len() - sorted);
                     let rest = &mut candidates[sorted..];
@@ -347,12 +353,17 @@ impl Sampler {
                 kept += f64::from(candidates[count].1);
                 count += 1;
             }
-            candidates.truncate(count.max(1));
+            candidates.truncate(count);
         }
         candidates.sort_unstable_by_key(|&(token, _)| token);
         let total = total(candidates);
         pick(candidates.iter().map(|&(token, weight)| (token as usize, weight)), draw * total)
     }
+}
+
+/// A logit as it is adjusted. What is finite stays so: only what may not come is infinite.
+fn finite(logit: f32, adjusted: f32) -> f32 {
+    if logit.is_finite() { adjusted.clamp(f32::MIN, f32::MAX) } else { logit }
 }
 
 /// The token in whose share of the weights `target` falls.

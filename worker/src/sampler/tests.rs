@@ -166,6 +166,42 @@ fn penalties_bias_and_minimum_length() {
     assert_eq!(after(minimum, &[], &[1, 2], &logits), 9);
 }
 
+#[test]
+fn extremes_leave_the_likeliest_of_what_may_come() {
+    for top_p in [1.0, 0.9] {
+        for seed in 0..20 {
+            // Two of these overflow, one of which is not allowed.
+            let repetition = SamplingParams {
+                repetition_penalty: f32::MIN_POSITIVE,
+                allowed_token_ids: vec![1, 2],
+                top_p,
+                seed,
+                ..params()
+            };
+            let mut sampler = Sampler::new(repetition, &[], &[0, 1], &[]);
+            assert_eq!(next(&mut sampler, &[9.0, 8.0, 1.0, 0.5]).id, 1);
+            let cold = SamplingParams { temperature: 1e-40, top_p, seed, ..params() };
+            assert!([1, 2].contains(&draw(cold, &[1.0, 2.0, 2.0, 0.0])));
+        }
+    }
+    let sharp = SamplingParams { top_p: 0.0, ..params() };
+    assert_eq!(draw(sharp, &[1.0, 3.0, 2.0]), 1);
+}
+
+#[test]
+fn logits_that_are_no_numbers_or_infinite_are_told() {
+    for broken in [f32::NAN, f32::INFINITY] {
+        for temperature in [0.0, 1.0] {
+            let params = SamplingParams { temperature, ..params() };
+            let mut sampler = Sampler::new(params, &[], &[], &[]);
+            let drawn = sampler.draw(&mut [1.0, broken, 2.0], &mut Scratch::default());
+            assert!(matches!(drawn, Draw::NotANumber), "{broken}: {drawn:?}");
+        }
+    }
+    // Some models rule tokens out themselves.
+    assert_eq!(draw(params(), &[f32::NEG_INFINITY, 1.0]), 1);
+}
+
 fn words(words: &[&[u32]]) -> Vec<TokenSequence> {
     words.iter().map(|word| TokenSequence { token_ids: word.to_vec() }).collect()
 }
