@@ -8,6 +8,7 @@ mod interrupts;
 mod lora;
 mod lost_device;
 mod pooling;
+mod pulls;
 mod reference;
 mod speculation;
 mod whisper;

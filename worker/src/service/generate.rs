@@ -324,7 +324,7 @@ impl Driver {
         };
         let mut span = self.spans.pulling(&peer.instance_id);
         // A failure is logged and counted where it happened; the engine computes the rest.
-        let pulled = shared.puller.pull(&peer.address, ask, order, self.deadline, &mut span).await;
+        let pulled = shared.puller.pull(&peer, ask, order, self.deadline, &mut span).await;
         if let Ok((transport, no_speech)) = pulled {
             started.no_speech_probability = no_speech;
             started.handed_off_tokens = positions.saturating_sub(have) as u32;

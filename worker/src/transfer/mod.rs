@@ -135,9 +135,12 @@ pub enum TransferError {
     /// The peer said something that the protocol does not allow.
     #[error("the peer broke the protocol: {0}")]
     Protocol(String),
-    /// The peer answered with an error, or not at all.
+    /// The peer answered with an error, or no more.
     #[error("the peer failed: {0}")]
     Peer(#[from] tonic::Status),
+    /// The peer could not be reached, or did not say that it has the request.
+    #[error("the peer does not answer: {0}")]
+    NoAnswer(tonic::Status),
     /// The peer kept blocks no longer.
     #[error("the peer gave block {0} away before it was copied")]
     Expired(u32),
@@ -152,7 +155,7 @@ impl TransferError {
         match self {
             Self::NotHere { .. } => "transport_unavailable",
             Self::Protocol(_) => "protocol",
-            Self::Peer(status) => status.code().description(),
+            Self::Peer(status) | Self::NoAnswer(status) => status.code().description(),
             Self::Expired(_) => "expired",
             Self::Device(_) => "device",
         }

@@ -1,6 +1,10 @@
 //! One hand-off, from the decode worker's side.
+//!
+//! A peer that does not answer is left alone for a while: a prefill worker that gateways reach and
+//! this worker does not costs one request some seconds, and not each.
 
 use std::collections::{HashMap, VecDeque};
+use std::error::Error as _;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -8,6 +12,7 @@ use std::time::{Duration, Instant};
 use baton_membership::tls::connect_lazy;
 use baton_membership::traces::{Parent, Span};
 use baton_proto::v1;
+use baton_proto::v1::PrefillPeer;
 use baton_proto::v1::prefill_event::Event;
 use baton_proto::v1::worker_client::WorkerClient;
 use baton_proto::{MAX_MESSAGE_BYTES, endpoint};
@@ -25,6 +30,10 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_AHEAD: usize = 64;
 /// Peers whose connection is kept.
 const MAX_PEERS: usize = 256;
+/// For how long a peer is left alone that did not answer: short at first, for it may be on its way
+/// back, and twice as long each time after that.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What a peer is asked for.
 #[derive(Clone, Debug)]
@@ -89,17 +98,35 @@ pub struct Puller {
 }
 
 /// A prefill worker as it was found.
-#[derive(Clone)]
 struct Peer {
+    /// Another instance at its address is another peer.
+    instance_id: String,
+    way: Way,
+    /// Set while it does not answer.
+    silence: Option<Silence>,
+}
+
+/// How a peer is reached.
+#[derive(Clone)]
+struct Way {
     channel: Channel,
     /// Transports that may reach it, best first.
     kinds: Vec<v1::Transport>,
 }
 
+/// That a peer did not answer.
+struct Silence {
+    /// When it was noticed last.
+    noticed: Instant,
+    /// Until when it is left alone, and for how long that was.
+    until: Instant,
+    pause: Duration,
+}
+
 /// One attempt's circumstances.
 struct Place<'a> {
-    peer: &'a Peer,
-    address: &'a str,
+    peer: &'a PrefillPeer,
+    way: &'a Way,
     deadline: Instant,
     kept: Option<Kept>,
 }
@@ -147,7 +174,7 @@ impl Puller {
     /// the order is ended too, with what has come: the engine computes the rest.
     pub async fn pull(
         &self,
-        address: &str,
+        peer: &PrefillPeer,
         ask: Ask,
         order: PullOrder,
         deadline: Instant,
@@ -157,7 +184,7 @@ impl Puller {
         let block_bytes = order.block_bytes().max(1) as u64;
         let mut bytes = 0;
         let pulled =
-            self.try_pull(address, ask, order, deadline, (span.as_parent(), &mut bytes)).await;
+            self.try_pull(peer, ask, order, deadline, (span.as_parent(), &mut bytes)).await;
         span.set("baton.bytes", bytes as i64);
         span.set("baton.blocks", (bytes / block_bytes) as i64);
         match &pulled {
@@ -172,24 +199,25 @@ impl Puller {
 
     async fn try_pull(
         &self,
-        address: &str,
+        peer: &PrefillPeer,
         mut ask: Ask,
         mut order: PullOrder,
         deadline: Instant,
         (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, Option<f32>), TransferError> {
+        let address = &*peer.address;
         if matches!(ask, Ask::Held(_)) {
             order.comes_in_part();
         }
         loop {
-            let peer = self.peer(address)?;
-            let known = peer.kinds.iter().filter_map(|&kind| self.transports.get(kind));
+            let (way, began) = (self.way(peer)?, Instant::now());
+            let known = way.kinds.iter().filter_map(|&kind| self.transports.get(kind));
             let free: Vec<_> = known.filter(|transport| transport.available()).collect();
             let kept = free.iter().find_map(|transport| transport.kept(address));
             let kinds: Vec<_> = free.iter().map(|transport| transport.kind()).collect();
             ask.offer(&kinds, kept.as_ref(), deadline);
             let mut span = parent.rpc_client(ask.method(), address);
-            let at = Place { peer: &peer, address, deadline, kept };
+            let at = Place { peer, way: &way, deadline, kept };
             let attempt = self.attempt(at, &ask, &mut order, (span.as_parent(), bytes)).await;
             if let Err(error) = &attempt {
                 span.fail(error.kind());
@@ -208,17 +236,15 @@ impl Puller {
                     return Ok((transport, finished.no_speech_probability));
                 }
                 // A transport does not reach this peer: go on without it.
-                Err(TransferError::NotHere { transport, reason }) if peer.kinds.len() > 1 => {
+                Err(TransferError::NotHere { transport, reason }) if way.kinds.len() > 1 => {
                     let kind = transport.as_str_name();
                     info!(kind, reason, address, "falling back to the next transport");
-                    let others = peer.kinds.iter().copied().filter(|kind| *kind != transport);
-                    let kinds = others.collect();
-                    self.peers.lock().insert(address.to_owned(), Peer { kinds, ..peer });
+                    self.known(peer, |known| known.way.kinds.retain(|kind| *kind != transport));
                     order.discard();
                 }
                 Err(error) => {
                     warn!(%error, address, "hand-off failed; computing here");
-                    self.peers.lock().remove(address);
+                    self.failed(peer, &error, began);
                     return Err(error);
                 }
             }
@@ -232,16 +258,35 @@ impl Puller {
         order: &mut PullOrder,
         (parent, bytes): (&Parent, &mut u64),
     ) -> Result<(v1::Transport, v1::PrefillFinished), TransferError> {
-        let Place { peer, address, deadline, kept } = at;
-        let mut client = WorkerClient::new(peer.channel.clone())
+        let Place { peer, way, deadline, kept } = at;
+        let mut client = WorkerClient::new(way.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let accept_by = deadline.min(Instant::now() + ACCEPT_TIMEOUT);
-        let mut events = by(accept_by, ask.send(&mut client, parent)).await?;
-        let Some(Event::Accepted(accepted)) = next(&mut events, accept_by).await? else {
+        let answer = async {
+            let mut events = by(accept_by, ask.send(&mut client, parent)).await?;
+            let first = next(&mut events, accept_by).await?;
+            Ok::<_, TransferError>((events, first))
+        };
+        let answer = answer.await;
+        let late = Instant::now() >= accept_by;
+        let (events, first) = match answer {
+            Ok(answer) => answer,
+            // A request whose own time is up blames nobody.
+            Err(error) if late && accept_by == deadline => return Err(error),
+            Err(TransferError::Peer(status)) if late || status.source().is_some() => {
+                return Err(TransferError::NoAnswer(status));
+            }
+            Err(refused) => {
+                self.heard(peer);
+                return Err(refused);
+            }
+        };
+        self.heard(peer);
+        let Some(Event::Accepted(accepted)) = first else {
             return Err(TransferError::Protocol("expected the acceptance".into()));
         };
-        let offered = peer.kinds.contains(&accepted.transport());
+        let offered = way.kinds.contains(&accepted.transport());
         let transport = self.transports.get(accepted.transport()).filter(|_| offered);
         let transport = transport
             .ok_or_else(|| TransferError::Protocol("a transport that was not offered".into()))?;
@@ -249,7 +294,7 @@ impl Puller {
             accepted: &accepted,
             layout: &ask.layout(),
             pool: order.pool(),
-            peer: address,
+            peer: &peer.address,
             kept,
             deadline,
         })?;
@@ -277,24 +322,84 @@ impl Puller {
         Ok((transport.kind(), finished?))
     }
 
-    fn peer(&self, address: &str) -> Result<Peer, TransferError> {
-        let mut peers = self.peers.lock();
-        if let Some(peer) = peers.get(address) {
-            return Ok(peer.clone());
+    /// How a peer is reached. An error while one is left alone that did not answer; when that is
+    /// over, one request finds out for all.
+    fn way(&self, peer: &PrefillPeer) -> Result<Way, TransferError> {
+        let now = Instant::now();
+        let way = self.known(peer, |known| match &mut known.silence {
+            Some(silence) if now < silence.until => {
+                let ago = now.saturating_duration_since(silence.noticed).as_millis();
+                let reason = format!("nor did it {ago} ms ago, and is left alone for a while");
+                Err(TransferError::NoAnswer(Status::unavailable(reason)))
+            }
+            Some(silence) => {
+                silence.until = now + silence.pause;
+                Ok(known.way.clone())
+            }
+            None => Ok(known.way.clone()),
+        });
+        if let Some(way) = way {
+            return way;
         }
+        let way = self.new_way(&peer.address)?;
+        let mut peers = self.peers.lock();
+        if peers.len() >= MAX_PEERS {
+            peers.clear();
+        }
+        let instance_id = peer.instance_id.clone();
+        let known = Peer { instance_id, way: way.clone(), silence: None };
+        peers.insert(peer.address.clone(), known);
+        Ok(way)
+    }
+
+    fn new_way(&self, address: &str) -> Result<Way, TransferError> {
         let endpoint = endpoint(address)
             .map_err(|error| TransferError::Protocol(format!("{address}: {error}")))?;
         let endpoint = endpoint
             // A block is about a megabyte: the default window would cost a round trip for each.
             .initial_stream_window_size(16 * 1024 * 1024)
             .initial_connection_window_size(32 * 1024 * 1024);
-        let channel = connect_lazy(&endpoint);
-        if peers.len() >= MAX_PEERS {
-            peers.clear();
+        Ok(Way { channel: connect_lazy(&endpoint), kinds: self.transports.kinds().collect() })
+    }
+
+    /// Looks at a peer, or changes what is known of it; `None` when that is nothing.
+    fn known<T>(&self, peer: &PrefillPeer, look: impl FnOnce(&mut Peer) -> T) -> Option<T> {
+        let mut peers = self.peers.lock();
+        let known = peers.get_mut(&peer.address);
+        known.filter(|known| known.instance_id == peer.instance_id).map(look)
+    }
+
+    /// Notes that a peer answers.
+    fn heard(&self, peer: &PrefillPeer) {
+        self.known(peer, |known| known.silence = None);
+    }
+
+    /// Notes how a peer failed, in an attempt that began then.
+    fn failed(&self, peer: &PrefillPeer, error: &TransferError, began: Instant) {
+        match error {
+            TransferError::NoAnswer(_) => {}
+            // It went away: which transports reach it may be otherwise when it is back.
+            TransferError::Peer(status) if status.source().is_some() => {
+                self.peers.lock().remove(&peer.address);
+                return;
+            }
+            // It refused: what is known of the way to it stays.
+            _ => return,
         }
-        let peer = Peer { channel, kinds: self.transports.kinds().collect() };
-        peers.insert(address.to_owned(), peer.clone());
-        Ok(peer)
+        let Ok(way) = self.new_way(&peer.address) else { return };
+        self.known(peer, |known| {
+            known.way = way;
+            let noticed = Instant::now();
+            match &mut known.silence {
+                // Of several attempts at once, the first has said so.
+                Some(silence) if silence.noticed > began => {}
+                silence => {
+                    let pause = silence.as_ref().map_or(FIRST_PAUSE, |before| before.pause * 2);
+                    let pause = pause.min(LONGEST_PAUSE);
+                    *silence = Some(Silence { noticed, until: noticed + pause, pause });
+                }
+            }
+        });
     }
 }
 
