@@ -73,7 +73,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         priority_aging: Duration::from_secs(30),
     };
     let eos_token_ids = loaded.eos_token_ids;
-    let settings = Settings { limits, eos_token_ids, speech: Some(card.clone()) };
+    let settings =
+        Settings { limits, eos_token_ids, speech: Some(card.clone()), step_timeout: None };
     let engine = Engine::start(loaded.model, pool, settings)?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let sound = Bytes::from(std::fs::read(&arguments.sound)?);

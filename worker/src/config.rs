@@ -151,6 +151,11 @@ pub struct Settings {
     /// Seconds that running requests get to finish after SIGTERM.
     #[arg(long, env = "BATON_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
+
+    /// Seconds that a step may take: a worker whose device hangs ends with exit code 1. More than the
+    /// longest step of --max-batch-tokens takes; 0 is never. Role pooling has none.
+    #[arg(long, env = "BATON_STEP_TIMEOUT", default_value_t = 120)]
+    pub step_timeout: u64,
 }
 
 /// A size in bytes. Its own type, as its flag takes a text and no number.

@@ -89,6 +89,10 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         Some(reason) => error!(reason, "stopping: running requests were given up"),
     }
     drain.close();
+    if lost.is_some() {
+        // Requests of an engine that hangs hear nothing from it.
+        drain.begin(Some(Duration::ZERO));
+    }
     let drained = async {
         // Beside the drain: etcd may be away.
         let drained = async {
@@ -196,7 +200,9 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     };
     let eos_token_ids = loaded.eos_token_ids.clone();
     let speech = loaded.speech.clone();
-    let engine_settings = engine::Settings { limits, eos_token_ids, speech };
+    let step_timeout = Duration::from_secs(settings.step_timeout);
+    let step_timeout = Some(step_timeout).filter(|limit| !limit.is_zero());
+    let engine_settings = engine::Settings { limits, eos_token_ids, speech, step_timeout };
     let engine = Engine::start(loaded.model, pool, engine_settings).map_err(|error| {
         Failure::new(Exit::Failure, format!("cannot start the engine: {error}"))
     })?;

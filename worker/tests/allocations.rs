@@ -126,8 +126,12 @@ fn engine(speculative: usize) -> Engine {
         speculation: Speculation { tokens: speculative, ..Speculation::OFF },
         priority_aging: Duration::from_secs(30),
     };
-    Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new(), speech: None })
-        .unwrap()
+    Engine::start(
+        model,
+        pool,
+        Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None },
+    )
+    .unwrap()
 }
 
 /// Starts a batch, reads it past the warm-up, and counts. Every second sequence runs with the

@@ -61,7 +61,7 @@ fn service() -> (WorkerService, Arc<Engine>) {
         speculation: Speculation::OFF,
         priority_aging: Duration::from_secs(30),
     };
-    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None };
+    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None };
     let engine = Arc::new(Engine::start(Box::new(Slow(loaded.model)), pool, settings).unwrap());
     let parts = Parts {
         identity: Identity { instance_id: "a".into(), role: InstanceRole::Unified },

@@ -76,7 +76,7 @@ fn engine(patience: Duration) -> (Engine, Arc<Seen>) {
     };
     let seen = Arc::new(Seen::default());
     let model = Patient { model, patience, interrupt: Arc::default(), seen: seen.clone() };
-    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None };
+    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None };
     (Engine::start(Box::new(model), pool, settings).unwrap(), seen)
 }
 

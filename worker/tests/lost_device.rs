@@ -1,8 +1,9 @@
-//! What the engine does when what computes fails: once, or for good.
+//! What the engine does when what computes fails, once or for good, or hangs.
 
 #![allow(clippy::unwrap_used)]
 
 use std::collections::VecDeque;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use baton_proto::v1::{KvDtype, SamplingParams};
@@ -41,9 +42,37 @@ impl Model for Failing {
     }
 }
 
+/// A model whose passes do not end while the other end is there.
+struct Hanging {
+    model: Box<dyn Model>,
+    held: mpsc::Receiver<()>,
+}
+
+impl Model for Hanging {
+    fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    fn forward(
+        &mut self,
+        batch: &[SequenceSlice<'_>],
+        kv: &KvPool,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let _ = self.held.recv();
+        self.model.forward(batch, kv, logits)
+    }
+}
+
+fn small() -> Box<dyn Model> {
+    load(&reference("small/qwen3"), 1, Precision::Sixteen).unwrap().model
+}
+
 fn engine(passes: Vec<Option<ModelError>>) -> Engine {
-    let small = reference("small/qwen3");
-    let model = load(&small, 1, Precision::Sixteen).unwrap().model;
+    start(Box::new(Failing { model: small(), passes: passes.into() }), None)
+}
+
+fn start(model: Box<dyn Model>, step_timeout: Option<Duration>) -> Engine {
     let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 40).unwrap();
     let limits = Limits {
         block_size: 16,
@@ -56,9 +85,8 @@ fn engine(passes: Vec<Option<ModelError>>) -> Engine {
         speculation: Speculation::OFF,
         priority_aging: Duration::from_secs(30),
     };
-    let model = Box::new(Failing { model, passes: passes.into() });
-    Engine::start(model, pool, Settings { limits, eos_token_ids: Vec::new(), speech: None })
-        .unwrap()
+    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout };
+    Engine::start(model, pool, settings).unwrap()
 }
 
 fn submit(engine: &Engine) -> Result<RequestHandle, SubmitError> {
@@ -120,4 +148,50 @@ async fn a_device_that_is_lost_gives_its_requests_up_and_takes_no_more() {
     assert_eq!(refused, Err(SubmitError::Refused(Refusal::Stopping)));
     let status = engine.status();
     assert_eq!((status.running, status.waiting, status.kv_blocks_requests), (0, 0, 0));
+}
+
+#[tokio::test]
+async fn a_step_that_never_ends_is_told() {
+    let (hold, held) = mpsc::channel();
+    let model = Box::new(Hanging { model: small(), held });
+    let engine = start(model, Some(Duration::from_millis(200)));
+    let idle = tokio::time::timeout(Duration::from_millis(500), engine.lost()).await;
+    assert!(idle.is_err(), "no step is in progress: {idle:?}");
+    let handle = submit(&engine).unwrap();
+    let reason = tokio::time::timeout(Duration::from_secs(5), engine.lost()).await;
+    let reason = reason.expect("it is told");
+    assert!(reason.contains("--step-timeout"), "{reason}");
+    assert_eq!(submit(&engine).map(drop), Err(SubmitError::Refused(Refusal::Stopping)));
+    let start = Instant::now();
+    while engine.status().stalled_ms == 0 {
+        assert!(start.elapsed() < Duration::from_secs(5), "the status does not say so");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(handle);
+    // Nobody waits for what may never end.
+    let start = Instant::now();
+    drop(engine);
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    drop(hold);
+}
+
+#[tokio::test]
+async fn steps_that_end_are_not_taken_for_one_that_does_not() {
+    let (hold, held) = mpsc::channel();
+    let model = Box::new(Hanging { model: small(), held });
+    let engine = start(model, Some(Duration::from_secs(2)));
+    let handle = submit(&engine).unwrap();
+    let paced = async {
+        // The prompt and three tokens, together longer than one step may take.
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            hold.send(()).unwrap();
+        }
+        ended(handle).await
+    };
+    tokio::select! {
+        end = paced => assert_eq!(end, (4, Finish::Length)),
+        reason = engine.lost() => panic!("{reason}"),
+    }
+    assert_eq!(engine.status().stalled_ms, 0);
 }

@@ -43,7 +43,7 @@ fn engine() -> Engine {
         speculation: Speculation::OFF,
         priority_aging: Duration::from_secs(30),
     };
-    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None };
+    let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None };
     Engine::start(model, pool, settings).unwrap()
 }
 

@@ -32,8 +32,12 @@ fn engine(tokens: usize, blocks: usize) -> Engine {
         speculation: Speculation { tokens, ngram_min: 1, ngram_max: 3 },
         priority_aging: Duration::from_secs(30),
     };
-    Engine::start(model, pool, Settings { limits, eos_token_ids: vec![7, 8], speech: None })
-        .unwrap()
+    Engine::start(
+        model,
+        pool,
+        Settings { limits, eos_token_ids: vec![7, 8], speech: None, step_timeout: None },
+    )
+    .unwrap()
 }
 
 /// Everything that a client sees of a request.

@@ -86,7 +86,15 @@ fn engine(loaded: LoadedModel) -> (Engine, SpeechCard) {
     let card = loaded.speech.unwrap_or_default();
     let eos_token_ids = loaded.eos_token_ids;
     let speech = (leading > 0).then(|| card.clone());
-    (Engine::start(loaded.model, pool, Settings { limits, eos_token_ids, speech }).unwrap(), card)
+    (
+        Engine::start(
+            loaded.model,
+            pool,
+            Settings { limits, eos_token_ids, speech, step_timeout: None },
+        )
+        .unwrap(),
+        card,
+    )
 }
 
 fn request(audio: Bytes, prompt: Vec<u32>, sampling: SamplingParams) -> NewRequest {

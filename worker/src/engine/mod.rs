@@ -141,6 +141,8 @@ pub struct Settings {
     pub eos_token_ids: Vec<u32>,
     /// The special tokens of a speech model.
     pub speech: Option<SpeechCard>,
+    /// With a step that takes longer the engine is lost; `None`: never.
+    pub step_timeout: Option<Duration>,
 }
 
 /// The running engine.
@@ -154,6 +156,9 @@ pub struct Engine {
     changes: Arc<ChangeLog>,
     /// Why the engine has ended by itself, once it has.
     lost: watch::Receiver<Option<String>>,
+    /// When the step in progress began.
+    began: Arc<Mutex<Option<Instant>>>,
+    step_timeout: Option<Duration>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
 }
 
@@ -171,8 +176,9 @@ impl Engine {
         let speech = settings.speech.map(Arc::new);
         let special = (settings.eos_token_ids, speech.clone());
         let (tell_lost, lost) = watch::channel(None);
-        let engine =
-            run::Running::new(model, pool.clone(), limits, special, &inbox, &status, &changes);
+        let began = Arc::default();
+        let told = (&status, &changes, &began);
+        let engine = run::Running::new(model, pool.clone(), limits, special, &inbox, told);
         let inbox_of_thread = inbox.clone();
         let run = move || {
             let ended = catch_unwind(AssertUnwindSafe(|| engine.run()));
@@ -185,7 +191,20 @@ impl Engine {
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run)?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { inbox, status, limits, vocab, speech, pool, changes, lost, thread })
+        let step_timeout = settings.step_timeout;
+        Ok(Self {
+            inbox,
+            status,
+            limits,
+            vocab,
+            speech,
+            pool,
+            changes,
+            lost,
+            began,
+            step_timeout,
+            thread,
+        })
     }
 
     /// The KV pool.
@@ -213,6 +232,8 @@ impl Engine {
         // First: what is counted there no more is counted in the status.
         let (draining, unseen) = self.inbox.draining();
         let mut status = self.status.lock().clone();
+        let stalled = self.step_takes().filter(|takes| *takes >= SHORT_STEP);
+        status.stalled_ms = stalled.map_or(0, |takes| takes.as_millis() as u64);
         status.draining = draining;
         if draining {
             // Whoever waits for the end must not miss any.
@@ -290,25 +311,65 @@ impl Engine {
         self.inbox.undrain();
     }
 
-    /// Waits until the engine has ended by itself: what computes is gone. Says why.
+    /// Waits until the engine has ended by itself, or stands still: what computes is gone. Says why.
     pub async fn lost(&self) -> String {
         let mut lost = self.lost.clone();
-        let found = lost.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
-        match found {
-            Some(reason) => reason,
-            // It was stopped.
-            None => std::future::pending().await,
+        let ended = async {
+            let found = lost.wait_for(Option::is_some).await.ok().and_then(|it| it.clone());
+            match found {
+                Some(reason) => reason,
+                // It was stopped.
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            reason = ended => reason,
+            reason = self.stands_still() => reason,
         }
     }
 
-    /// Ends all requests and the thread.
+    /// Waits until a step takes longer than it may. From then on nothing is taken.
+    async fn stands_still(&self) -> String {
+        let Some(limit) = self.step_timeout else { return std::future::pending().await };
+        let (mut seen, mut looks) = (None, 0);
+        // Not by the clock alone: a process that was stopped for long and goes on is well.
+        while looks < LOOKS {
+            tokio::time::sleep(limit / LOOKS).await;
+            let began = *self.began.lock();
+            looks = if began.is_some() && began == seen { looks + 1 } else { 0 };
+            seen = began;
+        }
+        self.inbox.stop();
+        let seconds = limit.as_secs_f32();
+        format!("a step has not ended within {seconds} s (--step-timeout): what computes hangs")
+    }
+
+    fn step_takes(&self) -> Option<Duration> {
+        self.began.lock().map(|began| began.elapsed())
+    }
+
+    /// Ends all requests and the thread. One that a step holds up for longer than it may is left to
+    /// the end of the process.
     pub fn stop(&self) {
         self.inbox.stop();
-        if let Some(thread) = self.thread.lock().take() {
-            let _ = thread.join();
+        let Some(thread) = self.thread.lock().take() else { return };
+        if let Some(limit) = self.step_timeout {
+            while !thread.is_finished() {
+                if self.step_takes().is_some_and(|takes| takes >= limit) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
+        let _ = thread.join();
     }
 }
+
+/// Shorter steps are not told of.
+const SHORT_STEP: Duration = Duration::from_secs(1);
+
+/// How often a step is looked at before it is taken for one that does not end.
+const LOOKS: u32 = 20;
 
 /// Half a minute of sound: 16 kHz, two bytes a sample.
 const MAX_AUDIO_BYTES: usize = 30 * 16_000 * 2;

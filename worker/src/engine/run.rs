@@ -48,6 +48,9 @@ struct Active {
 /// Times by [`LATENCY_US`].
 type Latencies = [u64; LATENCY_US.len() + 1];
 
+/// Where the engine tells how it does: its status, what its cache holds, and its step.
+type Told<'a> = (&'a Arc<Mutex<WorkerStatus>>, &'a Arc<ChangeLog>, &'a Arc<Mutex<Option<Instant>>>);
+
 pub(super) struct Running {
     model: Box<dyn Model>,
     pool: Arc<KvPool>,
@@ -57,6 +60,8 @@ pub(super) struct Running {
     inbox: Arc<Inbox>,
     status: Arc<Mutex<WorkerStatus>>,
     changes: Arc<ChangeLog>,
+    /// When the step in progress began.
+    began: Arc<Mutex<Option<Instant>>>,
     scheduler: Scheduler,
     requests: HashMap<SequenceId, Active>,
     /// Requests to be released as soon as they can be.
@@ -89,8 +94,7 @@ impl Running {
         limits: Limits,
         (eos, speech): (Vec<u32>, Option<Arc<SpeechCard>>),
         inbox: &Arc<Inbox>,
-        status: &Arc<Mutex<WorkerStatus>>,
-        changes: &Arc<ChangeLog>,
+        (status, changes, began): Told<'_>,
     ) -> Self {
         model.set_interrupt(inbox.interrupt());
         Self {
@@ -102,6 +106,7 @@ impl Running {
             inbox: inbox.clone(),
             status: status.clone(),
             changes: changes.clone(),
+            began: began.clone(),
             scheduler: Scheduler::new(limits),
             requests: HashMap::new(),
             releasing: Vec::new(),
@@ -165,7 +170,9 @@ impl Running {
             }
             interrupted = false;
             if !idle {
+                *self.began.lock() = Some(Instant::now());
                 interrupted = self.step(&plan);
+                *self.began.lock() = None;
             }
         }
     }
