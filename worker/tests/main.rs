@@ -10,6 +10,7 @@ mod lost_device;
 mod pooling;
 mod pulls;
 mod reference;
+mod refusals;
 mod speculation;
 mod whisper;
 

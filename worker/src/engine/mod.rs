@@ -262,9 +262,12 @@ impl Engine {
         }
         self.check_speech(&request)?;
         let scored = scored(&request);
+        let too_many = |count: u32, tokens: usize| {
+            let each = count.min(self.vocab as u32) as usize + 1;
+            tokens.saturating_mul(each) > MAX_LOGPROBS
+        };
         if let Some(count) = request.sampling.prompt_logprobs
-            && scored.saturating_mul(count.min(self.vocab as u32) as usize + 1)
-                > MAX_PROMPT_LOGPROBS
+            && too_many(count, scored)
         {
             return Err(SubmitError::PromptLogprobs { tokens: scored, count });
         }
@@ -272,9 +275,14 @@ impl Engine {
         let new = most_new(&request.sampling, done, request.purpose);
         let len = self.limits.leading + request.prompt.len() + done;
         self.limits.check_fits(len, new)?;
+        let new = new.min(self.limits.max_model_len - len);
+        if let Some(count) = request.sampling.logprobs
+            && too_many(count, new)
+        {
+            return Err(SubmitError::Logprobs { tokens: new, count });
+        }
         // Room for every event there can be: one for each token, and a few more.
-        let most =
-            new.min(self.limits.max_model_len - len) + len / self.limits.block_size + scored + 8;
+        let most = new + len / self.limits.block_size + scored + 8;
         let (sender, events) = mpsc::channel(most);
         let id = self.inbox.add(request, sender)?;
         Ok(RequestHandle { id, events, inbox: self.inbox.clone() })
@@ -374,9 +382,9 @@ const LOOKS: u32 = 20;
 /// Half a minute of sound: 16 kHz, two bytes a sample.
 const MAX_AUDIO_BYTES: usize = 30 * 16_000 * 2;
 
-/// Alternatives of prompt tokens that one request may ask for, in all: some 200 MB as they wait for
-/// a slow reader.
-const MAX_PROMPT_LOGPROBS: usize = 1 << 24;
+/// Alternatives of its prompt's tokens that one request may ask for, in all, and of its output's:
+/// some 200 MB as they wait for a slow reader.
+const MAX_LOGPROBS: usize = 1 << 24;
 
 /// The positions of a request's prompt whose logits are wanted.
 fn scored(request: &NewRequest) -> usize {
@@ -437,11 +445,22 @@ pub enum SubmitError {
     EmptyBadWord,
     /// More of `prompt_logprobs` than is kept in memory.
     #[error(
-        "`prompt_logprobs` of {count} for {tokens} tokens are more than {MAX_PROMPT_LOGPROBS} in \
-         all; ask for fewer or send a shorter prompt"
+        "`prompt_logprobs` of {count} for {tokens} tokens are more than {MAX_LOGPROBS} in all; ask \
+         for fewer or send a shorter prompt"
     )]
     PromptLogprobs {
         /// Tokens of the prompt.
+        tokens: usize,
+        /// What is asked for each.
+        count: u32,
+    },
+    /// More of `logprobs` than is kept in memory.
+    #[error(
+        "`logprobs` of {count} for up to {tokens} tokens are more than {MAX_LOGPROBS} in all; ask \
+         for fewer or a smaller `max_tokens`"
+    )]
+    Logprobs {
+        /// Tokens that may be drawn.
         tokens: usize,
         /// What is asked for each.
         count: u32,
