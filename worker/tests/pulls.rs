@@ -107,6 +107,24 @@ fn peer(instance_id: &str, address: impl std::fmt::Display) -> PrefillPeer {
 }
 
 #[tokio::test]
+async fn a_first_token_that_the_model_does_not_have_is_drawn_here_instead() {
+    let engine = engine();
+    let mut ends = Vec::new();
+    for id in [255, 256, u32::MAX] {
+        let (handle, mut order) = order(&engine).await;
+        let zeros = vec![0u8; order.block_bytes()];
+        order.fill(0, &zeros).unwrap();
+        order.complete(Token { id, ..Token::default() }).unwrap();
+        let (tokens, finish) = ended(handle).await;
+        assert_eq!(finish, Finish::Length, "{id}");
+        assert_eq!(tokens.len(), 4, "{id}");
+        ends.push(tokens);
+    }
+    assert_eq!(ends[0][0], 255, "the last of the vocabulary");
+    assert!(ends[1] == ends[2] && ends[1].iter().all(|token| *token < 256), "{ends:?}");
+}
+
+#[tokio::test]
 async fn a_peer_that_does_not_answer_costs_one_request_and_not_each() {
     let engine = engine();
     // The system accepts connections to it, and nobody reads them.

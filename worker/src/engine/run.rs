@@ -20,7 +20,7 @@ use crate::lora::Adapter;
 use crate::model::{Model, ModelError, SequenceSlice};
 use crate::recycle::recycle;
 use crate::sampler::{Draw, Sampler, Scratch, probability, score};
-use crate::scheduler::{Limits, NewSequence, Plan, Scheduler, SequenceId, Slice};
+use crate::scheduler::{Limits, NewSequence, Plan, Pulled, Scheduler, SequenceId, Slice};
 
 /// The longest sleep: deadlines are looked at this often when nothing else happens.
 const NAP: Duration = Duration::from_millis(50);
@@ -187,7 +187,12 @@ impl Running {
                 self.scheduler.remove(id);
             }
             Command::Release(id) => self.releasing.push(id),
-            Command::PullEnded { id, pulled, first } => {
+            Command::PullEnded { id, mut pulled, mut first } => {
+                // A first token that the model does not have would fail the next step, for all in it.
+                if let Some(token) = first.take_if(|token| token.id as usize >= self.vocab()) {
+                    warn!(id, token = token.id, "a peer's token is outside the vocabulary");
+                    pulled = Pulled::Positions(usize::MAX);
+                }
                 let goes_on = self.scheduler.pull_ended(id, pulled);
                 if let (true, Some(token)) = (goes_on, first) {
                     if let Some(active) = self.requests.get_mut(&id) {
@@ -366,6 +371,10 @@ impl Running {
         }
     }
 
+    fn vocab(&self) -> usize {
+        self.model.config().vocab
+    }
+
     /// Computes a plan. True when it was interrupted: then nothing has changed.
     fn step(&mut self, plan: &Plan) -> bool {
         let (scheduler, requests) = (&self.scheduler, &self.requests);
@@ -421,7 +430,7 @@ impl Running {
         self.step_tokens += tokens as u64;
         let own = plan.slices.iter().map(Slice::own);
         self.computed_prompt_tokens += own.filter(|own| *own > 1).sum::<usize>() as u64;
-        let vocab = self.model.config().vocab;
+        let vocab = self.vocab();
         let mut logits = std::mem::take(&mut self.logits);
         let (mut rows, mut drafts) = (&mut logits[..], &plan.drafts[..]);
         for slice in &plan.slices {

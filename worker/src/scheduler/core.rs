@@ -108,7 +108,7 @@ pub struct Stats {
 pub enum Pulled {
     /// The peer computed every token, and drew the next one.
     All,
-    /// The KV of so many leading positions: the peer had no more.
+    /// The KV of so many leading positions, or of all if these are fewer: the peer had no more.
     Positions(usize),
     /// So many blocks in order after those that were cached: it was cut short.
     Blocks(usize),
