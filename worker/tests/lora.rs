@@ -412,6 +412,31 @@ fn what_is_not_supported_is_refused_by_name() {
     assert!(error.contains("no tensor"), "{error}");
 }
 
+/// Of adapters of the same weights, whose modules have ranks of their own and the others, of which
+/// there are none, all the same scale.
+#[test]
+fn a_digest_tells_scales_of_modules_apart() {
+    let folder = small().join("lora/mistral-all");
+    let config = model("mistral").config().clone();
+    let text = fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    let digest = |rank: u32, alpha: u32, by_root: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings: Value = serde_json::from_str(&text).unwrap();
+        settings["rank_pattern"] = json!({"[a-z]+_proj": 8});
+        settings["r"] = json!(rank);
+        settings["lora_alpha"] = json!(alpha);
+        settings["use_rslora"] = json!(by_root);
+        fs::write(dir.path().join("adapter_config.json"), settings.to_string()).unwrap();
+        let weights = "adapter_model.safetensors";
+        fs::copy(folder.join(weights), dir.path().join(weights)).unwrap();
+        peft::read(dir.path(), &config, 64).unwrap().digest().to_owned()
+    };
+    let plain = digest(4, 8, false);
+    assert_eq!(plain, digest(4, 8, false));
+    assert_ne!(plain, digest(4, 4, true), "by the rank's root");
+    assert_ne!(plain, digest(8, 16, false), "with another alpha");
+}
+
 #[test]
 fn broken_files_are_refused() {
     let folder = small().join("lora/mistral-all");

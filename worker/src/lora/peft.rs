@@ -103,10 +103,16 @@ pub fn read(folder: &Path, config: &ModelConfig, max_rank: usize) -> Result<Adap
     let mut hasher = blake3::Hasher::new();
     hasher.update(&ranks.scale(ranks.rank, ranks.alpha).to_le_bytes());
     hasher.update(&bytes);
-    for name in [RANKS, ALPHAS] {
-        if !settings[name].is_null() && !empty(&settings[name]) {
-            hasher.update(settings[name].to_string().as_bytes());
-        }
+    let patterns = [RANKS, ALPHAS].map(|name| &settings[name]);
+    let patterns = patterns.into_iter().filter(|given| !given.is_null() && !empty(given));
+    let patterns: Vec<String> = patterns.map(Value::to_string).collect();
+    if !patterns.is_empty() {
+        // Modules have scales of their own, which that of the others does not tell.
+        hasher.update(&ranks.alpha.to_le_bytes());
+        hasher.update(&[u8::from(ranks.by_root)]);
+    }
+    for pattern in patterns {
+        hasher.update(pattern.as_bytes());
     }
     Ok(Adapter::new(hasher.finalize().to_hex().to_string(), ranks.largest(), layers))
 }
