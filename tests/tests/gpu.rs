@@ -384,6 +384,6 @@ async fn what_cannot_be_is_said_at_the_start() {
         );
     }
     let (code, error) = refused(gpu::worker(), &env, &qwen3(), &["--kv-memory", "900GiB"]).await;
-    assert_eq!(code, 1, "{error}");
+    assert_eq!(code, 69, "{error}");
     assert!(error.contains("--kv-memory"), "{error}");
 }

@@ -184,7 +184,9 @@ async fn load(settings: &Settings, address: String) -> Result<(Parts, InstanceRe
     let pool = loaded.model.kv_pool(layout, blocks).map_err(|error| {
         let wanted = blocks as u64 * layout.block_bytes;
         let message = format!("cannot make a KV pool of {wanted} bytes (--kv-memory): {error}");
-        Failure::new(Exit::Failure, message)
+        // Another process may still have a GPU's memory.
+        let on_device = settings.device != Device::Cpu;
+        Failure::new(if on_device { Exit::Unavailable } else { Exit::Failure }, message)
     })?;
     let limits = Limits {
         block_size: settings.block_size,
