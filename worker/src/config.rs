@@ -154,7 +154,7 @@ pub struct Settings {
 
     /// Seconds that a step may take: a worker whose device hangs ends with exit code 1. More than the
     /// longest step of --max-batch-tokens takes; 0 is never. Role pooling has none.
-    #[arg(long, env = "BATON_STEP_TIMEOUT", default_value_t = 120)]
+    #[arg(long, env = "BATON_STEP_TIMEOUT", default_value_t = 300)]
     pub step_timeout: u64,
 }
 
