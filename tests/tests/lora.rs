@@ -375,7 +375,8 @@ async fn without_etcd_adapters_serve_and_do_not_change() {
     let joined = cluster.add_worker(Role::Unified).await.address.clone();
     eventually("a worker that joins gets it", Duration::from_secs(10), async || {
         let worker = cluster.workers.iter().find(|it| it.address == joined).expect("it is there");
-        if names(worker).await == ["one"] { Ok(()) } else { Err("not yet") }
+        let names = names(worker).await;
+        if names == ["one"] { Ok(()) } else { Err(format!("{names:?}")) }
     })
     .await;
     assert_eq!(answer(&api, "one", 16).await, expected);

@@ -22,6 +22,10 @@ impl Loaded {
     pub(super) fn version(&self) -> Option<u64> {
         self.version
     }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = &String> {
+        self.served.keys()
+    }
 }
 
 impl Worker {

@@ -134,7 +134,7 @@ impl Worker {
 
     /// The names that clients may ask it for.
     fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.adapters.load().served.keys().cloned().collect();
+        let mut names: Vec<String> = self.adapters.load().names().cloned().collect();
         if let Some(served) = self.served() {
             names.push(served.card.name.clone());
             names.extend(served.card.aliases.iter().cloned());
