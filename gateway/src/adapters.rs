@@ -34,6 +34,9 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
 const TURN_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two comparisons of records and workers.
 const COMPARE_EVERY: Duration = Duration::from_secs(2);
+/// How long strays stay after etcd was found empty: other gateways may still be telling it what they
+/// saw there.
+const SETTLE: Duration = Duration::from_secs(6);
 /// How long a worker that could not load an adapter is left alone with it.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
@@ -170,6 +173,7 @@ impl Catalog {
         let _turn = self.turn().await?;
         // First, so that no comparison brings it back.
         let recorded = self.store.remove(name).await.map_err(no_etcd)?;
+        self.registry.unloaded(name);
         let workers = self.registry.workers();
         let holders = workers.iter().filter(|worker| find(worker, name).is_some());
         let unloaded: Vec<bool> = join_all(holders.map(|worker| unload_from(worker, name))).await;
@@ -209,6 +213,7 @@ impl Catalog {
         let mut failed: HashMap<(String, String, String), Instant> = HashMap::new();
         // What was recorded last, and in which epoch.
         let mut known: Option<(String, Vec<AdapterRecord>)> = None;
+        let mut settled = Instant::now() + SETTLE;
         loop {
             tokio::select! {
                 () = self.registry.adapters_changed.notified() => {}
@@ -235,11 +240,15 @@ impl Catalog {
                             warn!(adapters = lost.len(), "etcd lost its data: recorded again");
                         }
                         known = None;
+                        settled = Instant::now() + SETTLE;
                     }
                     Err(error) => warn!(%error, "cannot record the cluster's adapters"),
                 }
                 continue;
             };
+            let before = known.iter().flat_map(|(_, before)| before);
+            let unloaded = before.filter(|it| records.iter().all(|now| now.name != it.name));
+            unloaded.for_each(|it| self.registry.unloaded(&it.name));
             known = Some((epoch, records.clone()));
             failed.retain(|_, at| at.elapsed() < RETRY_AFTER);
             let wanted = workers.iter().flat_map(|(served, adapters, worker)| {
@@ -272,6 +281,9 @@ impl Catalog {
                         failed.insert((id, name, digest), Instant::now());
                     }
                 }
+            }
+            if Instant::now() < settled {
+                continue;
             }
             let recorded = records.iter().map(|record| &record.name);
             let recorded: HashSet<&str> = recorded.chain(&claimed).map(String::as_str).collect();

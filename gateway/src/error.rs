@@ -159,6 +159,12 @@ impl ApiError {
         Self { retry_after: Some(1), ..error }
     }
 
+    /// 503: no worker that serves the model is there. An empty name is any model.
+    pub fn no_worker(model: &str) -> Self {
+        let what = if model.is_empty() { "a model".to_owned() } else { format!("`{model}`") };
+        Self::unavailable(format!("No worker that serves {what} is running; try again soon."))
+    }
+
     /// 499, as nginx has it: nobody reads this, but logs and metrics tell it from a failure.
     pub fn client_gone() -> Self {
         let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);

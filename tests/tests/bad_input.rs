@@ -177,6 +177,8 @@ async fn messages_and_prompts_that_make_no_sense_are_400() {
 
     for (route, field, value) in [
         ("/tokenize", "prompt", json!(5)),
+        ("/tokenize", "tools", json!({})),
+        ("/tokenize", "messages", json!([{"role": "user", "content": [{"type": "text"}]}])),
         ("/tokenize", "messages", json!([])),
         ("/tokenize", "messages", json!("x")),
         ("/detokenize", "tokens", json!("x")),
@@ -185,7 +187,10 @@ async fn messages_and_prompts_that_make_no_sense_are_400() {
         ("/detokenize", "tokens", json!([10_000_000])),
         ("/detokenize", "tokens", json!(null)),
     ] {
-        let reply = cluster.api.post(route, &json!({field: value})).await;
+        // A prompt wins over messages; wrong ones are wrong all the same.
+        let mut body = json!({"prompt": "Hello"});
+        body[field] = value.clone();
+        let reply = cluster.api.post(route, &body).await;
         verdict.error(&format!("{route} {field} {value}"), &reply, 400, &[field]);
     }
     cluster.still_serves().await;

@@ -92,6 +92,12 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     if lost.is_some() {
         // Requests of an engine that hangs hear nothing from it.
         drain.begin(Some(Duration::ZERO));
+        // Threads of the runtime may wait for the device too, and its end for them.
+        let longest = Duration::from_secs(settings.drain_timeout) + Duration::from_secs(5);
+        std::thread::spawn(move || {
+            std::thread::sleep(longest);
+            std::process::exit(Exit::Failure as i32);
+        });
     }
     let drained = async {
         // Beside the drain: etcd may be away.

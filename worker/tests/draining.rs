@@ -16,12 +16,12 @@ use baton_worker::lora::{Adapters, Bounds};
 use baton_worker::model::{
     Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
 };
-use baton_worker::scheduler::{Limits, Speculation};
+use baton_worker::scheduler::Limits;
 use baton_worker::service::{Identity, Owned, Parts, WorkerService};
 use baton_worker::transfer::Transports;
 use tonic::Request;
 
-use crate::reference;
+use crate::{limits, reference};
 
 /// How long a pass takes: so that streams that nobody reads have room for all tokens of a test.
 const PASS: Duration = Duration::from_millis(250);
@@ -51,15 +51,11 @@ fn service() -> (WorkerService, Arc<Engine>) {
     let config = loaded.model.config().clone();
     let pool = KvPool::new(kv_layout(&config, 16, KvDtype::I16), 200).unwrap();
     let limits = Limits {
-        block_size: 16,
-        blocks: 200,
         max_batch_tokens: 1024,
         max_running: 16,
         max_waiting: 16,
         max_model_len: 1000,
-        leading: 0,
-        speculation: Speculation::OFF,
-        priority_aging: Duration::from_secs(30),
+        ..limits(200)
     };
     let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None };
     let engine = Arc::new(Engine::start(Box::new(Slow(loaded.model)), pool, settings).unwrap());

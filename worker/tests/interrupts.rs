@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_proto::v1::{KvDtype, SamplingParams};
-use baton_worker::engine::{Engine, Event, Finish, NewRequest, Purpose, RequestHandle, Settings};
+use baton_proto::v1::KvDtype;
+use baton_worker::engine::{Engine, Event, Finish, RequestHandle, Settings};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{
     Model, ModelConfig, ModelError, Precision, SequenceSlice, kv_layout, load,
 };
-use baton_worker::scheduler::{Limits, Speculation};
+use baton_worker::scheduler::Limits;
 
-use crate::reference;
+use crate::{limits, reference, request};
 
 /// Passes that began, and those that were interrupted.
 #[derive(Default)]
@@ -64,15 +64,11 @@ fn engine(patience: Duration) -> (Engine, Arc<Seen>) {
     let model = load(&reference("small/qwen3"), 1, Precision::Sixteen).unwrap().model;
     let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), 200).unwrap();
     let limits = Limits {
-        block_size: 16,
-        blocks: 200,
         max_batch_tokens: 1024,
         max_running: 16,
         max_waiting: 16,
         max_model_len: 1000,
-        leading: 0,
-        speculation: Speculation::OFF,
-        priority_aging: Duration::from_secs(30),
+        ..limits(200)
     };
     let seen = Arc::new(Seen::default());
     let model = Patient { model, patience, interrupt: Arc::default(), seen: seen.clone() };
@@ -81,24 +77,7 @@ fn engine(patience: Duration) -> (Engine, Arc<Seen>) {
 }
 
 fn submit(engine: &Engine, prompt: u32, max_tokens: u32) -> RequestHandle {
-    let request = NewRequest {
-        prompt: (0..prompt).map(|i| i * 7 % 250).collect(),
-        audio: None,
-        output: Vec::new(),
-        sampling: SamplingParams {
-            max_tokens,
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            ..SamplingParams::default()
-        },
-        constraint: None,
-        priority: 0,
-        salt: String::new(),
-        adapter: None,
-        purpose: Purpose::Generate { pull_from: None },
-        deadline: Instant::now() + Duration::from_secs(60),
-        returning: false,
-    };
+    let request = request((0..prompt).map(|i| i * 7 % 250).collect(), max_tokens);
     engine.submit(request).unwrap()
 }
 

@@ -1,5 +1,8 @@
 //! The models, the engine and the pooler, each against an independent implementation or a slower way
-//! to compute the same. What counts allocations, and what runs on a GPU, are programs of their own.
+//! to compute the same, and what the engine and the service do when something fails or leaves. What
+//! counts allocations, and what runs on a GPU, are programs of their own.
+
+#![allow(clippy::unwrap_used)]
 
 mod architectures;
 mod draining;
@@ -15,6 +18,11 @@ mod speculation;
 mod whisper;
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use baton_proto::v1::SamplingParams;
+use baton_worker::engine::{Event, Finish, NewRequest, Purpose, RequestHandle};
+use baton_worker::scheduler::{Limits, Speculation};
 
 /// What `baton model fetch` has put there.
 fn fetched(path: &str) -> PathBuf {
@@ -31,4 +39,53 @@ fn smollm2() -> PathBuf {
 /// Fixtures, and the small models that they were made with.
 fn reference(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/reference").join(name)
+}
+
+/// Bounds of an engine with so many blocks of 16 tokens.
+fn limits(blocks: usize) -> Limits {
+    Limits {
+        block_size: 16,
+        blocks,
+        max_batch_tokens: 64,
+        max_running: 4,
+        max_waiting: 4,
+        max_model_len: 200,
+        leading: 0,
+        speculation: Speculation::OFF,
+        priority_aging: Duration::from_secs(30),
+    }
+}
+
+/// The likeliest tokens after a prompt.
+fn request(prompt: Vec<u32>, max_tokens: u32) -> NewRequest {
+    NewRequest {
+        prompt,
+        audio: None,
+        output: Vec::new(),
+        sampling: SamplingParams {
+            max_tokens,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..SamplingParams::default()
+        },
+        constraint: None,
+        priority: 0,
+        salt: String::new(),
+        adapter: None,
+        purpose: Purpose::Generate { pull_from: None },
+        deadline: Instant::now() + Duration::from_secs(60),
+        returning: false,
+    }
+}
+
+/// Tokens of a request, and how it ended.
+async fn ended(mut handle: RequestHandle) -> (Vec<u32>, Finish) {
+    let mut tokens = Vec::new();
+    loop {
+        match handle.next().await.unwrap() {
+            Event::Token(token) => tokens.push(token.id),
+            Event::Finished(finish) => return (tokens, finish),
+            _ => {}
+        }
+    }
 }

@@ -2,32 +2,20 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::{Duration, Instant};
-
 use baton_proto::v1::{KvDtype, SamplingParams};
-use baton_worker::engine::{Engine, NewRequest, Purpose, Settings, SubmitError};
+use baton_worker::engine::{Engine, NewRequest, Settings, SubmitError};
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::{Precision, kv_layout, load};
-use baton_worker::scheduler::{Limits, Speculation};
+use baton_worker::scheduler::Limits;
 
-use crate::reference;
+use crate::{limits, reference, request};
 
 const BLOCKS: usize = 5000;
 
 fn engine() -> Engine {
     let model = load(&reference("small/qwen3"), 1, Precision::Sixteen).unwrap().model;
     let pool = KvPool::new(kv_layout(model.config(), 16, KvDtype::I16), BLOCKS).unwrap();
-    let limits = Limits {
-        block_size: 16,
-        blocks: BLOCKS,
-        max_batch_tokens: 64,
-        max_running: 4,
-        max_waiting: 4,
-        max_model_len: usize::MAX,
-        leading: 0,
-        speculation: Speculation::OFF,
-        priority_aging: Duration::from_secs(30),
-    };
+    let limits = Limits { max_model_len: usize::MAX, ..limits(BLOCKS) };
     let settings = Settings { limits, eos_token_ids: Vec::new(), speech: None, step_timeout: None };
     Engine::start(model, pool, settings).unwrap()
 }
@@ -41,19 +29,7 @@ fn submit(engine: &Engine, logprobs: u32, max_tokens: u32) -> Result<(), SubmitE
         repetition_penalty: 1.0,
         ..SamplingParams::default()
     };
-    let request = NewRequest {
-        prompt: vec![5, 6, 7],
-        audio: None,
-        output: Vec::new(),
-        sampling,
-        constraint: None,
-        priority: 0,
-        salt: String::new(),
-        adapter: None,
-        purpose: Purpose::Generate { pull_from: None },
-        deadline: Instant::now() + Duration::from_secs(60),
-        returning: false,
-    };
+    let request = NewRequest { sampling, ..request(vec![5, 6, 7], 0) };
     engine.submit(request).map(drop)
 }
 

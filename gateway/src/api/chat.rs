@@ -160,6 +160,16 @@ impl Conversation {
         }
     }
 
+    /// Whether there are messages.
+    pub fn is_given(&self) -> bool {
+        self.messages.is_some()
+    }
+
+    /// Refuses messages that are there and could not be read.
+    pub fn check(&self) -> Result<(), ApiError> {
+        if self.is_given() { self.messages().map(drop) } else { Ok(()) }
+    }
+
     /// The messages, each with its content as one text.
     fn messages(&self) -> Result<Vec<Value>, ApiError> {
         let wrong =

@@ -256,29 +256,25 @@ fn text(content: &Value, at: &str) -> Result<String, ApiError> {
     Ok(texts(content, at)?.join("\n"))
 }
 
-/// What the system says, without Claude Code's word on billing: it changes with each request, and
+/// What the system says, without Claude Code's line on billing: it changes with each request, and
 /// no prompt would begin like the one before.
 fn told_text(content: &Value, at: &str) -> Result<String, ApiError> {
-    match content {
-        Value::String(text) if text.starts_with(BILLING) => {
-            Ok(text.split_once('\n').map_or_else(String::new, |(_, rest)| rest.to_owned()))
-        }
-        _ => {
-            let mut texts = texts(content, at)?;
-            texts.retain(|text| !text.starts_with(BILLING));
-            Ok(texts.join("\n"))
-        }
-    }
+    let told = texts(content, at)?.into_iter().filter_map(|text| match text.starts_with(BILLING) {
+        true => text.split_once('\n').map(|(_, rest)| rest),
+        false => Some(text),
+    });
+    Ok(told.collect::<Vec<_>>().join("\n"))
 }
 
 /// Turns of the user that follow each other are one, as Anthropic has it: some templates refuse two.
 fn say(text: &str, turns: &mut Vec<Value>) {
-    match turns.last_mut().filter(|turn| turn["role"] == "user") {
-        Some(turn) => {
-            let before = turn["content"].as_str().unwrap_or_default();
-            turn["content"] = format!("{before}\n{text}").into();
+    let last = turns.last_mut().filter(|turn| turn["role"] == "user");
+    match last.map(|turn| &mut turn["content"]) {
+        Some(Value::String(before)) => {
+            before.push('\n');
+            before.push_str(text);
         }
-        None => turns.push(json!({"role": "user", "content": text})),
+        _ => turns.push(json!({"role": "user", "content": text})),
     }
 }
 

@@ -505,9 +505,11 @@ fn judge(job: &Job, ticket: &Ticket, status: Status, avoid: &mut Vec<String>) ->
     let worker = &ticket.worker;
     match status.code() {
         Code::InvalidArgument => {
-            // Lengths and tokens were checked here: what is left for a worker to refuse is mostly
-            // a constraint.
-            let field = job.constraint_field.unwrap_or("prompt");
+            // Lengths and tokens were checked here: what is left for a worker to refuse is a
+            // constraint, mostly, or more log-probabilities than it keeps.
+            let named = |field: &&str| status.message().starts_with(&format!("`{field}`"));
+            let field = ["logprobs", "prompt_logprobs"].into_iter().find(named);
+            let field = field.or(job.constraint_field).unwrap_or("prompt");
             Failure::Final(ApiError::bad_value(field, capitalized(status.message())))
         }
         Code::DeadlineExceeded => Failure::Final(ApiError::timed_out()),
@@ -536,7 +538,7 @@ fn absent(registry: &Registry, model: &str) -> ApiError {
     if registry.served(model).is_none() && !registry.awaits(model) {
         return ApiError::unknown_model(model);
     }
-    ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
+    ApiError::no_worker(model)
 }
 
 /// Like [`absent`], of a request that has begun.

@@ -105,6 +105,10 @@ impl Call {
             choice,
             include_reasoning: chat.include_reasoning.unwrap_or(true),
         };
+        if reading.hides_reasoning() {
+            // They would not be shown.
+            sampling.params.logprobs = None;
+        }
         if let Some(syntax) = reasoning
             && let Some(constraint) = sampling.params.constraint.take()
         {

@@ -230,8 +230,11 @@ impl Shape for Chat {
 
     fn delta(&mut self, index: usize, delta: Delta, usage: Usage, frames: &mut Frames) {
         let Delta { text, tokens, mut end, prompt: _ } = delta;
+        let shown = self.logprobs || self.token_ids;
         let answer = &mut self.answers[index];
-        answer.tokens.extend(tokens);
+        if shown {
+            answer.tokens.extend(tokens);
+        }
         let mut parts = answer.parser.push(&text);
         if end.is_some() {
             parts.extend(answer.parser.finish());
@@ -247,8 +250,7 @@ impl Shape for Chat {
             self.send(choice, usage, frames);
         }
         // Tokens are not kept back when their text is: logprobs and ids stay with their step.
-        let tokens = self.logprobs || self.token_ids;
-        if end.is_some() || (tokens && !self.answers[index].tokens.is_empty()) {
+        if end.is_some() || !self.answers[index].tokens.is_empty() {
             let choice = self.part(index, json!({"content": ""}), end);
             self.send(choice, usage, frames);
         }

@@ -45,7 +45,7 @@ pub(super) fn model(
 ) -> Result<Arc<Served>, ApiError> {
     let name = name.unwrap_or_default();
     shared.registry.able(name, api.tasks).map_err(|lack| match lack {
-        Lack::Nobody => nobody(),
+        Lack::Nobody => ApiError::no_worker(name),
         Lack::Unknown => ApiError::unknown_model(name),
         Lack::Unable(other) => unable(&other, api),
     })
@@ -57,14 +57,10 @@ pub(super) fn any_model(shared: &Shared, name: Option<&str>) -> Result<Arc<Serve
     match shared.registry.served(name) {
         Some(served) => Ok(served),
         None if shared.registry.models().is_empty() || shared.registry.awaits(name) => {
-            Err(nobody())
+            Err(ApiError::no_worker(name))
         }
         None => Err(ApiError::unknown_model(name)),
     }
-}
-
-fn nobody() -> ApiError {
-    ApiError::unavailable("No worker is running that serves a model; try again soon.")
 }
 
 fn unable(served: &Served, api: &Api) -> ApiError {

@@ -35,11 +35,15 @@ pub(super) async fn tokenize(
     let mut body = body::read(&request, payload, &shared.limits).await?;
     let fields: TokenizeFields = body.read()?;
     let conversation: Conversation = body.read()?;
+    let tools = Tools::read(&mut body)?;
     let served = model(&shared, fields.model.as_deref())?;
     let text = match &fields.prompt {
-        Some(prompt) => prompt.clone(),
-        None if body.get("messages").is_some() => {
-            let tools = Tools::read(&mut body)?;
+        Some(prompt) => {
+            // They are not needed, and wrong all the same.
+            conversation.check()?;
+            prompt.clone()
+        }
+        None if conversation.is_given() => {
             let tools = tools.as_ref().map(|tools| tools.raw.as_slice());
             let trusted = shared.limits.trust_request_chat_template;
             conversation.render(&served.text, tools, trusted)?

@@ -253,7 +253,7 @@ async fn call(
         if begun.elapsed() >= patience {
             return Err(match full {
                 true => ApiError::overloaded("All workers' queues are full; try again soon."),
-                false => nobody(job.served.name()),
+                false => ApiError::no_worker(job.served.name()),
             });
         }
         // A worker that failed may be back as good as new.
@@ -297,10 +297,6 @@ fn sound(answer: &PoolResponse, count: usize) -> Result<(), &'static str> {
         true => Ok(()),
         false => Err("The model computed values that are no numbers."),
     }
-}
-
-fn nobody(model: &str) -> ApiError {
-    ApiError::unavailable(format!("No worker that serves `{model}` is running; try again soon."))
 }
 
 fn capitalized(message: &str) -> String {

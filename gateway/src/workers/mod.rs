@@ -407,6 +407,13 @@ impl Registry {
         self.departed.awaits(model, Instant::now())
     }
 
+    /// An adapter was taken away: nobody waits for a worker that had it.
+    pub fn unloaded(&self, adapter: &str) {
+        self.departed.strike(adapter);
+        let workers = self.workers();
+        workers.iter().filter(|it| !it.answers()).for_each(|it| it.forget_adapter(adapter));
+    }
+
     /// What a worker that answers clients has to offer: of one that is up, if there is one, and of
     /// the one that was there first.
     fn find(&self, offer: impl Fn(&Worker) -> Option<Arc<Served>>) -> Option<Arc<Served>> {

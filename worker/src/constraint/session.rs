@@ -23,6 +23,9 @@ use super::{Compiled, brief};
 /// to tens of milliseconds; beyond this something is wrong.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Tokens after which a sequence looks how full the lexer is.
+const LOOK_EVERY: usize = 32;
+
 /// A sequence's state in its constraint. Dropping it stops what is being computed for it.
 pub struct Session {
     shared: Arc<Shared>,
@@ -195,10 +198,11 @@ impl Shared {
         }
         state.queued = false;
         self.ready.notify_all();
-        let shares = state.matcher.is_some() && !state.apart;
+        // Now and then, and after the answer: others may have the lexer.
+        let due = state.taken.len().is_multiple_of(LOOK_EVERY);
+        let look = due && state.matcher.is_some() && !state.apart;
         drop(state);
-        // After the answer: others may have the lexer.
-        if shares {
+        if look {
             origin.retire_in_time();
         }
     }

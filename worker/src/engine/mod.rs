@@ -232,8 +232,6 @@ impl Engine {
         // First: what is counted there no more is counted in the status.
         let (draining, unseen) = self.inbox.draining();
         let mut status = self.status.lock().clone();
-        let stalled = self.step_takes().filter(|takes| *takes >= SHORT_STEP);
-        status.stalled_ms = stalled.map_or(0, |takes| takes.as_millis() as u64);
         status.draining = draining;
         if draining {
             // Whoever waits for the end must not miss any.
@@ -372,9 +370,6 @@ impl Engine {
         let _ = thread.join();
     }
 }
-
-/// Shorter steps are not told of.
-const SHORT_STEP: Duration = Duration::from_secs(1);
 
 /// How often a step is looked at before it is taken for one that does not end.
 const LOOKS: u32 = 20;

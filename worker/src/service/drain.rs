@@ -62,6 +62,11 @@ impl Drain {
         }
     }
 
+    /// Whether a worker fetches what is held, however long that takes.
+    pub(super) fn fetched(&self, id: &str) -> bool {
+        self.held.lock().get(id).is_some_and(|held| Arc::strong_count(held) > 1)
+    }
+
     /// Begins to drain. When it drains already the end may come nearer, and is never put off.
     pub fn begin(&self, timeout: Option<Duration>) {
         let end = Instant::now() + timeout.unwrap_or(self.timeout);

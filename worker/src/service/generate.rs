@@ -229,7 +229,9 @@ impl Driver {
         let released = Out::Released(Released { held_id: key.id.clone(), held_positions });
         let moved = async {
             if self.send(released).await {
-                let _ = tokio::time::timeout(MOVED_WITHIN, self.sender.closed()).await;
+                while tokio::time::timeout(MOVED_WITHIN, self.sender.closed()).await.is_err()
+                    && self.shared.drain.fetched(&key.id)
+                {}
                 self.turn = None;
                 self.sender.closed().await;
             }
@@ -291,6 +293,8 @@ impl Driver {
     }
 
     async fn fail(&mut self, status: Status) {
+        // It moves no more, and the caller may read nothing.
+        self.turn = None;
         self.spans.fail(status.code());
         let _ = self.sender.send(Err(status)).await;
     }

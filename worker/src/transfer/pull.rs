@@ -333,7 +333,8 @@ impl Puller {
                 Err(TransferError::NoAnswer(Status::unavailable(reason)))
             }
             Some(silence) => {
-                silence.until = now + silence.pause;
+                // Not before it has found out.
+                silence.until = now + silence.pause.max(ACCEPT_TIMEOUT);
                 Ok(known.way.clone())
             }
             None => Ok(known.way.clone()),
