@@ -61,6 +61,11 @@ pub fn command(pool: &str, model: &str, program: &Path, args: &[&str]) -> Value 
     json!({"pool": pool, "model": model, "program": program, "args": args})
 }
 
+/// The flags of a coordinator whose workers are pods.
+fn launching_pods(flags: &[&str]) -> Vec<String> {
+    ["--launcher", "kubernetes"].iter().chain(flags).map(|flag| (*flag).to_owned()).collect()
+}
+
 impl Elastic {
     /// Starts so many coordinators, with these flags and the pools that `pools` makes; no workers.
     pub async fn start(
@@ -81,16 +86,25 @@ impl Elastic {
         ] {
             args.extend([flag.to_owned(), value]);
         }
-        Self::with(coordinators, dir, etcd, args, None).await
+        Self::with(coordinators, dir, etcd, args, Vec::new()).await
     }
 
     /// The same, with the pods of a scripted Kubernetes as workers. Pools are added to it later.
     pub async fn on_kubernetes(coordinators: usize, flags: &[&str]) -> Self {
         let (dir, etcd) = Self::begin().await;
         let kubernetes = Kubernetes::start(dir.path()).await;
-        let flags = ["--launcher", "kubernetes"].iter().chain(flags);
-        let args = flags.map(|flag| (*flag).to_owned()).collect();
-        Self::with(coordinators, dir, etcd, args, Some(kubernetes)).await
+        let (args, env) = (launching_pods(flags), vec![kubernetes.env()]);
+        let mut cluster = Self::with(coordinators, dir, etcd, args, env).await;
+        cluster.kubernetes = Some(kubernetes);
+        cluster
+    }
+
+    /// The same, on the Kubernetes that a kubeconfig leads to: its pools, and what runs their pods,
+    /// are the caller's.
+    pub async fn on_kubeconfig(coordinators: usize, flags: &[&str], kubeconfig: &Path) -> Self {
+        let (dir, etcd) = Self::begin().await;
+        let env = vec![("KUBECONFIG".into(), kubeconfig.into())];
+        Self::with(coordinators, dir, etcd, launching_pods(flags), env).await
     }
 
     async fn begin() -> (TempDir, Etcd) {
@@ -104,7 +118,7 @@ impl Elastic {
         dir: TempDir,
         etcd: Etcd,
         flags: Vec<String>,
-        kubernetes: Option<Kubernetes>,
+        env: Vec<(OsString, OsString)>,
     ) -> Self {
         let owner = File::create(dir.path().join("owner")).expect("a file to lock");
         owner.lock().expect("lock it");
@@ -115,10 +129,10 @@ impl Elastic {
             api: Api::new(&gateway.ready().await, None),
             coordinators: Vec::new(),
             args: common.iter().map(|it| (*it).to_owned()).chain(flags).collect(),
-            env: kubernetes.iter().map(Kubernetes::env).collect(),
+            env,
             etcd,
             gateway,
-            kubernetes,
+            kubernetes: None,
             _owner: owner,
             dir,
         };
@@ -128,7 +142,7 @@ impl Elastic {
         cluster
     }
 
-    /// Its Kubernetes.
+    /// Its scripted Kubernetes.
     pub fn kubernetes(&mut self) -> &mut Kubernetes {
         self.kubernetes.as_mut().expect("a cluster on Kubernetes")
     }

@@ -9,7 +9,7 @@
 //! * [`collector`]: a receiver of traces.
 //! * [`contract`]: the gRPC contract as data, compared, and spoken by an earlier peer.
 //! * [`elastic`]: a cluster whose workers are launched by its coordinators.
-//! * [`kubernetes`]: a scripted API server of Kubernetes, whose pods are real workers.
+//! * [`kubernetes`]: a scripted API server of Kubernetes, and a real one; pods are real workers.
 //! * [`process`]: one child process: its logs, its signals, its end.
 //! * [`etcd`]: a real etcd that can be stopped and started again.
 //! * [`http`]: a client of the gateway that also checks the framing of what it reads.

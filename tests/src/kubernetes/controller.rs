@@ -125,7 +125,8 @@ async fn end(shared: &Shared, name: &str, pod: &mut Pod) {
     });
 }
 
-fn address(process: &Process) -> Option<String> {
+/// Where a worker serves, once it has said so.
+pub(super) fn address(process: &Process) -> Option<String> {
     let out = process.stdout();
     let line = out.lines().find(|line| line.starts_with("ready "))?;
     line.split_whitespace().nth(2).map(str::to_owned)

@@ -4,9 +4,11 @@
 //! What stands behind it is real where it matters: a pod that "runs" is a worker's process, on an
 //! IP of its own, and a pod that is deleted gets SIGTERM. The controller of StatefulSets is a loop
 //! in the test ([`controller`]). Tests have the server refuse, forget, break off and be away.
+//! [`real`] has a real API server with the real controllers.
 
 mod controller;
 mod objects;
+pub mod real;
 mod server;
 
 use std::ffi::OsString;
