@@ -162,6 +162,13 @@ impl Bed {
         let commands = [worker(POOL, &cluster.etcd)];
         let kubelet = Kubelet::start(plane, namespace, &commands);
         cluster.scaled(POOL, 1).await;
+        // The first of all: the gateway asks it what it serves, a moment after the coordinator knows
+        // of it.
+        eventually("the gateway knows the worker", WITHIN, async || {
+            let reply = cluster.api.get("/health").await;
+            if reply.status == 200 { Ok(()) } else { Err(reply.text) }
+        })
+        .await;
         Self { cluster, kubelet }
     }
 
@@ -212,6 +219,7 @@ impl Bed {
 }
 
 async fn rights(plane: &ControlPlane, namespace: &str) -> String {
+    plane.add_namespace(namespace).await;
     let mut wanted: Vec<&str> = NEEDED.into_iter().chain(EVERYBODYS).collect();
     wanted.sort_unstable();
     assert_eq!(plane.rights(namespace, namespace).await, wanted, "in the coordinator's namespace");
