@@ -657,7 +657,8 @@ fn why_a_new_worker_does_not_serve_is_told() {
     let record = planned(2, &observed(&World::new(1, 0, &[0], true)));
     assert_eq!(record.launched, ["decode-2"]);
     let record = Record { phase: Phase::Join, ..record };
-    let cases: [(fn(&mut Worker), &str); 4] = [
+    type Change = fn(&mut Worker);
+    let cases: [(Change, &str); 4] = [
         (|it| it.silent = true, "it runs, but no `decode` worker of model `m` is registered"),
         (|it| it.draining = true, "it drains"),
         (|it| it.registered = false, "it answers, but is not registered in etcd as a `decode`"),

@@ -162,13 +162,6 @@ impl Bed {
         let commands = [worker(POOL, &cluster.etcd)];
         let kubelet = Kubelet::start(plane, namespace, &commands);
         cluster.scaled(POOL, 1).await;
-        // The first of all: the gateway asks it what it serves, a moment after the coordinator knows
-        // of it.
-        eventually("the gateway knows the worker", WITHIN, async || {
-            let reply = cluster.api.get("/health").await;
-            if reply.status == 200 { Ok(()) } else { Err(reply.text) }
-        })
-        .await;
         Self { cluster, kubelet }
     }
 

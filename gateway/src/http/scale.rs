@@ -15,12 +15,15 @@ use utoipa::ToSchema;
 use super::{Shared, body};
 use crate::coordinators::{ask, scales};
 use crate::error::ApiError;
+use crate::workers::{Registry, Worker};
 
 /// Between two looks at the operation.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// How long all coordinators may be silent before the wait is given up: one must be elected when
 /// the leader dies, and may have to be started.
 const SILENT_FOR: Duration = Duration::from_secs(60);
+/// How long this gateway waits for what the coordinator has seen.
+const KNOWN_WITHIN: Duration = Duration::from_secs(3);
 /// Time for running requests, when the request does not say.
 const DRAIN_SECONDS: u64 = 120;
 
@@ -95,6 +98,7 @@ pub(super) async fn scale(
     body::warn_of_unknown(&body, &mut response);
     match ended.phase.as_str() {
         "done" => {
+            known(&shared.registry, &ended).await;
             let message = format!("Scaled to {} data parallel engines", ended.size);
             Ok(response.json(json!({"message": message})))
         }
@@ -142,6 +146,21 @@ async fn wait(shared: &Shared, mut operation: ScaleOperation) -> Result<ScaleOpe
         }
     }
     Ok(operation)
+}
+
+/// Waits until this gateway has heard from the workers too: they are asked what they serve a moment
+/// after they are registered, and who has scaled from nothing sends a request at once.
+async fn known(registry: &Registry, ended: &ScaleOperation) {
+    let until = Instant::now() + KNOWN_WITHIN;
+    let of_pool = |worker: &Worker| worker.record.role.as_str() == ended.pool;
+    let known = |worker: &Worker| of_pool(worker) && worker.alive() && worker.served().is_some();
+    while Instant::now() < until {
+        let there = registry.workers().iter().filter(|worker| known(worker)).count();
+        if there as u64 >= u64::from(ended.size) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn positive(field: &str, value: &Value) -> Result<u64, ApiError> {
