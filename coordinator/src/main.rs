@@ -50,7 +50,13 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let mut stop_signals = StopSignals::take()?;
 
     let etcd = settings.cluster.etcd_settings()?;
-    let store = ScaleStore::connect(&etcd).await?;
+    let store = tokio::select! {
+        store = ScaleStore::connect(&etcd) => store?,
+        () = stop_signals.next() => {
+            info!("stopped before etcd was reached");
+            return Ok(());
+        }
+    };
     let record = daemon::new_record(InstanceRole::Coordinator, advertised.clone(), String::new());
     let watch = ClusterWatch::start(&etcd).await?;
     let launcher: Option<Arc<dyn Launcher>> = match settings.launch.launcher {

@@ -83,7 +83,13 @@ async fn run(settings: Settings) -> Result<(), Failure> {
     let traces = Traces::start(&settings.cluster.traces, &settings.cluster.cluster, &record)?;
 
     let etcd = settings.cluster.etcd_settings()?;
-    let watch = ClusterWatch::start(&etcd).await?;
+    let watch = tokio::select! {
+        watch = ClusterWatch::start(&etcd) => watch?,
+        () = stop_signals.next() => {
+            info!("stopped before etcd was reached");
+            return Ok(());
+        }
+    };
     let metrics = Metrics::new().map_err(|error| Failure::new(Exit::Failure, error))?;
     let registry = Registry::start(watch, settings.routing_policy);
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());

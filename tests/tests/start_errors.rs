@@ -167,6 +167,23 @@ async fn an_etcd_that_accepts_but_says_nothing_is_exit_code_69() {
 }
 
 #[tokio::test]
+async fn who_waits_for_etcd_stops_when_it_is_told_to() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for name in DAEMONS {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let url = format!("http://{}", silent.local_addr().expect("its address"));
+        let mut all = sound(name, &url, "127.0.0.1:0", &model());
+        all.extend(args(["--etcd-timeout", "60"]));
+        let spec = Spec::new(name, program(name), all);
+        let mut process = Process::start(&spec, dir.path());
+        let asked = tokio::time::timeout(Duration::from_secs(20), silent.accept()).await;
+        let _connection = asked.expect("it asks etcd").expect("a connection");
+        process.stop().await;
+        assert!(!process.stderr().contains("error: "), "{name}: {}", process.stderr());
+    }
+}
+
+#[tokio::test]
 async fn an_etcd_that_comes_up_late_is_waited_for() {
     let dir = tempfile::tempdir().expect("a folder");
     let mut etcd = Etcd::start(dir.path()).await;

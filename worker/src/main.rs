@@ -74,7 +74,15 @@ async fn run(settings: Settings) -> Result<(), Failure> {
         let _ = stopped.await;
     }));
     let etcd = settings.cluster.etcd_settings()?;
-    let mut registration = Some(Registration::start(&etcd, instance.clone()).await?);
+    let registered = tokio::select! {
+        registered = Registration::start(&etcd, instance.clone()) => registered?,
+        () = stop_signals.next() => {
+            info!("stopped before etcd was reached");
+            // Nobody knows of it, so nobody has sent anything.
+            std::process::exit(0);
+        }
+    };
+    let mut registration = Some(registered);
     println!("ready {} {}", instance.role, instance.address);
     info!(id = instance.id, address = instance.address, "serving");
 
