@@ -116,17 +116,10 @@ fn request() -> impl Strategy<Value = NewRequest> {
                 ..SamplingParams::default()
             };
             NewRequest {
-                prompt,
-                audio: None,
                 output,
                 sampling,
-                constraint: None,
-                priority: 0,
-                salt: String::new(),
-                adapter: None,
-                purpose: Purpose::Generate { pull_from: None },
                 deadline: Instant::now() + Duration::from_secs(600),
-                returning: false,
+                ..crate::request(prompt, 0)
             }
         },
     )

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use super::Body;
-use super::sampling::in_range;
+use super::sampling::{self, in_range};
 use crate::error::ApiError;
 use crate::speech::languages;
 use crate::speech::listen::Wish;
@@ -23,9 +23,6 @@ pub const IGNORED: &[&str] =
 /// Fields that are not built, and the value that asks for nothing, as JSON.
 pub const UNSUPPORTED: &[(&str, &str)] =
     &[("n", r#""1""#), ("to_language", r#""""#), ("use_beam_search", r#""false""#)];
-
-/// Below this a temperature makes logits overflow, as for texts.
-const MIN_TEMPERATURE: f64 = 0.01;
 
 /// The fields of the form, but for the file.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -190,26 +187,10 @@ impl AudioFields {
     /// Checks what concerns the model, which knows `languages`, codes; none of them is one that
     /// knows English alone.
     pub fn wish(&self, wording: &Wording, known: &[&str]) -> Result<Wish, ApiError> {
-        let temperature = in_range("temperature", self.temperature, 0.0, 0.0..=2.0)?;
-        let greedy = temperature == 0.0;
-        let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
-        let top_p = in_range("top_p", self.top_p, 1.0, 0.0..=1.0)?;
-        if top_p == 0.0 {
-            return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
-        }
-        let repetition_penalty = in_range(
-            "repetition_penalty",
-            self.repetition_penalty,
-            1.0,
-            0.0..=f64::from(f32::MAX),
-        )?;
-        if repetition_penalty == 0.0 {
-            let message = "`repetition_penalty` must be over 0.";
-            return Err(ApiError::bad_value("repetition_penalty", message));
-        }
-        // Within what 32 bits hold: neither may become 0 there.
-        let least = f64::from(f32::MIN_POSITIVE);
-        let (top_p, repetition_penalty) = (top_p.max(least), repetition_penalty.max(least));
+        let temperature = sampling::temperature(self.temperature, 0.0)?;
+        let top_p = sampling::top_p(self.top_p, 1.0)?;
+        let most = f64::from(f32::MAX);
+        let repetition_penalty = sampling::repetition_penalty(self.repetition_penalty, 1.0, most)?;
         let limit = self.max_completion_tokens;
         let limits = 1..=i64::from(u32::MAX);
         let max_tokens =

@@ -212,28 +212,12 @@ impl SamplingFields {
             let message = "`cache_salt` must not be empty; leave it out to share the cache.";
             return Err(ApiError::malformed(message).param("cache_salt"));
         }
-        let temperature =
-            in_range("temperature", self.temperature, defaults.temperature, 0.0..=2.0)?;
+        let temperature = temperature(self.temperature, defaults.temperature)?;
         let greedy = temperature == 0.0;
-        let temperature = if greedy { 0.0 } else { temperature.max(MIN_TEMPERATURE) };
-        let top_p = in_range("top_p", self.top_p, defaults.top_p, 0.0..=1.0)?;
-        if top_p == 0.0 {
-            return Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1."));
-        }
+        let top_p = top_p(self.top_p, defaults.top_p)?;
         let top_k = in_range("top_k", self.top_k, defaults.top_k, -1..=i64::from(u32::MAX))?.max(0);
-        let repetition_penalty = in_range(
-            "repetition_penalty",
-            self.repetition_penalty,
-            defaults.repetition_penalty,
-            0.0..=f64::MAX,
-        )?;
-        if repetition_penalty == 0.0 {
-            let message = "`repetition_penalty` must be over 0.";
-            return Err(ApiError::bad_value("repetition_penalty", message));
-        }
-        // Within what 32 bits hold: neither may become 0 there, nor infinite.
-        let (least, most) = (f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
-        let (top_p, repetition_penalty) = (top_p.max(least), repetition_penalty.clamp(least, most));
+        let repetition_penalty =
+            repetition_penalty(self.repetition_penalty, defaults.repetition_penalty, f64::MAX)?;
         let n = in_range("n", self.n, 1, 1..=MAX_SEQUENCES as i64)? as usize;
         if greedy && n > 1 {
             let message = "`n` must be 1 when `temperature` is 0: all answers would be the same.";
@@ -454,6 +438,36 @@ fn at_most(field: &str, count: usize, most: usize, what: &str) -> Result<(), Api
 
 fn penalty(field: &str, value: Option<f64>) -> Result<f32, ApiError> {
     in_range(field, value, 0.0, -2.0..=2.0).map(|value| value as f32)
+}
+
+/// The temperature; 0 is greedy.
+pub(super) fn temperature(given: Option<f64>, default: f64) -> Result<f64, ApiError> {
+    let temperature = in_range("temperature", given, default, 0.0..=2.0)?;
+    Ok(if temperature == 0.0 { 0.0 } else { temperature.max(MIN_TEMPERATURE) })
+}
+
+/// The share of the likeliest tokens. It may not become 0 in 32 bits.
+pub(super) fn top_p(given: Option<f64>, default: f64) -> Result<f64, ApiError> {
+    let top_p = in_range("top_p", given, default, 0.0..=1.0)?;
+    match top_p == 0.0 {
+        true => Err(ApiError::bad_value("top_p", "`top_p` must be over 0 and at most 1.")),
+        false => Ok(top_p.max(f64::from(f32::MIN_POSITIVE))),
+    }
+}
+
+/// What tokens that are there already are divided by. It may become neither 0 nor infinite in 32
+/// bits.
+pub(super) fn repetition_penalty(
+    given: Option<f64>,
+    default: f64,
+    most: f64,
+) -> Result<f64, ApiError> {
+    let penalty = in_range("repetition_penalty", given, default, 0.0..=most)?;
+    if penalty == 0.0 {
+        let message = "`repetition_penalty` must be over 0.";
+        return Err(ApiError::bad_value("repetition_penalty", message));
+    }
+    Ok(penalty.clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)))
 }
 
 pub(super) fn in_range<T: PartialOrd + Display>(
