@@ -104,9 +104,15 @@ pub struct Settings {
     #[arg(long, env = "BATON_POOLING")]
     pub pooling: Option<Pooling>,
 
-    /// Tokens computed in one step, or of one batch of texts. Less shortens the pauses that long prompts cause, more
-    /// computes prompts faster.
-    #[arg(long, env = "BATON_MAX_BATCH_TOKENS", default_value = "512", value_parser = parse_positive)]
+    /// Tokens computed in one step, or, role pooling, of one batch of texts (by default 1024). Less
+    /// shortens the pauses that long prompts cause, more computes prompts faster.
+    #[arg(
+        long,
+        env = "BATON_MAX_BATCH_TOKENS",
+        default_value = "512",
+        default_value_if("role", "pooling", "1024"),
+        value_parser = parse_positive
+    )]
     pub max_batch_tokens: usize,
 
     /// Sequences computed at once.
@@ -423,6 +429,16 @@ fn parse_block_size(text: &str) -> Result<usize, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_of_texts_are_larger_than_steps() {
+        let tokens = |role: &str, flags: &[&str]| {
+            let start = ["baton-worker", "--model", "a.gguf", "--role", role];
+            Settings::try_parse_from(start.iter().chain(flags)).unwrap().max_batch_tokens
+        };
+        assert_eq!((tokens("unified", &[]), tokens("pooling", &[])), (512, 1024));
+        assert_eq!(tokens("pooling", &["--max-batch-tokens", "64"]), 64);
+    }
 
     #[test]
     fn names_and_adapters_come_in_the_forms_that_vllm_takes() {
