@@ -19,9 +19,10 @@ use baton_worker::kernels::bidirectional::{self, Span};
 use baton_worker::kernels::cpu::{Isa, SUMS, multiply_adds};
 use baton_worker::kernels::elementwise::{gelu, layer_norm_in_place};
 use baton_worker::kernels::lanes::LANES;
-use baton_worker::kernels::linear::{Linear, multiply};
+use baton_worker::kernels::linear::{Linear, multiply, multiply_pairs};
 use baton_worker::kernels::page::Shape;
 use baton_worker::kernels::pool::ThreadPool;
+use baton_worker::kernels::strassen::Pairing;
 use baton_worker::kv::pool::KvPool;
 use baton_worker::model::kv_layout;
 use candle_core::quantized::GgmlDType;
@@ -149,8 +150,11 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
             (GgmlDType::Q8_0, Precision::Sixteen),
             (GgmlDType::Q8_0, Precision::Eight),
         ] {
-            let linear = Linear::rounded(&mut pool, &mut arena, tensor.clone(), dtype)
+            let mut linear = Linear::rounded(&mut pool, &mut arena, tensor.clone(), dtype)
                 .ok_or("a tensor that is not supported")?;
+            if dtype == GgmlDType::F32 {
+                linear.for_pairs(&mut pool, &mut arena);
+            }
             for rows in [1, 10, 128, 512] {
                 let mut x = Activations::new(precision);
                 x.fill(isa, &mut pool, rows, inputs, |row, out| noise(row as u64, out));
@@ -160,6 +164,19 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
                 });
                 println!(
                     "{isa:?} {precision:?} {inputs} to {outputs} {dtype:?} x {rows:<4} {rate:7.1} \
+                     {:4.0} %",
+                    100.0 * rate / peak
+                );
+                let mut pairing = Pairing::default();
+                pairing.push(0..rows);
+                if dtype != GgmlDType::F32 || !pairing.pairs_rows() {
+                    continue;
+                }
+                let rate = fastest(runs, rows * outputs * inputs, || {
+                    multiply_pairs(isa, &mut pool, x.view(), &pairing, [linear.set(&mut y)]);
+                });
+                println!(
+                    "{isa:?} {precision:?} {inputs} to {outputs} in pairs x {rows:<4} {rate:7.1} \
                      {:4.0} %",
                     100.0 * rate / peak
                 );

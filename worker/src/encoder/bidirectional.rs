@@ -11,9 +11,11 @@ use crate::kernels::affine::LayerNorm;
 use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{Activation, add_to, gated};
-use crate::kernels::linear::multiply;
+use crate::kernels::floats::Floats;
+use crate::kernels::linear::multiply_pairs;
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::{Pairs, Rope};
+use crate::kernels::strassen::Pairing;
 use crate::model::ModelError;
 
 /// An encoder where every token sees every other, or those around it.
@@ -40,17 +42,18 @@ struct Place {
 #[derive(Default)]
 struct Scratch {
     /// The residual stream, `rows × hidden`.
-    x: Vec<f32>,
-    query: Vec<f32>,
-    key: Vec<f32>,
-    value: Vec<f32>,
-    attended: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    x: Floats,
+    query: Floats,
+    key: Floats,
+    value: Floats,
+    attended: Floats,
+    gate: Floats,
+    up: Floats,
     /// What the next product multiplies.
     input: Activations,
     places: Vec<Place>,
     spans: Vec<Span>,
+    pairing: Pairing,
     attention: bidirectional::Scratch,
 }
 
@@ -108,6 +111,7 @@ impl Encoder for Bidirectional {
             input,
             places,
             spans,
+            pairing,
             attention: buffers,
         } = scratch;
         let first = match config.positions {
@@ -116,8 +120,10 @@ impl Encoder for Bidirectional {
         };
         places.clear();
         spans.clear();
+        pairing.clear();
         for text in texts {
             spans.push(Span { row: places.len(), count: text.tokens.len() });
+            pairing.push(places.len()..places.len() + text.tokens.len());
             for (i, &token) in text.tokens.iter().enumerate() {
                 if token as usize >= config.vocab {
                     return Err(ModelError::TokenOutOfRange(token));
@@ -128,11 +134,11 @@ impl Encoder for Bidirectional {
         }
         let rows = places.len();
         for buffer in [&mut *x, query, key, value, attended] {
-            buffer.resize(rows * hidden, 0.0);
+            buffer.resize(rows * hidden);
         }
-        up.resize(rows * ffn, 0.0);
+        up.resize(rows * ffn);
         if weights.layers.iter().any(|layer| layer.gate.is_some()) {
-            gate.resize(rows * ffn, 0.0);
+            gate.resize(rows * ffn);
         }
 
         // What the second matrix holds does not matter yet.
@@ -162,7 +168,7 @@ impl Encoder for Bidirectional {
             go_on()?;
             let seen = normed(isa, threads, input, layer.attention_norm.as_ref(), x, hidden);
             let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
-            multiply(isa, threads, seen, products);
+            multiply_pairs(isa, threads, seen, pairing, products);
             if let Some([all, near]) = ropes {
                 let rope = if window.is_some() { near } else { all };
                 threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
@@ -186,7 +192,7 @@ impl Encoder for Bidirectional {
                 attended,
             );
             let seen = input.of(isa, threads, attended, hidden);
-            multiply(isa, threads, seen, [layer.output.add_to(x)]);
+            multiply_pairs(isa, threads, seen, pairing, [layer.output.add_to(x)]);
             if let Some(norm) = &layer.attention_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
@@ -195,7 +201,13 @@ impl Encoder for Bidirectional {
             let seen = normed(isa, threads, input, layer.ffn_norm.as_ref(), x, hidden);
             let seen = match &layer.gate {
                 Some(gate_of) => {
-                    multiply(isa, threads, seen, [gate_of.set(gate), layer.up.set(up)]);
+                    multiply_pairs(
+                        isa,
+                        threads,
+                        seen,
+                        pairing,
+                        [gate_of.set(gate), layer.up.set(up)],
+                    );
                     input.fill(isa, threads, rows, ffn, |row, out| {
                         let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
                         gated(isa, Activation::Gelu, gate, up, out);
@@ -204,12 +216,12 @@ impl Encoder for Bidirectional {
                 }
                 None => {
                     let product = layer.up.set(up).activation(Activation::Gelu);
-                    multiply(isa, threads, seen, [product]);
+                    multiply_pairs(isa, threads, seen, pairing, [product]);
                     input.of(isa, threads, up, ffn)
                 }
             };
             go_on()?;
-            multiply(isa, threads, seen, [layer.down.add_to(x)]);
+            multiply_pairs(isa, threads, seen, pairing, [layer.down.add_to(x)]);
             if let Some(norm) = &layer.ffn_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
@@ -217,7 +229,8 @@ impl Encoder for Bidirectional {
         if let Some(norm) = &weights.final_norm {
             threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
         }
-        std::mem::swap(x, states);
+        states.clear();
+        states.extend_from_slice(x);
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ mod weights;
 pub use bidirectional::Bidirectional;
 pub use causal::Causal;
 pub use config::{EncoderConfig, Positions};
-pub(crate) use weights::{Reader, Weights, projection};
+pub(crate) use weights::{How, Reader, Weights, projection};
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -11,6 +11,9 @@ use crate::kernels::arena::Arena;
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
 
+/// What the matrices of a model may take more, so that rows in pairs are computed faster.
+const MOST_FOR_PAIRS: usize = 1 << 30;
+
 /// All weights.
 pub(crate) struct Weights {
     pub(super) tokens: Linear,
@@ -46,6 +49,9 @@ impl Weights {
     /// Reads and repacks all tensors, on the pool's threads; matrices as the reader rounds them.
     pub(crate) fn read(reader: &mut Reader<'_>, config: &EncoderConfig) -> Result<Self, LoadError> {
         let &EncoderConfig { hidden, ffn, .. } = config;
+        let bytes =
+            4 * Linear::bytes_of_pairs(hidden, hidden) + 3 * Linear::bytes_of_pairs(ffn, hidden);
+        reader.how.pairs = config.layers * bytes <= MOST_FOR_PAIRS;
         let layers = (0..config.layers)
             .map(|i| {
                 let name = |rest: &str| format!("layer.{i}.{rest}");
@@ -92,8 +98,7 @@ impl Weights {
 pub(crate) struct Reader<'a> {
     folder: &'a EncoderFolder,
     norm_eps: f32,
-    /// What matrices are rounded to.
-    rounding: Option<GgmlDType>,
+    how: How,
     threads: ThreadPool,
     arena: Arena,
 }
@@ -106,12 +111,13 @@ impl<'a> Reader<'a> {
         rounding: Option<GgmlDType>,
         threads: ThreadPool,
     ) -> Self {
-        Self { folder, norm_eps, rounding, threads, arena: Arena::default() }
+        let how = How { rounding, pairs: false };
+        Self { folder, norm_eps, how, threads, arena: Arena::default() }
     }
 
     /// From here on matrices stay as they are.
     pub(crate) fn stop_rounding(&mut self) {
-        self.rounding = None;
+        self.how = How::default();
     }
 
     /// The threads, when all is read.
@@ -146,7 +152,7 @@ impl<'a> Reader<'a> {
         let weight = self.tensor(&format!("{stem}.weight"), &[outputs, inputs])?;
         let bias = format!("{stem}.bias");
         let bias = self.has(&bias).then(|| self.vector(&bias, outputs)).transpose()?;
-        projection(&mut self.threads, &mut self.arena, self.rounding, weight, bias)
+        projection(&mut self.threads, &mut self.arena, self.how, weight, bias)
             .ok_or_else(|| self.folder.unsupported(format!("{stem}: rows of {inputs} elements")))
     }
 
@@ -180,19 +186,31 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// How a matrix is prepared.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How {
+    /// What it is rounded to.
+    pub(crate) rounding: Option<GgmlDType>,
+    /// For rows in pairs, too: when it is not rounded.
+    pub(crate) pairs: bool,
+}
+
 /// A matrix to multiply with; `None` when its rows are not whole blocks.
 pub(crate) fn projection(
     threads: &mut ThreadPool,
     arena: &mut Arena,
-    rounding: Option<GgmlDType>,
+    how: How,
     weight: TensorBytes,
     bias: Option<Vec<f32>>,
 ) -> Option<Affine> {
     let file = weight.clone();
-    let linear = match rounding {
+    let mut linear = match how.rounding {
         Some(to) => Linear::rounded(threads, arena, weight, to)?,
         None => Linear::new(threads, arena, weight)?,
     };
+    if how.pairs && how.rounding.is_none() {
+        linear.for_pairs(threads, arena);
+    }
     if linear.is_repacked() {
         file.forget();
     }

@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::cpu::{Isa, dispatch, dispatch_dot};
 use super::dot::{BLOCK, Dot};
+use super::floats::Floats;
 use super::lanes::Lanes;
 use super::pool::ThreadPool;
 
@@ -103,7 +104,7 @@ pub struct Activations {
     precision: Precision,
     rows: usize,
     width: usize,
-    floats: Vec<f32>,
+    floats: Floats,
     blocks: Vec<u8>,
 }
 
@@ -156,7 +157,7 @@ impl Activations {
     ) {
         assert!(width.is_multiple_of(BLOCK), "rows of {width}");
         (self.rows, self.width) = (rows, width);
-        self.floats.resize(self.floats.len().max(rows * width), 0.0);
+        self.floats.resize(rows * width);
         let bytes = self.precision.row_bytes(width);
         self.blocks.resize(self.blocks.len().max(rows * bytes), 0);
         let (precision, largest) = (self.precision, self.precision.largest());

@@ -24,6 +24,9 @@ pub(super) const TILES: usize = 4;
 /// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.
 const MANY: usize = 13;
 
+/// So many rows are as fast as their weights come from memory.
+const FEW: usize = 12;
+
 thread_local! {
     /// Weights of one task as floats. One per thread for the life of the thread: nothing is
     /// allocated in a step.
@@ -70,6 +73,7 @@ pub(super) unsafe fn multiply(
         inputs,
         rows: rows.len(),
         x: x.floats()[rows.start * inputs..].as_ptr(),
+        x_stride: inputs,
         y: output.y,
         stride: output.stride,
         outputs: output.outputs,
@@ -118,6 +122,38 @@ pub(super) unsafe fn multiply(
     });
 }
 
+/// `y = x Wᵀ` of single floats: `count` rows, and `outputs` from a tile on, row after row.
+///
+/// # Safety
+/// `isa` is available, the weights are single floats, whole tiles of these outputs are there, the rows
+/// have their inputs, and `y` is this caller's alone.
+pub(super) unsafe fn multiply_panels(
+    isa: Isa,
+    weights: &Panels,
+    tile: usize,
+    (x, x_stride): (*const f32, usize),
+    count: usize,
+    y: *mut f32,
+    outputs: usize,
+) {
+    let call = Call {
+        weights: weights.tile(tile),
+        tile_bytes: weights.tile_bytes(),
+        tiles: outputs / LANES,
+        inputs: weights.tile_bytes() / (LANES * size_of::<f32>()),
+        rows: count,
+        x,
+        x_stride,
+        y,
+        stride: outputs,
+        outputs,
+        add: false,
+        bias: None,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { multiply_singles(isa, &call) }
+}
+
 /// Decodes rows of a file into tiles; what is left of the last tile holds old weights.
 unsafe fn transpose(dtype: GgmlDType, bytes: &[u8], inputs: usize, call: &Call, to: *mut f32) {
     let row_bytes = inputs / dtype.block_size() * dtype.type_size();
@@ -143,6 +179,8 @@ struct Call {
     inputs: usize,
     rows: usize,
     x: *const f32,
+    /// Floats from a row of `x` to the next.
+    x_stride: usize,
     y: *mut f32,
     stride: usize,
     /// Outputs that exist, of the tiles' `16 · tiles`.
@@ -299,7 +337,12 @@ macro_rules! passes {
             // SAFETY: the rows and tiles exist.
             unsafe {
                 let weights = call.weights.add(tile * call.tile_bytes);
-                let x = call.x.add(row * call.inputs);
+                let x = call.x.add(row * call.x_stride);
+                // The last rows fetch what the next tiles will read, while these compute. Where all
+                // of many did, a product took up to a fifth longer, by where its memory happened to
+                // lie. One row waits for memory whatever it does.
+                let fetches = call.rows <= FEW || row + [$($m),*].len() == call.rows;
+                let ahead = if fetches { N * call.tile_bytes } else { 0 };
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
@@ -309,14 +352,12 @@ macro_rules! passes {
                         for n in 0..N {
                             let from = weights.add(n * call.tile_bytes + step * R::BYTES);
                             vectors[n] = R::read(from, i);
-                            // What the next tiles will read, while these compute. One row waits
-                            // for memory whatever it does.
                             if $ahead {
-                                V::prefetch(from.wrapping_add(N * call.tile_bytes));
+                                V::prefetch(from.wrapping_add(ahead));
                             }
                         }
                         $(
-                            let x_m = *x.add($m * call.inputs + step * R::STEP + i);
+                            let x_m = *x.add($m * call.x_stride + step * R::STEP + i);
                             let x_m = V::splat(x_m);
                             for n in 0..N {
                                 $sums[n] = vectors[n].mul_add(x_m, $sums[n]);

@@ -1,5 +1,7 @@
 //! `y = x Wᵀ`: a weight matrix and its product with rows of activations.
 
+use std::ops::Range;
+
 use candle_core::quantized::GgmlDType;
 
 use super::activations::{Precision, Rows};
@@ -9,6 +11,7 @@ use super::elementwise::{self, Activation};
 use super::packed::Packed;
 use super::panels::Panels;
 use super::pool::{Disjoint, ThreadPool};
+use super::strassen::{self, Pairing, Quarters};
 use super::{float, integer, quant};
 use crate::checkpoint::TensorBytes;
 use crate::kernels::dot::BLOCK;
@@ -33,6 +36,8 @@ pub struct Linear {
     outputs: usize,
     inputs: usize,
     repacked: Repacked,
+    /// For rows that come in pairs.
+    quarters: Option<Quarters>,
 }
 
 /// What the products read.
@@ -87,7 +92,13 @@ impl Linear {
             return None;
         };
         let supported = quant::supported(weight.dtype) && inputs.is_multiple_of(BLOCK);
-        supported.then_some(Self { weight, outputs, inputs, repacked: Repacked::No })
+        supported.then_some(Self {
+            weight,
+            outputs,
+            inputs,
+            repacked: Repacked::No,
+            quarters: None,
+        })
     }
 
     /// As [`Linear::new`], with the weights rounded to another type, `BF16` or `Q8_0`, for the
@@ -116,6 +127,26 @@ impl Linear {
         Some(linear)
     }
 
+    /// Prepares products of rows that come in pairs, where the weights are floats and the shape
+    /// allows it: see [`multiply_pairs`]. Takes [`Linear::bytes_of_pairs`] more.
+    pub fn for_pairs(&mut self, pool: &mut ThreadPool, arena: &mut Arena) {
+        if matches!(self.repacked, Repacked::Panels(_)) {
+            let shape = (self.outputs, self.inputs);
+            self.quarters = Quarters::new(pool, arena, &self.weight.floats(), shape);
+        }
+    }
+
+    /// Whether it has been.
+    #[cfg(test)]
+    pub(super) fn is_for_pairs(&self) -> bool {
+        self.quarters.is_some()
+    }
+
+    /// What a matrix of so many outputs and inputs takes more for pairs.
+    pub fn bytes_of_pairs(outputs: usize, inputs: usize) -> usize {
+        Quarters::bytes(outputs, inputs)
+    }
+
     /// Repacks other bytes than the file's, where there are some.
     fn repack(
         &mut self,
@@ -138,6 +169,12 @@ impl Linear {
     /// Whether the file's own blocks are needed for [`Linear::row`] alone.
     pub fn is_repacked(&self) -> bool {
         !matches!(self.repacked, Repacked::No)
+    }
+
+    /// Whether its products with such rows are of integers.
+    fn is_integer(&self, x: Rows<'_>) -> bool {
+        matches!(x.precision(), Precision::Sixteen | Precision::Eight)
+            && matches!(self.repacked, Repacked::Blocks(_))
     }
 
     /// Rows of the matrix.
@@ -203,42 +240,143 @@ pub fn multiply<const N: usize>(
     x: Rows<'_>,
     products: [Product<'_>; N],
 ) {
-    for product in &products {
-        assert_eq!(product.weights.inputs, x.width(), "inputs");
-        assert_eq!(product.y.len(), x.count() * product.weights.outputs, "y");
-    }
+    let (plan, targets) = plan(x, products);
     // The kernels take whole tiles of rows: there must be one.
     if x.count() == 0 {
         return;
     }
-    let integers = |weights: &Linear| {
-        let rounded = matches!(x.precision(), Precision::Sixteen | Precision::Eight);
-        rounded && matches!(weights.repacked, Repacked::Blocks(_))
-    };
+    // The rows of one task after the other's, so that a thread's next task has the same rows.
+    pool.run(plan.panels * x.count().div_ceil(ROWS), |task| {
+        let first = task / plan.panels * ROWS;
+        let rows = first..x.count().min(first + ROWS);
+        // SAFETY: `isa` is available and was that of `x`; tasks have rows or panels of their own.
+        unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) }
+    });
+}
+
+/// As [`multiply`], with seven multiplications where there are eight for rows that are paired: for
+/// activations that are not rounded and weights that [`Linear::for_pairs`] has prepared, all of them.
+///
+/// # Panics
+/// As [`multiply`], or when the pairing is of other rows.
+pub fn multiply_pairs<const N: usize>(
+    isa: Isa,
+    pool: &mut ThreadPool,
+    x: Rows<'_>,
+    pairing: &Pairing,
+    products: [Product<'_>; N],
+) {
+    let quarters = products.each_ref().map(|product| product.weights.quarters.as_ref());
+    let prepared = quarters.iter().all(Option::is_some) && x.precision() == Precision::Float;
+    if !prepared || !pairing.pairs_rows() {
+        return multiply(isa, pool, x, products);
+    }
+    assert_eq!(pairing.rows(), x.count(), "rows of the pairing");
+    let (plan, targets) = plan(x, products);
+    let panels_of = |target: &Target<'_>| target.weights.outputs / (2 * strassen::PANEL);
+    let panels: usize = targets.iter().map(panels_of).sum();
+    let paired = pairing.pairs.len() * panels;
+    let rest: Vec<_> = pairing
+        .rest
+        .iter()
+        .flat_map(|rows| rows.clone().step_by(ROWS).map(|first| first..rows.end.min(first + ROWS)))
+        .collect();
+    let call = strassen::next_call();
+    pool.run(paired + rest.len() * plan.panels, |task| {
+        if let Some(task) = task.checked_sub(paired) {
+            let rows = rest[task / plan.panels].clone();
+            // SAFETY: as in `multiply`; no row is in the pairing twice.
+            return unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) };
+        }
+        let (block, mut at) = (task / panels, task % panels);
+        for (target, quarters) in targets.iter().zip(&quarters) {
+            if at >= panels_of(target) {
+                at -= panels_of(target);
+                continue;
+            }
+            let Some(weights) = quarters else { return };
+            let task = strassen::Task {
+                weights,
+                x: x.floats(),
+                inputs: x.width(),
+                of: (call, block),
+                pairs: pairing.pairs[block],
+                first: at * strassen::PANEL,
+                // SAFETY: the start of the result.
+                y: unsafe { target.y.at(0) },
+                outputs: target.weights.outputs,
+                add: target.into == Into::Add,
+                bias: target.finish.bias,
+                activation: target.finish.activation,
+            };
+            // SAFETY: `isa` is available and was that of `x`; the pairs' rows are those of `x` and of
+            // the result, which outlives the region; tasks have pairs or outputs of their own.
+            return unsafe { strassen::multiply(isa, &task) };
+        }
+    });
+}
+
+/// A product whose result several tasks write.
+struct Target<'a> {
+    weights: &'a Linear,
+    y: Disjoint<f32>,
+    into: Into,
+    finish: Finish<'a>,
+}
+
+/// How the outputs of several products are parted.
+struct Plan {
+    /// Outputs of one task.
+    panel: usize,
+    /// Panels of all products together.
+    panels: usize,
+}
+
+fn plan<'a, const N: usize>(x: Rows<'_>, products: [Product<'a>; N]) -> (Plan, [Target<'a>; N]) {
+    for product in &products {
+        assert_eq!(product.weights.inputs, x.width(), "inputs");
+        assert_eq!(product.y.len(), x.count() * product.weights.outputs, "y");
+    }
     let panel = panel(
         products.iter().map(|product| product.weights.outputs).sum(),
-        products.iter().all(|product| integers(product.weights)),
+        products.iter().all(|product| product.weights.is_integer(x)),
     );
-    let panels_of = |weights: &Linear| weights.outputs.div_ceil(panel);
-    let panels: usize = products.iter().map(|product| panels_of(product.weights)).sum();
-    let products = products.map(|Product { weights, y, into, finish }| {
-        (weights, Disjoint(y.as_mut_ptr()), into, finish)
+    let panels = products.iter().map(|product| product.weights.outputs.div_ceil(panel)).sum();
+    let targets = products.map(|Product { weights, y, into, finish }| Target {
+        weights,
+        y: Disjoint(y.as_mut_ptr()),
+        into,
+        finish,
     });
-    // The rows of one task after the other's, so that a thread's next task has the same rows.
-    pool.run(panels * x.count().div_ceil(ROWS), |task| {
-        let (rows, mut at) = (task / panels * ROWS, task % panels);
-        let rows = rows..x.count().min(rows + ROWS);
-        for (weights, y, into, finish) in &products {
-            if at >= panels_of(weights) {
-                at -= panels_of(weights);
+    (Plan { panel, panels }, targets)
+}
+
+impl Plan {
+    /// Computes some rows of a panel: one of the first product, or of the next.
+    ///
+    /// # Safety
+    /// `isa` is available and was that of `x`; the rows are there; nobody else writes this panel of
+    /// them meanwhile, and the results are alive.
+    unsafe fn compute(
+        &self,
+        isa: Isa,
+        targets: &[Target<'_>],
+        x: Rows<'_>,
+        rows: Range<usize>,
+        mut at: usize,
+    ) {
+        let panel = self.panel;
+        for Target { weights, y, into, finish } in targets {
+            let panels = weights.outputs.div_ceil(panel);
+            if at >= panels {
+                at -= panels;
                 continue;
             }
             let first = at * panel;
             let outputs = panel.min(weights.outputs - first);
             let stride = weights.outputs;
             let count = rows.len();
-            // SAFETY: `isa` is available and was that of `x`; rows and panel are inside the
-            // matrices; tasks write disjoint parts of `y`, which outlives the region.
+            // SAFETY: rows and panel are inside the matrices; the rest is the caller's promise.
             unsafe {
                 let y = y.at(rows.start * stride + first);
                 let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
@@ -250,7 +388,7 @@ pub fn multiply<const N: usize>(
                     bias: bias.map(<[f32]>::as_ptr),
                 };
                 let late_bias = match &weights.repacked {
-                    Repacked::Blocks(packed) if integers(weights) => {
+                    Repacked::Blocks(packed) if weights.is_integer(x) => {
                         let tiles = (first / LANES, outputs.div_ceil(LANES));
                         integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
                         bias
@@ -274,7 +412,7 @@ pub fn multiply<const N: usize>(
             }
             return;
         }
-    });
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::methods::Pooling;
 use crate::checkpoint::encoder::{self, EncoderFolder, Purpose};
 use crate::checkpoint::sentence_transformers::{self as st, Modules};
 use crate::checkpoint::{self, LoadError, TensorBytes};
-use crate::encoder::{Bidirectional, Causal, Encoder, Reader, Weights, projection};
+use crate::encoder::{Bidirectional, Causal, Encoder, How, Reader, Weights, projection};
 use crate::kernels::activations::Precision;
 use crate::kernels::arena::Arena;
 use crate::kernels::pool::ThreadPool;
@@ -335,8 +335,8 @@ fn add_modules(
                 };
                 let inputs = weight.dims[1];
                 let bias = bias.as_ref().map(TensorBytes::floats);
-                let dense =
-                    projection(threads, &mut arena, None, weight, bias).ok_or_else(|| {
+                let dense = projection(threads, &mut arena, How::default(), weight, bias)
+                    .ok_or_else(|| {
                         unsupported(format!("a Dense module that takes {inputs} dimensions"))
                     })?;
                 Step::Dense(dense, function)

@@ -1,0 +1,493 @@
+//! `y = x Wᵀ` of two rows at a time, with seven products of quarters where there are eight.
+//!
+//! Two rows, each in two halves, are a matrix of two by two; so are the quarters of `W`. Their
+//! product takes seven multiplications (Strassen 1969; here in Winograd's form: Higham, *Accuracy
+//! and Stability of Numerical Algorithms*, 2002, § 23.1). The sums of weights are made at load, those
+//! of activations once for all outputs. It is float32 throughout, with at most three times the error of
+//! plain sums: the tests hold it to float64.
+//!
+//! A row's bits depend on the row that it is paired with, and on nothing else: a [`Pairing`] pairs
+//! rows of one text.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use candle_core::quantized::GgmlDType;
+
+use super::arena::Arena;
+use super::cpu::{Isa, dispatch};
+use super::elementwise::{self, Activation};
+use super::float;
+use super::floats::Floats;
+use super::lanes::{LANES, Lanes, Portable};
+use super::panels::Panels;
+use super::pool::ThreadPool;
+
+/// Pairs of one task: their sums stay in the second-level cache from panel to panel.
+const PAIRS: usize = 24;
+
+/// Outputs, of each half, of one task.
+pub(super) const PANEL: usize = float::TILES * LANES;
+
+/// Rows of the shortest text that is paired: the weights of fewer are read for longer than they are
+/// multiplied with, and here there are seven quarters of them where there were four.
+const SHORTEST: usize = 48;
+
+/// Products of quarters.
+const PRODUCTS: usize = 7;
+
+/// What products multiply that is not as it stands in the rows, at most.
+const SUMS: usize = 5;
+
+/// Which rows are computed together. Rows are a text's own, so that no text depends on another.
+#[derive(Debug, Default)]
+pub struct Pairing {
+    pub(super) pairs: Vec<Pairs>,
+    /// Rows that are computed as ever.
+    pub(super) rest: Vec<Range<usize>>,
+}
+
+/// Pairs of rows: the first `count`, and as many from another on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pairs {
+    first: usize,
+    second: usize,
+    count: usize,
+    /// Of the first rows the last has no other.
+    odd: bool,
+}
+
+impl Pairs {
+    /// The second of a pair.
+    fn second(&self, pair: usize) -> Option<usize> {
+        (!self.odd || pair + 1 < self.count).then_some(self.second + pair)
+    }
+}
+
+impl Pairing {
+    /// No rows.
+    pub fn clear(&mut self) {
+        self.pairs.clear();
+        self.rest.clear();
+    }
+
+    /// Whether any rows are paired.
+    pub fn pairs_rows(&self) -> bool {
+        !self.pairs.is_empty()
+    }
+
+    /// How many rows are in.
+    pub(super) fn rows(&self) -> usize {
+        let paired: usize = self.pairs.iter().map(|p| 2 * p.count - usize::from(p.odd)).sum();
+        paired + self.rest.iter().map(ExactSizeIterator::len).sum::<usize>()
+    }
+
+    /// Adds the rows of a text, which follow those that are in.
+    pub fn push(&mut self, rows: Range<usize>) {
+        if rows.len() < SHORTEST {
+            match self.rest.last_mut() {
+                Some(last) if last.end == rows.start => last.end = rows.end,
+                _ => self.rest.push(rows),
+            }
+            return;
+        }
+        let (half, odd) = (rows.len().div_ceil(2), !rows.len().is_multiple_of(2));
+        // Blocks of about the same size.
+        let blocks = half.div_ceil(PAIRS);
+        self.pairs.extend((0..blocks).map(|block| {
+            let (start, end) = (half * block / blocks, half * (block + 1) / blocks);
+            let (first, second) = (rows.start + start, rows.start + half + start);
+            Pairs { first, second, count: end - start, odd: odd && end == half }
+        }));
+    }
+}
+
+/// Sums of a matrix's quarters: for each panel of outputs those of all products, one product's after
+/// the other's, as they are read.
+pub(super) struct Quarters(Panels);
+
+impl Quarters {
+    /// Of a matrix, `outputs × inputs`; `None` where its halves are no whole panels.
+    pub(super) fn new(
+        pool: &mut ThreadPool,
+        arena: &mut Arena,
+        weights: &[f32],
+        (outputs, inputs): (usize, usize),
+    ) -> Option<Self> {
+        // Rows of activations are read in whole vectors, and panels are of whole lines.
+        if !outputs.is_multiple_of(2 * PANEL) || !inputs.is_multiple_of(4 * LANES) {
+            return None;
+        }
+        let (half, width) = (outputs / 2, inputs / 2);
+        let rows = PRODUCTS * half;
+        let mut bytes = vec![0; rows * width * size_of::<f32>()];
+        let row_bytes = width * size_of::<f32>();
+        pool.for_rows((&mut bytes, row_bytes), (&mut vec![0u8; rows], 1), |row, out, _| {
+            let (panel, product) = (row / (PRODUCTS * PANEL), row / PANEL % PRODUCTS);
+            let output = panel * PANEL + row % PANEL;
+            // The quarter of an output's half and an input's.
+            let quarter = |o: usize, i: usize| {
+                let row = &weights[(o * half + output) * inputs..][..inputs];
+                move |at: usize| f64::from(row[i * width + at])
+            };
+            let (b11, b12) = (quarter(0, 0), quarter(1, 0));
+            let (b21, b22) = (quarter(0, 1), quarter(1, 1));
+            for (at, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+                let sum = match product {
+                    0 => b11(at),
+                    1 => b21(at),
+                    2 => b22(at) - b12(at) + b11(at),
+                    3 => b22(at) - b12(at),
+                    4 => b12(at) - b11(at),
+                    5 => b22(at),
+                    _ => b22(at) - b12(at) + b11(at) - b21(at),
+                };
+                *out = (sum as f32).to_le_bytes();
+            }
+        });
+        Panels::new(pool, arena, GgmlDType::F32, &bytes, rows, width).map(Self)
+    }
+
+    /// Bytes of a matrix's.
+    pub(super) fn bytes(outputs: usize, inputs: usize) -> usize {
+        PRODUCTS * outputs * inputs / 4 * size_of::<f32>()
+    }
+}
+
+/// The number of a product, which tells whose sums a thread still has.
+pub(super) fn next_call() -> u64 {
+    static CALLS: AtomicU64 = AtomicU64::new(1);
+    CALLS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Buffers of a thread, for the life of the thread.
+#[derive(Default)]
+struct Scratch {
+    /// Whose operands these are: the call and its block of pairs.
+    of: (u64, usize),
+    /// Sums of activations, pairs after pairs.
+    operands: Floats,
+    /// What comes out, pairs after pairs.
+    products: Floats,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// What a task multiplies and where its result goes.
+pub(super) struct Task<'a> {
+    pub(super) weights: &'a Quarters,
+    /// All rows.
+    pub(super) x: &'a [f32],
+    pub(super) inputs: usize,
+    /// The call and the number of its block of pairs.
+    pub(super) of: (u64, usize),
+    pub(super) pairs: Pairs,
+    /// The first output, of the first half.
+    pub(super) first: usize,
+    /// The result of all rows.
+    pub(super) y: *mut f32,
+    pub(super) outputs: usize,
+    pub(super) add: bool,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) activation: Option<Activation>,
+}
+
+impl Task<'_> {
+    /// Where a pair's results begin: those of both halves of the outputs, for each of its rows.
+    fn results(&self, pair: usize) -> impl Iterator<Item = *mut f32> {
+        let rows = [Some(self.pairs.first + pair), self.pairs.second(pair)];
+        rows.into_iter().flatten().flat_map(move |row| {
+            [self.first, self.outputs / 2 + self.first]
+                .map(|output| self.y.wrapping_add(row * self.outputs + output))
+        })
+    }
+}
+
+/// Multiplies some pairs by the weights of [`PANEL`] outputs in each half.
+///
+/// # Safety
+/// `isa` is available, the pairs are rows of `x` and `y`, of `inputs` and `outputs`; the weights are
+/// `outputs × inputs`; the rows' elements of these outputs are this caller's alone.
+pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
+    let (pairs, width) = (task.pairs, task.inputs / 2);
+    SCRATCH.with_borrow_mut(|Scratch { of, operands, products }| {
+        operands.resize(SUMS * pairs.count * width);
+        products.resize(PRODUCTS * PAIRS * PANEL);
+        let (operands, products) = (operands.as_mut_ptr(), products.as_mut_ptr());
+        // SAFETY: the buffers hold so many operands and products; the rest is the caller's promise.
+        unsafe {
+            if *of != task.of {
+                sum_rows(isa, task, operands);
+                *of = task.of;
+            }
+            let sum = |n: usize| (operands.add(n * pairs.count * width).cast_const(), width);
+            let row = |row: usize, at| (task.x.as_ptr().add(row * task.inputs + at), task.inputs);
+            let a22 = if pairs.odd { sum(4) } else { row(pairs.second, width) };
+            let x =
+                [row(pairs.first, 0), row(pairs.first, width), sum(0), sum(1), sum(2), sum(3), a22];
+            let tile = task.first / PANEL * PRODUCTS * float::TILES;
+            for (i, x) in x.into_iter().enumerate() {
+                // The result's lines come while the products are computed.
+                let some = pairs.count * i / PRODUCTS..pairs.count * (i + 1) / PRODUCTS;
+                for y in some.flat_map(|pair| task.results(pair)) {
+                    for at in (0..PANEL).step_by(LANES) {
+                        Portable::prefetch(y.wrapping_add(at).cast_const());
+                    }
+                }
+                let y = products.add(i * pairs.count * PANEL);
+                let tile = tile + i * float::TILES;
+                float::multiply_panels(isa, &task.weights.0, tile, x, pairs.count, y, PANEL);
+            }
+            combine(isa, task, products);
+            if task.activation.is_none() {
+                return;
+            }
+            for y in (0..pairs.count).flat_map(|pair| task.results(pair)) {
+                let y = std::slice::from_raw_parts_mut(y, PANEL);
+                elementwise::finish(isa, None, task.activation, y);
+            }
+        }
+    });
+}
+
+/// What products multiply that is not as it stands in the rows, of all pairs; where one has no second
+/// row, the second rows' part too.
+#[inline(always)]
+unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, to: *mut f32) {
+    let (pairs, width) = (task.pairs, task.inputs / 2);
+    let from = pairs.count * width;
+    for pair in 0..pairs.count {
+        // SAFETY: the pair's rows exist, and there is a row for it in each of the sums.
+        unsafe {
+            let first = task.x.as_ptr().add((pairs.first + pair) * task.inputs);
+            let second = pairs.second(pair).map(|row| task.x.as_ptr().add(row * task.inputs));
+            for at in (0..width).step_by(LANES) {
+                let (a11, a12) = (V::load(first.add(at)), V::load(first.add(width + at)));
+                let (a21, a22) = match second {
+                    Some(second) => (V::load(second.add(at)), V::load(second.add(width + at))),
+                    None => (V::splat(0.0), V::splat(0.0)),
+                };
+                let s1 = a21.add(a22);
+                let s2 = s1.sub(a11);
+                let to = to.add(pair * width + at);
+                s2.store(to);
+                a11.sub(a21).store(to.add(from));
+                s1.store(to.add(2 * from));
+                a12.sub(s2).store(to.add(3 * from));
+                if pairs.odd {
+                    a22.store(to.add(4 * from));
+                }
+            }
+        }
+    }
+}
+dispatch! { unsafe fn sum_rows(task: &Task<'_>, to: *mut f32) => sum_rows_kernel; }
+
+/// The results of all pairs, from their products.
+#[inline(always)]
+unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: *const f32) {
+    let (pairs, half) = (task.pairs, task.outputs / 2);
+    let from = pairs.count * PANEL;
+    for pair in 0..pairs.count {
+        let second = pairs.second(pair);
+        for at in (0..PANEL).step_by(LANES) {
+            let output = task.first + at;
+            // SAFETY: each product has this panel of the pair; the rest is handed on.
+            unsafe {
+                let mut p = [V::splat(0.0); PRODUCTS];
+                for n in 0..PRODUCTS {
+                    p[n] = V::load(products.add(n * from + pair * PANEL + at));
+                }
+                let u2 = p[0].add(p[2]);
+                let u3 = u2.add(p[3]);
+                put(task, pairs.first + pair, output, p[0].add(p[1]));
+                put(task, pairs.first + pair, half + output, u2.add(p[4]).add(p[5]));
+                if let Some(row) = second {
+                    put(task, row, output, u3.sub(p[6]));
+                    put(task, row, half + output, u3.add(p[4]));
+                }
+            }
+        }
+    }
+}
+dispatch! { unsafe fn combine(task: &Task<'_>, products: *const f32) => combine_kernel; }
+
+/// Sets a row's outputs from this one on, or adds to them.
+#[inline(always)]
+unsafe fn put<V: Lanes>(task: &Task<'_>, row: usize, output: usize, mut sum: V) {
+    // SAFETY: the outputs exist and are this task's alone; each has a bias if one has.
+    unsafe {
+        let y = task.y.add(row * task.outputs + output);
+        if let Some(bias) = task.bias {
+            sum = sum.add(V::load(bias.as_ptr().add(output)));
+        }
+        if task.add {
+            sum = V::load(y).add(sum);
+        }
+        sum.store(y);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::SeedableRng as _;
+    use rand::rngs::StdRng;
+
+    use super::*;
+    use crate::checkpoint::TensorBytes;
+    use crate::kernels::activations::{Activations, Precision};
+    use crate::kernels::linear::{Linear, multiply, multiply_pairs};
+
+    fn noise(seed: u64, count: usize) -> Vec<f32> {
+        let mut random = StdRng::seed_from_u64(seed);
+        (0..count).map(|_| random.random_range(-1.0..1.0)).collect()
+    }
+
+    /// A layer's weights, its bias, and texts of so many rows.
+    struct Case {
+        pool: ThreadPool,
+        linear: Linear,
+        weights: Vec<f32>,
+        bias: Vec<f32>,
+        x: Vec<f32>,
+    }
+
+    impl Case {
+        fn new(outputs: usize, inputs: usize, rows: usize, seed: u64) -> Self {
+            let (mut pool, mut arena) = (ThreadPool::new(2).unwrap(), Arena::default());
+            let weights = noise(seed, outputs * inputs);
+            let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+            let tensor = TensorBytes::anonymous(&bytes, GgmlDType::F32, vec![outputs, inputs]);
+            let mut linear = Linear::new(&mut pool, &mut arena, tensor).unwrap();
+            linear.for_pairs(&mut pool, &mut arena);
+            let (bias, x) = (noise(seed + 1, outputs), noise(seed + 2, rows * inputs));
+            Self { pool, linear, weights, bias, x }
+        }
+
+        /// The same in float64.
+        fn exact(&self) -> Vec<f64> {
+            let (outputs, inputs) = (self.linear.outputs(), self.linear.inputs());
+            let rows = self.x.chunks_exact(inputs);
+            rows.flat_map(|row| {
+                (0..outputs).map(move |output| {
+                    let products = row
+                        .iter()
+                        .zip(&self.weights[output * inputs..])
+                        .map(|(x, weight)| f64::from(*x) * f64::from(*weight));
+                    products.sum::<f64>() + 1.0 + f64::from(self.bias[output])
+                })
+            })
+            .collect()
+        }
+
+        /// What is added to 1, by pairs or not.
+        fn product(&mut self, isa: Isa, x: &[f32], texts: Option<&[usize]>) -> Vec<f32> {
+            let (outputs, inputs) = (self.linear.outputs(), self.linear.inputs());
+            let mut y = vec![1.0; x.len() / inputs * outputs];
+            let product = self.linear.add_to(&mut y).bias(Some(&self.bias));
+            let mut activations = Activations::new(Precision::Float);
+            let rows = activations.of(isa, &mut self.pool, x, inputs);
+            match texts {
+                Some(texts) => {
+                    multiply_pairs(isa, &mut self.pool, rows, &pairing(texts), [product]);
+                }
+                None => multiply(isa, &mut self.pool, rows, [product]),
+            }
+            y
+        }
+    }
+
+    fn pairing(texts: &[usize]) -> Pairing {
+        let (mut pairing, mut at) = (Pairing::default(), 0);
+        for rows in texts {
+            pairing.push(at..at + rows);
+            at += rows;
+        }
+        pairing
+    }
+
+    #[test]
+    fn each_row_is_in_the_pairing_once() {
+        let texts = [3, 5, SHORTEST, SHORTEST + 1, 1, SHORTEST - 1, 301];
+        let pairing = pairing(&texts);
+        let paired = pairing.pairs.iter().flat_map(|pairs| {
+            assert!(pairs.count <= PAIRS);
+            (0..pairs.count).flat_map(|pair| [Some(pairs.first + pair), pairs.second(pair)])
+        });
+        let mut rows: Vec<_> =
+            paired.flatten().chain(pairing.rest.iter().cloned().flatten()).collect();
+        rows.sort_unstable();
+        assert_eq!(rows, (0..texts.iter().sum()).collect::<Vec<_>>());
+        assert_eq!(pairing.rows(), rows.len());
+        assert_eq!(pairing.rest.len(), 2, "{:?}", pairing.rest);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn agrees_with_float64_and_does_not_depend_on_the_batch(
+            panels in 1usize..3, blocks in 1usize..8,
+            texts in prop::collection::vec(1usize..150, 1..5), seed in 0u64..1000,
+        ) {
+            let (outputs, inputs) = (panels * 2 * PANEL, blocks * 4 * LANES);
+            let mut case = Case::new(outputs, inputs, texts.iter().sum(), seed);
+            prop_assert!(case.linear.is_for_pairs());
+            let (x, exact) = (case.x.clone(), case.exact());
+            for isa in Isa::available() {
+                let got = case.product(isa, &x, Some(&texts));
+                for (i, (got, exact)) in got.iter().zip(&exact).enumerate() {
+                    let error = (f64::from(*got) - exact).abs() / (inputs as f64).sqrt();
+                    prop_assert!(error < 3e-6, "{isa:?} {i}: {got} {exact}");
+                }
+                let mut at = 0;
+                for rows in &texts {
+                    let alone = case.product(isa, &x[at * inputs..][..rows * inputs], Some(&[*rows]));
+                    prop_assert_eq!(&alone, &got[at * outputs..][..rows * outputs]);
+                    at += rows;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn errors_are_at_most_three_times_those_of_plain_sums() {
+        let rows = 2 * SHORTEST;
+        let mut case = Case::new(2 * PANEL, 512, rows, 7);
+        let (x, exact) = (case.x.clone(), case.exact());
+        let mut errors = |texts: Option<&[usize]>| {
+            let got = case.product(Isa::best(), &x, texts);
+            let errors = got.iter().zip(&exact).map(|(got, exact)| f64::from(*got) - exact);
+            errors.map(|error| error * error).sum::<f64>().sqrt()
+        };
+        let (paired, plain) = (errors(Some(&[rows])), errors(None));
+        assert!(paired > plain && paired < 3.0 * plain, "{paired} {plain}");
+    }
+
+    #[test]
+    fn an_activation_follows_and_other_shapes_are_multiplied_as_ever() {
+        use crate::kernels::elementwise::{Activation, gelu};
+        let isa = Isa::best();
+        let mut case = Case::new(2 * PANEL, 64, 77, 5);
+        let mut plain = vec![0.0; 77 * 2 * PANEL];
+        let mut active = plain.clone();
+        let mut activations = Activations::new(Precision::Float);
+        let rows = activations.of(isa, &mut case.pool, &case.x, 64);
+        let pairing = pairing(&[77]);
+        multiply_pairs(isa, &mut case.pool, rows, &pairing, [case.linear.set(&mut plain)]);
+        let product = case.linear.set(&mut active).activation(Activation::Gelu);
+        multiply_pairs(isa, &mut case.pool, rows, &pairing, [product]);
+        gelu(isa, &mut plain);
+        assert_eq!(active, plain);
+
+        for (outputs, inputs) in [(PANEL, 64), (2 * PANEL, 96), (2 * PANEL + 16, 64)] {
+            let mut case = Case::new(outputs, inputs, 70, 6);
+            assert!(!case.linear.is_for_pairs(), "{outputs} × {inputs}");
+            let x = case.x.clone();
+            assert_eq!(case.product(isa, &x, Some(&[70])), case.product(isa, &x, None));
+        }
+    }
+}
