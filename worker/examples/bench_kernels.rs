@@ -19,7 +19,7 @@ use baton_worker::kernels::bidirectional::{self, Span};
 use baton_worker::kernels::cpu::{Isa, SUMS, multiply_adds};
 use baton_worker::kernels::elementwise::{gelu, layer_norm_in_place};
 use baton_worker::kernels::lanes::LANES;
-use baton_worker::kernels::linear::{Linear, multiply, multiply_pairs};
+use baton_worker::kernels::linear::{Linear, multiply, multiply_paired};
 use baton_worker::kernels::page::Shape;
 use baton_worker::kernels::pool::ThreadPool;
 use baton_worker::kernels::strassen::Pairing;
@@ -168,12 +168,12 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
                     100.0 * rate / peak
                 );
                 let mut pairing = Pairing::default();
-                pairing.push(0..rows);
+                pairing.push(rows);
                 if dtype != GgmlDType::F32 || !pairing.pairs_rows() {
                     continue;
                 }
                 let rate = fastest(runs, rows * outputs * inputs, || {
-                    multiply_pairs(isa, &mut pool, x.view(), &pairing, [linear.set(&mut y)]);
+                    multiply_paired(isa, &mut pool, x.view(), &pairing, [linear.set(&mut y)]);
                 });
                 println!(
                     "{isa:?} {precision:?} {inputs} to {outputs} in pairs x {rows:<4} {rate:7.1} \

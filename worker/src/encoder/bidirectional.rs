@@ -12,7 +12,7 @@ use crate::kernels::bidirectional::{self, Span};
 use crate::kernels::cpu::Isa;
 use crate::kernels::elementwise::{Activation, add_to, gated};
 use crate::kernels::floats::Floats;
-use crate::kernels::linear::multiply_pairs;
+use crate::kernels::linear::multiply_paired;
 use crate::kernels::pool::ThreadPool;
 use crate::kernels::rope::{Pairs, Rope};
 use crate::kernels::strassen::Pairing;
@@ -123,7 +123,7 @@ impl Encoder for Bidirectional {
         pairing.clear();
         for text in texts {
             spans.push(Span { row: places.len(), count: text.tokens.len() });
-            pairing.push(places.len()..places.len() + text.tokens.len());
+            pairing.push(text.tokens.len());
             for (i, &token) in text.tokens.iter().enumerate() {
                 if token as usize >= config.vocab {
                     return Err(ModelError::TokenOutOfRange(token));
@@ -168,7 +168,7 @@ impl Encoder for Bidirectional {
             go_on()?;
             let seen = normed(isa, threads, input, layer.attention_norm.as_ref(), x, hidden);
             let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
-            multiply_pairs(isa, threads, seen, pairing, products);
+            multiply_paired(isa, threads, seen, pairing, products);
             if let Some([all, near]) = ropes {
                 let rope = if window.is_some() { near } else { all };
                 threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
@@ -192,7 +192,7 @@ impl Encoder for Bidirectional {
                 attended,
             );
             let seen = input.of(isa, threads, attended, hidden);
-            multiply_pairs(isa, threads, seen, pairing, [layer.output.add_to(x)]);
+            multiply_paired(isa, threads, seen, pairing, [layer.output.add_to(x)]);
             if let Some(norm) = &layer.attention_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
@@ -201,7 +201,7 @@ impl Encoder for Bidirectional {
             let seen = normed(isa, threads, input, layer.ffn_norm.as_ref(), x, hidden);
             let seen = match &layer.gate {
                 Some(gate_of) => {
-                    multiply_pairs(
+                    multiply_paired(
                         isa,
                         threads,
                         seen,
@@ -216,12 +216,12 @@ impl Encoder for Bidirectional {
                 }
                 None => {
                     let product = layer.up.set(up).activation(Activation::Gelu);
-                    multiply_pairs(isa, threads, seen, pairing, [product]);
+                    multiply_paired(isa, threads, seen, pairing, [product]);
                     input.of(isa, threads, up, ffn)
                 }
             };
             go_on()?;
-            multiply_pairs(isa, threads, seen, pairing, [layer.down.add_to(x)]);
+            multiply_paired(isa, threads, seen, pairing, [layer.down.add_to(x)]);
             if let Some(norm) = &layer.ffn_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }

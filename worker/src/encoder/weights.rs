@@ -11,8 +11,9 @@ use crate::kernels::arena::Arena;
 use crate::kernels::linear::Linear;
 use crate::kernels::pool::ThreadPool;
 
-/// What the matrices of a model may take more, so that rows in pairs are computed faster.
-const MOST_FOR_PAIRS: usize = 1 << 30;
+/// Bytes that the matrices of a model may take more, so that rows in pairs are computed faster: models
+/// of up to some 35 million parameters in their layers.
+const MOST_FOR_PAIRS: usize = 256 << 20;
 
 /// All weights.
 pub(crate) struct Weights {
@@ -49,9 +50,16 @@ impl Weights {
     /// Reads and repacks all tensors, on the pool's threads; matrices as the reader rounds them.
     pub(crate) fn read(reader: &mut Reader<'_>, config: &EncoderConfig) -> Result<Self, LoadError> {
         let &EncoderConfig { hidden, ffn, .. } = config;
-        let bytes =
-            4 * Linear::bytes_of_pairs(hidden, hidden) + 3 * Linear::bytes_of_pairs(ffn, hidden);
-        reader.how.pairs = config.layers * bytes <= MOST_FOR_PAIRS;
+        let wide = if reader.has("layer.0.gate.weight") { 2 } else { 1 };
+        let bytes = [
+            (4, Linear::bytes_of_pairs(hidden, hidden)),
+            (wide, Linear::bytes_of_pairs(ffn, hidden)),
+            (1, Linear::bytes_of_pairs(hidden, ffn)),
+        ];
+        let bytes = bytes.into_iter().fold(0usize, |sum, (count, of_each)| {
+            sum.saturating_add(of_each.saturating_mul(count * config.layers))
+        });
+        reader.how.pairs = bytes <= MOST_FOR_PAIRS;
         let layers = (0..config.layers)
             .map(|i| {
                 let name = |rest: &str| format!("layer.{i}.{rest}");

@@ -340,7 +340,8 @@ macro_rules! passes {
                 let x = call.x.add(row * call.x_stride);
                 // The last rows fetch what the next tiles will read, while these compute. Where all
                 // of many did, a product took up to a fifth longer, by where its memory happened to
-                // lie. One row waits for memory whatever it does.
+                // lie; asking for what was just read costs nothing. One row waits for memory whatever
+                // it does.
                 let fetches = call.rows <= FEW || row + [$($m),*].len() == call.rows;
                 let ahead = if fetches { N * call.tile_bytes } else { 0 };
                 $(let mut $sums = [V::splat(0.0); N];)*

@@ -128,7 +128,7 @@ impl Linear {
     }
 
     /// Prepares products of rows that come in pairs, where the weights are floats and the shape
-    /// allows it: see [`multiply_pairs`]. Takes [`Linear::bytes_of_pairs`] more.
+    /// allows it: see [`multiply_paired`]. Takes [`Linear::bytes_of_pairs`] more.
     pub fn for_pairs(&mut self, pool: &mut ThreadPool, arena: &mut Arena) {
         if matches!(self.repacked, Repacked::Panels(_)) {
             let shape = (self.outputs, self.inputs);
@@ -259,7 +259,7 @@ pub fn multiply<const N: usize>(
 ///
 /// # Panics
 /// As [`multiply`], or when the pairing is of other rows.
-pub fn multiply_pairs<const N: usize>(
+pub fn multiply_paired<const N: usize>(
     isa: Isa,
     pool: &mut ThreadPool,
     x: Rows<'_>,
@@ -267,15 +267,16 @@ pub fn multiply_pairs<const N: usize>(
     products: [Product<'_>; N],
 ) {
     let quarters = products.each_ref().map(|product| product.weights.quarters.as_ref());
-    let prepared = quarters.iter().all(Option::is_some) && x.precision() == Precision::Float;
-    if !prepared || !pairing.pairs_rows() {
+    let prepared: Vec<_> = quarters.into_iter().flatten().collect();
+    if prepared.len() < N || x.precision() != Precision::Float || !pairing.pairs_rows() {
         return multiply(isa, pool, x, products);
     }
-    assert_eq!(pairing.rows(), x.count(), "rows of the pairing");
+    assert_eq!(pairing.rows, x.count(), "rows of the pairing");
     let (plan, targets) = plan(x, products);
     let panels_of = |target: &Target<'_>| target.weights.outputs / (2 * strassen::PANEL);
     let panels: usize = targets.iter().map(panels_of).sum();
-    let paired = pairing.pairs.len() * panels;
+    let blocks = pairing.blocks(x.width(), panels, pool.threads());
+    let paired = blocks.len() * panels;
     let rest: Vec<_> = pairing
         .rest
         .iter()
@@ -289,18 +290,17 @@ pub fn multiply_pairs<const N: usize>(
             return unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) };
         }
         let (block, mut at) = (task / panels, task % panels);
-        for (target, quarters) in targets.iter().zip(&quarters) {
+        for (target, weights) in targets.iter().zip(&prepared) {
             if at >= panels_of(target) {
                 at -= panels_of(target);
                 continue;
             }
-            let Some(weights) = quarters else { return };
             let task = strassen::Task {
                 weights,
                 x: x.floats(),
                 inputs: x.width(),
                 of: (call, block),
-                pairs: pairing.pairs[block],
+                pairs: blocks[block],
                 first: at * strassen::PANEL,
                 // SAFETY: the start of the result.
                 y: unsafe { target.y.at(0) },

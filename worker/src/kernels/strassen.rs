@@ -3,8 +3,9 @@
 //! Two rows, each in two halves, are a matrix of two by two; so are the quarters of `W`. Their
 //! product takes seven multiplications (Strassen 1969; here in Winograd's form: Higham, *Accuracy
 //! and Stability of Numerical Algorithms*, 2002, § 23.1). The sums of weights are made at load, those
-//! of activations once for all outputs. It is float32 throughout, with at most three times the error of
-//! plain sums: the tests hold it to float64.
+//! of activations for each block of pairs. It is float32 throughout. Of the two rows together the error
+//! is at most three times that of plain sums; but it is shared: a small row beside a large one has the
+//! large one's error. The tests hold both to float64.
 //!
 //! A row's bits depend on the row that it is paired with, and on nothing else: a [`Pairing`] pairs
 //! rows of one text.
@@ -24,8 +25,13 @@ use super::lanes::{LANES, Lanes, Portable};
 use super::panels::Panels;
 use super::pool::ThreadPool;
 
-/// Pairs of one task: their sums stay in the second-level cache from panel to panel.
+/// The most pairs of a task, and of their halves the most floats: with their sums they stay in the
+/// second-level cache from panel to panel, or almost.
 const PAIRS: usize = 24;
+const FLOATS: usize = PAIRS * 768;
+
+/// The fewest, but for what is left: a tile of the products.
+const TILE: usize = 6;
 
 /// Outputs, of each half, of one task.
 pub(super) const PANEL: usize = float::TILES * LANES;
@@ -43,14 +49,16 @@ const SUMS: usize = 5;
 /// Which rows are computed together. Rows are a text's own, so that no text depends on another.
 #[derive(Debug, Default)]
 pub struct Pairing {
-    pub(super) pairs: Vec<Pairs>,
+    /// How many rows are in.
+    pub(super) rows: usize,
+    runs: Vec<Run>,
     /// Rows that are computed as ever.
     pub(super) rest: Vec<Range<usize>>,
 }
 
-/// Pairs of rows: the first `count`, and as many from another on.
+/// Pairs of rows: `count` from the first on, and as many from the second on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Pairs {
+pub(super) struct Run {
     first: usize,
     second: usize,
     count: usize,
@@ -58,33 +66,44 @@ pub(super) struct Pairs {
     odd: bool,
 }
 
-impl Pairs {
+impl Run {
     /// The second of a pair.
     fn second(&self, pair: usize) -> Option<usize> {
         (!self.odd || pair + 1 < self.count).then_some(self.second + pair)
+    }
+
+    /// In parts of about the same size, of at most so many pairs.
+    fn parts(self, most: usize) -> impl Iterator<Item = Self> {
+        let parts = self.count.div_ceil(most);
+        (0..parts).map(move |part| {
+            let (start, end) = (self.count * part / parts, self.count * (part + 1) / parts);
+            Self {
+                first: self.first + start,
+                second: self.second + start,
+                count: end - start,
+                odd: self.odd && end == self.count,
+            }
+        })
     }
 }
 
 impl Pairing {
     /// No rows.
     pub fn clear(&mut self) {
-        self.pairs.clear();
+        self.rows = 0;
+        self.runs.clear();
         self.rest.clear();
     }
 
     /// Whether any rows are paired.
     pub fn pairs_rows(&self) -> bool {
-        !self.pairs.is_empty()
+        !self.runs.is_empty()
     }
 
-    /// How many rows are in.
-    pub(super) fn rows(&self) -> usize {
-        let paired: usize = self.pairs.iter().map(|p| 2 * p.count - usize::from(p.odd)).sum();
-        paired + self.rest.iter().map(ExactSizeIterator::len).sum::<usize>()
-    }
-
-    /// Adds the rows of a text, which follow those that are in.
-    pub fn push(&mut self, rows: Range<usize>) {
+    /// Adds a text of so many rows, which follow those that are in.
+    pub fn push(&mut self, rows: usize) {
+        let rows = self.rows..self.rows + rows;
+        self.rows = rows.end;
         if rows.len() < SHORTEST {
             match self.rest.last_mut() {
                 Some(last) if last.end == rows.start => last.end = rows.end,
@@ -92,14 +111,17 @@ impl Pairing {
             }
             return;
         }
-        let (half, odd) = (rows.len().div_ceil(2), !rows.len().is_multiple_of(2));
-        // Blocks of about the same size.
-        let blocks = half.div_ceil(PAIRS);
-        self.pairs.extend((0..blocks).map(|block| {
-            let (start, end) = (half * block / blocks, half * (block + 1) / blocks);
-            let (first, second) = (rows.start + start, rows.start + half + start);
-            Pairs { first, second, count: end - start, odd: odd && end == half }
-        }));
+        let (count, odd) = (rows.len().div_ceil(2), !rows.len().is_multiple_of(2));
+        self.runs.push(Run { first: rows.start, second: rows.start + count, count, odd });
+    }
+
+    /// The pairs of each task of a product with so many inputs, whose outputs are in so many panels:
+    /// enough for all threads. How they are parted does not change what comes out.
+    pub(super) fn blocks(&self, inputs: usize, panels: usize, threads: usize) -> Vec<Run> {
+        let pairs: usize = self.runs.iter().map(|run| run.count).sum();
+        let wanted = (2 * threads).div_ceil(panels);
+        let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(TILE);
+        self.runs.iter().flat_map(|run| run.parts(most)).collect()
     }
 }
 
@@ -108,15 +130,19 @@ impl Pairing {
 pub(super) struct Quarters(Panels);
 
 impl Quarters {
-    /// Of a matrix, `outputs × inputs`; `None` where its halves are no whole panels.
+    /// Whether a matrix's halves are whole panels, and of whole vectors and lines.
+    fn fit(outputs: usize, inputs: usize) -> bool {
+        outputs.is_multiple_of(2 * PANEL) && inputs.is_multiple_of(4 * LANES)
+    }
+
+    /// Of a matrix, `outputs × inputs`; `None` where they do not fit.
     pub(super) fn new(
         pool: &mut ThreadPool,
         arena: &mut Arena,
         weights: &[f32],
         (outputs, inputs): (usize, usize),
     ) -> Option<Self> {
-        // Rows of activations are read in whole vectors, and panels are of whole lines.
-        if !outputs.is_multiple_of(2 * PANEL) || !inputs.is_multiple_of(4 * LANES) {
+        if !Self::fit(outputs, inputs) {
             return None;
         }
         let (half, width) = (outputs / 2, inputs / 2);
@@ -149,9 +175,11 @@ impl Quarters {
         Panels::new(pool, arena, GgmlDType::F32, &bytes, rows, width).map(Self)
     }
 
-    /// Bytes of a matrix's.
+    /// Bytes of a matrix's; none where they do not fit.
     pub(super) fn bytes(outputs: usize, inputs: usize) -> usize {
-        PRODUCTS * outputs * inputs / 4 * size_of::<f32>()
+        let floats =
+            if Self::fit(outputs, inputs) { outputs.saturating_mul(inputs) / 4 } else { 0 };
+        floats.saturating_mul(PRODUCTS * size_of::<f32>())
     }
 }
 
@@ -184,7 +212,7 @@ pub(super) struct Task<'a> {
     pub(super) inputs: usize,
     /// The call and the number of its block of pairs.
     pub(super) of: (u64, usize),
-    pub(super) pairs: Pairs,
+    pub(super) pairs: Run,
     /// The first output, of the first half.
     pub(super) first: usize,
     /// The result of all rows.
@@ -340,7 +368,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::TensorBytes;
     use crate::kernels::activations::{Activations, Precision};
-    use crate::kernels::linear::{Linear, multiply, multiply_pairs};
+    use crate::kernels::linear::{Linear, multiply, multiply_paired};
 
     fn noise(seed: u64, count: usize) -> Vec<f32> {
         let mut random = StdRng::seed_from_u64(seed);
@@ -393,7 +421,7 @@ mod tests {
             let rows = activations.of(isa, &mut self.pool, x, inputs);
             match texts {
                 Some(texts) => {
-                    multiply_pairs(isa, &mut self.pool, rows, &pairing(texts), [product]);
+                    multiply_paired(isa, &mut self.pool, rows, &pairing(texts), [product]);
                 }
                 None => multiply(isa, &mut self.pool, rows, [product]),
             }
@@ -402,11 +430,8 @@ mod tests {
     }
 
     fn pairing(texts: &[usize]) -> Pairing {
-        let (mut pairing, mut at) = (Pairing::default(), 0);
-        for rows in texts {
-            pairing.push(at..at + rows);
-            at += rows;
-        }
+        let mut pairing = Pairing::default();
+        texts.iter().for_each(|rows| pairing.push(*rows));
         pairing
     }
 
@@ -414,15 +439,19 @@ mod tests {
     fn each_row_is_in_the_pairing_once() {
         let texts = [3, 5, SHORTEST, SHORTEST + 1, 1, SHORTEST - 1, 301];
         let pairing = pairing(&texts);
-        let paired = pairing.pairs.iter().flat_map(|pairs| {
-            assert!(pairs.count <= PAIRS);
-            (0..pairs.count).flat_map(|pair| [Some(pairs.first + pair), pairs.second(pair)])
-        });
-        let mut rows: Vec<_> =
-            paired.flatten().chain(pairing.rest.iter().cloned().flatten()).collect();
-        rows.sort_unstable();
-        assert_eq!(rows, (0..texts.iter().sum()).collect::<Vec<_>>());
-        assert_eq!(pairing.rows(), rows.len());
+        for (inputs, panels, threads) in [(384, 3, 2), (384, 1, 64), (4096, 9, 2)] {
+            let blocks = pairing.blocks(inputs, panels, threads);
+            assert!(blocks.iter().all(|run| run.count <= PAIRS));
+            assert!(blocks.len() * panels >= 2 * threads.min(16), "{blocks:?}");
+            let paired = blocks.iter().flat_map(|run| {
+                (0..run.count).flat_map(|pair| [Some(run.first + pair), run.second(pair)])
+            });
+            let rest = pairing.rest.iter().cloned().flatten();
+            let mut rows: Vec<_> = paired.flatten().chain(rest).collect();
+            rows.sort_unstable();
+            assert_eq!(rows, (0..texts.iter().sum()).collect::<Vec<_>>());
+            assert_eq!(pairing.rows, rows.len());
+        }
         assert_eq!(pairing.rest.len(), 2, "{:?}", pairing.rest);
     }
 
@@ -454,17 +483,56 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_at_most_three_times_those_of_plain_sums() {
-        let rows = 2 * SHORTEST;
-        let mut case = Case::new(2 * PANEL, 512, rows, 7);
-        let (x, exact) = (case.x.clone(), case.exact());
-        let mut errors = |texts: Option<&[usize]>| {
-            let got = case.product(Isa::best(), &x, texts);
-            let errors = got.iter().zip(&exact).map(|(got, exact)| f64::from(*got) - exact);
-            errors.map(|error| error * error).sum::<f64>().sqrt()
-        };
-        let (paired, plain) = (errors(Some(&[rows])), errors(None));
-        assert!(paired > plain && paired < 3.0 * plain, "{paired} {plain}");
+    fn a_pair_has_at_most_three_times_the_error_of_plain_sums() {
+        let (rows, inputs, outputs) = (2 * SHORTEST, 512, 2 * PANEL);
+        let mut case = Case::new(outputs, inputs, rows, 7);
+        for scale in [1.0, 100.0] {
+            case.x[rows / 2 * inputs..].iter_mut().for_each(|x| *x *= scale);
+            let (x, exact) = (case.x.clone(), case.exact());
+            // Of the first rows, and of the second.
+            let mut errors = |texts: Option<&[usize]>| {
+                let got = case.product(Isa::best(), &x, texts);
+                let errors: Vec<_> =
+                    got.iter().zip(&exact).map(|(got, exact)| f64::from(*got) - exact).collect();
+                [&errors[..rows / 2 * outputs], &errors[rows / 2 * outputs..]]
+                    .map(|errors| errors.iter().map(|error| error * error).sum::<f64>().sqrt())
+            };
+            let (paired, plain) = (errors(Some(&[rows])), errors(None));
+            assert_ne!(paired, plain);
+            let bound = 3.0 * plain[0].max(plain[1]);
+            assert!(paired[0] < bound && paired[1] < bound, "{scale}: {paired:?} {plain:?}");
+        }
+    }
+
+    #[test]
+    fn several_products_are_the_same_on_any_number_of_threads() {
+        let (inputs, rows) = (128, 103);
+        let (isa, pairing) = (Isa::best(), pairing(&[7, 61, 35]));
+        let x = noise(11, rows * inputs);
+        let mut seen: Option<[Vec<f32>; 2]> = None;
+        for threads in 1..4 {
+            let [mut wide, narrow] =
+                [6 * PANEL, 2 * PANEL].map(|outputs| Case::new(outputs, inputs, 0, 12));
+            wide.pool = ThreadPool::new(threads).unwrap();
+            let mut activations = Activations::new(Precision::Float);
+            let mut product = |paired: bool| {
+                let mut y = [6 * PANEL, 2 * PANEL].map(|outputs| vec![0.0; rows * outputs]);
+                let [first, second] = &mut y;
+                let products =
+                    [wide.linear.set(first).bias(Some(&wide.bias)), narrow.linear.set(second)];
+                let x = activations.of(isa, &mut wide.pool, &x, inputs);
+                match paired {
+                    true => multiply_paired(isa, &mut wide.pool, x, &pairing, products),
+                    false => multiply(isa, &mut wide.pool, x, products),
+                }
+                y
+            };
+            let (paired, plain) = (product(true), product(false));
+            for (paired, plain) in paired.iter().flatten().zip(plain.iter().flatten()) {
+                assert!((paired - plain).abs() < 3e-5, "{paired} {plain}");
+            }
+            assert_eq!(seen.get_or_insert_with(|| paired.clone()), &paired, "{threads} threads");
+        }
     }
 
     #[test]
@@ -477,9 +545,9 @@ mod tests {
         let mut activations = Activations::new(Precision::Float);
         let rows = activations.of(isa, &mut case.pool, &case.x, 64);
         let pairing = pairing(&[77]);
-        multiply_pairs(isa, &mut case.pool, rows, &pairing, [case.linear.set(&mut plain)]);
+        multiply_paired(isa, &mut case.pool, rows, &pairing, [case.linear.set(&mut plain)]);
         let product = case.linear.set(&mut active).activation(Activation::Gelu);
-        multiply_pairs(isa, &mut case.pool, rows, &pairing, [product]);
+        multiply_paired(isa, &mut case.pool, rows, &pairing, [product]);
         gelu(isa, &mut plain);
         assert_eq!(active, plain);
 
