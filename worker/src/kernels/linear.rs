@@ -289,31 +289,37 @@ pub fn multiply_paired<const N: usize>(
             // SAFETY: as in `multiply`; no row is in the pairing twice.
             return unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) };
         }
-        let (block, mut at) = (task / panels, task % panels);
-        for (target, weights) in targets.iter().zip(&prepared) {
-            if at >= panels_of(target) {
-                at -= panels_of(target);
-                continue;
-            }
-            let task = strassen::Task {
-                weights,
-                x: x.floats(),
-                inputs: x.width(),
-                of: (call, block),
-                pairs: blocks[block],
-                first: at * strassen::PANEL,
-                // SAFETY: the start of the result.
-                y: unsafe { target.y.at(0) },
-                outputs: target.weights.outputs,
-                add: target.into == Into::Add,
-                bias: target.finish.bias,
-                activation: target.finish.activation,
-            };
-            // SAFETY: `isa` is available and was that of `x`; the pairs' rows are those of `x` and of
-            // the result, which outlives the region; tasks have pairs or outputs of their own.
-            return unsafe { strassen::multiply(isa, &task) };
-        }
+        let (product, at) = find(task % panels, targets.iter().map(panels_of));
+        let (target, block) = (&targets[product], task / panels);
+        let task = strassen::Task {
+            weights: prepared[product],
+            x: x.floats(),
+            inputs: x.width(),
+            of: (call, block),
+            pairs: blocks[block],
+            first: at * strassen::PANEL,
+            // SAFETY: the start of the result.
+            y: unsafe { target.y.at(0) },
+            outputs: target.weights.outputs,
+            add: target.into == Into::Add,
+            bias: target.finish.bias,
+            activation: target.finish.activation,
+        };
+        // SAFETY: `isa` is available and was that of `x`; the pairs' rows are those of `x` and of the
+        // result, which outlives the region; tasks have pairs or outputs of their own.
+        unsafe { strassen::multiply(isa, &task) }
     });
+}
+
+/// Which product a panel is of, and which of that product's it is.
+fn find(mut panel: usize, panels: impl Iterator<Item = usize>) -> (usize, usize) {
+    for (product, count) in panels.enumerate() {
+        if panel < count {
+            return (product, panel);
+        }
+        panel -= count;
+    }
+    unreachable!("a panel behind the last")
 }
 
 /// A product whose result several tasks write.
@@ -363,54 +369,43 @@ impl Plan {
         targets: &[Target<'_>],
         x: Rows<'_>,
         rows: Range<usize>,
-        mut at: usize,
+        panel: usize,
     ) {
-        let panel = self.panel;
-        for Target { weights, y, into, finish } in targets {
-            let panels = weights.outputs.div_ceil(panel);
-            if at >= panels {
-                at -= panels;
-                continue;
-            }
-            let first = at * panel;
-            let outputs = panel.min(weights.outputs - first);
-            let stride = weights.outputs;
-            let count = rows.len();
-            // SAFETY: rows and panel are inside the matrices; the rest is the caller's promise.
-            unsafe {
-                let y = y.at(rows.start * stride + first);
-                let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
-                let output = float::Output {
-                    y,
-                    stride,
-                    outputs,
-                    into: *into,
-                    bias: bias.map(<[f32]>::as_ptr),
-                };
-                let late_bias = match &weights.repacked {
-                    Repacked::Blocks(packed) if weights.is_integer(x) => {
-                        let tiles = (first / LANES, outputs.div_ceil(LANES));
-                        integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
-                        bias
-                    }
-                    Repacked::Panels(panels) => {
-                        let weights = float::Weights::Panels(panels, first / LANES);
-                        float::multiply(isa, &weights, x, rows, &output);
-                        None
-                    }
-                    _ => {
-                        let bytes = weights.rows(first, outputs);
-                        let weights = float::Weights::Rows(weights.weight.dtype, bytes);
-                        float::multiply(isa, &weights, x, rows, &output);
-                        None
-                    }
-                };
-                for row in 0..count {
-                    let y = std::slice::from_raw_parts_mut(y.add(row * stride), outputs);
-                    elementwise::finish(isa, late_bias, finish.activation, y);
+        let panels = targets.iter().map(|target| target.weights.outputs.div_ceil(self.panel));
+        let (product, at) = find(panel, panels);
+        let Target { weights, y, into, finish } = &targets[product];
+        let first = at * self.panel;
+        let outputs = self.panel.min(weights.outputs - first);
+        let stride = weights.outputs;
+        let count = rows.len();
+        // SAFETY: rows and panel are inside the matrices; the rest is the caller's promise.
+        unsafe {
+            let y = y.at(rows.start * stride + first);
+            let bias = finish.bias.map(|bias| &bias[first..first + outputs]);
+            let output =
+                float::Output { y, stride, outputs, into: *into, bias: bias.map(<[f32]>::as_ptr) };
+            let late_bias = match &weights.repacked {
+                Repacked::Blocks(packed) if weights.is_integer(x) => {
+                    let tiles = (first / LANES, outputs.div_ceil(LANES));
+                    integer::multiply(isa, packed, tiles, x, rows, y, stride, outputs, *into);
+                    bias
                 }
+                Repacked::Panels(panels) => {
+                    let weights = float::Weights::Panels(panels, first / LANES);
+                    float::multiply(isa, &weights, x, rows, &output);
+                    None
+                }
+                _ => {
+                    let bytes = weights.rows(first, outputs);
+                    let weights = float::Weights::Rows(weights.weight.dtype, bytes);
+                    float::multiply(isa, &weights, x, rows, &output);
+                    None
+                }
+            };
+            for row in 0..count {
+                let y = std::slice::from_raw_parts_mut(y.add(row * stride), outputs);
+                elementwise::finish(isa, late_bias, finish.activation, y);
             }
-            return;
         }
     }
 }
