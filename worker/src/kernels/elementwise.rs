@@ -1,6 +1,6 @@
 //! The small operations between the matrix products: norms, activations, sums.
 
-use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, LOG2_E};
 
 use super::cpu::{Isa, dispatch};
 use super::lanes::{LANES, Lanes};
@@ -162,19 +162,26 @@ pub(super) fn finish(
     }
     let Some(activation) = activation else { return };
     let (whole, rest) = x.split_at_mut(x.len() / LANES * LANES);
-    let mut last = [0.0; LANES];
-    last[..rest.len()].copy_from_slice(rest);
-    for x in [whole, &mut last] {
-        // SAFETY: a multiple of sixteen elements.
-        unsafe {
-            match activation {
-                Activation::Silu => silu_all(isa, x.as_mut_ptr(), x.len()),
-                Activation::GeluTanh => gelu_tanh_all(isa, x.as_mut_ptr(), x.len()),
-                Activation::Gelu => gelu_all(isa, x.as_mut_ptr(), x.len()),
-            }
+    activate(isa, activation, whole);
+    if !rest.is_empty() {
+        let mut last = [0.0; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        activate(isa, activation, &mut last);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+}
+
+/// `x = activation(x)`.
+fn activate(isa: Isa, activation: Activation, x: &mut [f32]) {
+    debug_assert!(x.len().is_multiple_of(LANES));
+    // SAFETY: a multiple of sixteen elements.
+    unsafe {
+        match activation {
+            Activation::Silu => silu_all(isa, x.as_mut_ptr(), x.len()),
+            Activation::GeluTanh => gelu_tanh_all(isa, x.as_mut_ptr(), x.len()),
+            Activation::Gelu => gelu_all(isa, x.as_mut_ptr(), x.len()),
         }
     }
-    rest.copy_from_slice(&last[..rest.len()]);
 }
 
 /// `out = activation(gate) · up` (Shazeer 2020), any number of elements.
@@ -258,12 +265,13 @@ unsafe fn times_normal<V: Lanes>(x: V) -> V {
         let zero = V::splat(0.0);
         let magnitude = x.max(zero.sub(x));
         let one = V::splat(1.0);
-        let t = one.div(magnitude.mul_add(V::splat(P), one));
+        let t = magnitude.mul_add(V::splat(P), one).reciprocal();
         let mut tail = V::splat(C[7]);
         for c in C[..7].iter().rev() {
             tail = tail.mul_add(t, V::splat(*c));
         }
-        let e = x.mul(x).mul(V::splat(-0.5)).exp();
+        // The bound keeps the exponent finite; the tail is nothing before it.
+        let e = x.mul(x).mul(V::splat(-0.5 * LOG2_E)).max(V::splat(-126.0)).exp2();
         x.max(zero).sub(magnitude.mul(tail.mul(t)).mul(e))
     }
 }
