@@ -173,7 +173,8 @@ fn encoder(isa: Isa, runs: usize) -> Result<(), Box<dyn Error>> {
                     continue;
                 }
                 let rate = fastest(runs, rows * outputs * inputs, || {
-                    multiply_paired(isa, &mut pool, x.view(), &pairing, [linear.set(&mut y)]);
+                    let product = [linear.set(&mut y)];
+                    multiply_paired(isa, &mut pool, x.view(), &pairing, product, &[]);
                 });
                 println!(
                     "{isa:?} {precision:?} {inputs} to {outputs} in pairs x {rows:<4} {rate:7.1} \

@@ -164,11 +164,11 @@ impl Encoder for Bidirectional {
             true => Err(ModelError::Interrupted),
             false => Ok(()),
         };
-        for (layer, &window) in weights.layers.iter().zip(&config.windows) {
+        for (i, (layer, &window)) in weights.layers.iter().zip(&config.windows).enumerate() {
             go_on()?;
             let seen = normed(isa, threads, input, layer.attention_norm.as_ref(), x, hidden);
             let products = [layer.query.set(query), layer.key.set(key), layer.value.set(value)];
-            multiply_paired(isa, threads, seen, pairing, products);
+            multiply_paired(isa, threads, seen, pairing, products, &[&layer.output.weight]);
             if let Some([all, near]) = ropes {
                 let rope = if window.is_some() { near } else { all };
                 threads.for_rows((query, hidden), (key, hidden), |row, query, key| {
@@ -192,7 +192,11 @@ impl Encoder for Bidirectional {
                 attended,
             );
             let seen = input.of(isa, threads, attended, hidden);
-            multiply_paired(isa, threads, seen, pairing, [layer.output.add_to(x)]);
+            let next: &[_] = match &layer.gate {
+                Some(gate) => &[&gate.weight, &layer.up.weight],
+                None => &[&layer.up.weight],
+            };
+            multiply_paired(isa, threads, seen, pairing, [layer.output.add_to(x)], next);
             if let Some(norm) = &layer.attention_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }
@@ -207,6 +211,7 @@ impl Encoder for Bidirectional {
                         seen,
                         pairing,
                         [gate_of.set(gate), layer.up.set(up)],
+                        &[&layer.down.weight],
                     );
                     input.fill(isa, threads, rows, ffn, |row, out| {
                         let (gate, up) = (&gate[row * ffn..][..ffn], &up[row * ffn..][..ffn]);
@@ -216,12 +221,15 @@ impl Encoder for Bidirectional {
                 }
                 None => {
                     let product = layer.up.set(up).activation(Activation::Gelu);
-                    multiply_paired(isa, threads, seen, pairing, [product]);
+                    multiply_paired(isa, threads, seen, pairing, [product], &[&layer.down.weight]);
                     input.of(isa, threads, up, ffn)
                 }
             };
             go_on()?;
-            multiply_paired(isa, threads, seen, pairing, [layer.down.add_to(x)]);
+            // The next pass begins with the first layer.
+            let next = &weights.layers[(i + 1) % weights.layers.len()];
+            let next = [&next.query.weight, &next.key.weight, &next.value.weight];
+            multiply_paired(isa, threads, seen, pairing, [layer.down.add_to(x)], &next);
             if let Some(norm) = &layer.ffn_output_norm {
                 threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
             }

@@ -114,6 +114,11 @@ impl Activations {
         Self { precision, ..Self::default() }
     }
 
+    /// How rows are rounded.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// The rows, for products.
     pub fn view(&self) -> Rows<'_> {
         let (precision, count, width) = (self.precision, self.rows, self.width);

@@ -53,7 +53,8 @@ pub(super) struct Output {
     pub(super) bias: Option<*const f32>,
 }
 
-/// Multiplies some rows of `x` by some weights.
+/// Multiplies some rows of `x` by some weights. Those that are read next begin at `next`, if not behind
+/// these.
 ///
 /// # Safety
 /// `isa` is available and `x` was filled on it, the rows exist, the weights are `outputs` rows of
@@ -64,6 +65,7 @@ pub(super) unsafe fn multiply(
     x: Rows<'_>,
     rows: Range<usize>,
     output: &Output,
+    next: Option<*const u8>,
 ) {
     let inputs = x.width();
     let mut call = Call {
@@ -79,6 +81,7 @@ pub(super) unsafe fn multiply(
         outputs: output.outputs,
         add: output.into == Into::Add,
         bias: output.bias,
+        next,
     };
     SCRATCH.with_borrow_mut(|decoded| {
         let mut grown = |tiles: usize| {
@@ -149,6 +152,7 @@ pub(super) unsafe fn multiply_panels(
         outputs,
         add: false,
         bias: None,
+        next: None,
     };
     // SAFETY: the caller's promise.
     unsafe { multiply_singles(isa, &call) }
@@ -187,6 +191,8 @@ struct Call {
     outputs: usize,
     add: bool,
     bias: Option<*const f32>,
+    /// The weights that are read after these, if not those behind them.
+    next: Option<*const u8>,
 }
 
 impl Call {
@@ -343,7 +349,13 @@ macro_rules! passes {
                 // lie; asking for what was just read costs nothing. One row waits for memory whatever
                 // it does.
                 let fetches = call.rows <= FEW || row + [$($m),*].len() == call.rows;
-                let ahead = if fetches { N * call.tile_bytes } else { 0 };
+                let ahead = match call.next {
+                    _ if !fetches => 0,
+                    Some(next) if tile + N >= call.tiles => {
+                        (next as usize).wrapping_sub(weights as usize)
+                    }
+                    _ => N * call.tile_bytes,
+                };
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {

@@ -10,7 +10,7 @@ use super::cpu::Isa;
 use super::elementwise::{self, Activation};
 use super::packed::Packed;
 use super::panels::Panels;
-use super::pool::{Disjoint, ThreadPool};
+use super::pool::{Disjoint, ThreadPool, last_of, share};
 use super::strassen::{self, Pairing, Quarters};
 use super::{float, integer, quant};
 use crate::checkpoint::TensorBytes;
@@ -240,22 +240,55 @@ pub fn multiply<const N: usize>(
     x: Rows<'_>,
     products: [Product<'_>; N],
 ) {
+    multiply_before(isa, pool, x, products, &[]);
+}
+
+/// As [`multiply`]; `next` are the weights that the pool multiplies with after these.
+fn multiply_before<const N: usize>(
+    isa: Isa,
+    pool: &mut ThreadPool,
+    x: Rows<'_>,
+    products: [Product<'_>; N],
+    next: &[&Linear],
+) {
     let (plan, targets) = plan(x, products);
     // The kernels take whole tiles of rows: there must be one.
     if x.count() == 0 {
         return;
     }
+    let tasks = plan.panels * x.count().div_ceil(ROWS);
+    let threads = pool.threads();
     // The rows of one task after the other's, so that a thread's next task has the same rows.
-    pool.run(plan.panels * x.count().div_ceil(ROWS), |task| {
+    pool.run(tasks, |task| {
         let first = task / plan.panels * ROWS;
         let rows = first..x.count().min(first + ROWS);
+        // With more rows weights are read too seldom for this to matter.
+        let next = if tasks == plan.panels { next } else { &[] };
+        let next = first_of(next, last_of(task, tasks, threads), threads);
         // SAFETY: `isa` is available and was that of `x`; tasks have rows or panels of their own.
-        unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) }
+        unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels, next) }
     });
+}
+
+/// Where a thread begins to read the weights of some products, by [`ThreadPool::run`]'s shares.
+fn first_of(next: &[&Linear], thread: Option<usize>, threads: usize) -> Option<*const u8> {
+    let thread = if next.is_empty() { None } else { thread }?;
+    let outputs = next.iter().map(|weights| weights.outputs);
+    let panel = panel(outputs.clone().sum(), false);
+    let panels = outputs.map(|outputs| outputs.div_ceil(panel));
+    let first = share(thread, panels.clone().sum(), threads).start;
+    let (product, at) = find(first, panels);
+    match &next[product].repacked {
+        Repacked::Panels(panels) => Some(panels.tile(at * panel / LANES)),
+        _ => None,
+    }
 }
 
 /// As [`multiply`], with seven multiplications where there are eight for rows that are paired: for
 /// activations that are not rounded and weights that [`Linear::for_pairs`] has prepared, all of them.
+///
+/// `next` are the weights that the pool multiplies with after these, if known. Few rows are done as
+/// fast as their weights come from memory, so a thread asks for the next ones before it gets there.
 ///
 /// # Panics
 /// As [`multiply`], or when the pairing is of other rows.
@@ -265,11 +298,12 @@ pub fn multiply_paired<const N: usize>(
     x: Rows<'_>,
     pairing: &Pairing,
     products: [Product<'_>; N],
+    next: &[&Linear],
 ) {
     let quarters = products.each_ref().map(|product| product.weights.quarters.as_ref());
     let prepared: Vec<_> = quarters.into_iter().flatten().collect();
     if prepared.len() < N || x.precision() != Precision::Float || !pairing.pairs_rows() {
-        return multiply(isa, pool, x, products);
+        return multiply_before(isa, pool, x, products, next);
     }
     assert_eq!(pairing.rows, x.count(), "rows of the pairing");
     let (plan, targets) = plan(x, products);
@@ -287,7 +321,7 @@ pub fn multiply_paired<const N: usize>(
         if let Some(task) = task.checked_sub(paired) {
             let rows = rest[task / plan.panels].clone();
             // SAFETY: as in `multiply`; no row is in the pairing twice.
-            return unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels) };
+            return unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels, None) };
         }
         let (product, at) = find(task % panels, targets.iter().map(panels_of));
         let (target, block) = (&targets[product], task / panels);
@@ -358,7 +392,8 @@ fn plan<'a, const N: usize>(x: Rows<'_>, products: [Product<'a>; N]) -> (Plan, [
 }
 
 impl Plan {
-    /// Computes some rows of a panel: one of the first product, or of the next.
+    /// Computes some rows of a panel: one of the first product, or of the next. The weights that this
+    /// thread reads then begin at `next`, if not behind these.
     ///
     /// # Safety
     /// `isa` is available and was that of `x`; the rows are there; nobody else writes this panel of
@@ -370,6 +405,7 @@ impl Plan {
         x: Rows<'_>,
         rows: Range<usize>,
         panel: usize,
+        next: Option<*const u8>,
     ) {
         let panels = targets.iter().map(|target| target.weights.outputs.div_ceil(self.panel));
         let (product, at) = find(panel, panels);
@@ -392,13 +428,13 @@ impl Plan {
                 }
                 Repacked::Panels(panels) => {
                     let weights = float::Weights::Panels(panels, first / LANES);
-                    float::multiply(isa, &weights, x, rows, &output);
+                    float::multiply(isa, &weights, x, rows, &output, next);
                     None
                 }
                 _ => {
                     let bytes = weights.rows(first, outputs);
                     let weights = float::Weights::Rows(weights.weight.dtype, bytes);
-                    float::multiply(isa, &weights, x, rows, &output);
+                    float::multiply(isa, &weights, x, rows, &output, None);
                     None
                 }
             };

@@ -2,16 +2,16 @@
 //!
 //! A step runs some two hundred parallel regions of a few microseconds, so parking a thread for
 //! each would cost more than the work. Threads spin for about the length of the gap between two
-//! regions and park only when the step is over.
+//! regions and park only when the step is over. A region does not wait for a thread that is late,
+//! woken but not there or without a core: the others do its share, and it finds the region closed.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::thread::JoinHandle;
-
-use parking_lot::{Condvar, Mutex};
 
 /// Spins before a worker parks, and before a waiting caller yields its core.
 const SPINS: u32 = 4000;
@@ -28,19 +28,37 @@ pub struct ThreadPool {
 }
 
 struct Shared {
-    /// The region in progress. Written by the caller while no worker is inside one.
+    /// The region in progress. Written by the caller while the gate is closed and nobody inside.
     job: UnsafeCell<Option<Job>>,
     /// Of each thread, the caller's last.
     shares: Box<[Share]>,
-    /// Workers that have not yet left the current region.
-    inside: AtomicUsize,
-    /// Counts regions; a change wakes the workers.
-    region: AtomicU32,
+    /// The number of the region, see [`region`], whether it is [`OPEN`] or the pool [`RESTS`], and how
+    /// many workers are inside. A new number wakes the workers.
+    gate: AtomicU64,
     panicked: AtomicBool,
     stop: AtomicBool,
+    /// How many workers are parked.
     parked: AtomicUsize,
-    lock: Mutex<()>,
-    wake: Condvar,
+}
+
+/// The tasks that a thread of a pool takes first.
+pub(super) fn share(thread: usize, tasks: usize, threads: usize) -> Range<usize> {
+    thread * tasks / threads..(thread + 1) * tasks / threads
+}
+
+/// The thread whose share ends with a task.
+pub(super) fn last_of(task: usize, tasks: usize, threads: usize) -> Option<usize> {
+    (0..threads).find(|&thread| share(thread, tasks, threads).end == task + 1)
+}
+
+/// Of the gate: whether workers may enter.
+const OPEN: u64 = 1 << 31;
+/// Whether no region is expected soon. The bits below count who is inside.
+const RESTS: u64 = 1 << 30;
+
+/// The number of a gate's region.
+fn region(gate: u64) -> u64 {
+    gate >> 32
 }
 
 /// The tasks that a thread takes first: neighbours, whose memory is read in one run. A thread that
@@ -50,10 +68,13 @@ struct Shared {
 struct Share {
     next: AtomicUsize,
     end: AtomicUsize,
+    /// Whether the thread is parked, or about to be. Who takes it back counts it out of all parked.
+    parked: AtomicBool,
 }
 
-// SAFETY: `job` is written only between regions (`inside` is zero, see `run`) and read only inside
-// one; the pointer's target is `Sync` and outlives the region because `run` waits for its end.
+// SAFETY: `job` is written only between regions (the gate is closed and counts nobody, see `run`) and
+// read only by who has entered one; the pointer's target is `Sync` and outlives the region, because
+// `run` closes it and waits until all have left.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; nothing in it is tied to a thread.
 unsafe impl Send for Shared {}
@@ -61,26 +82,34 @@ unsafe impl Send for Shared {}
 impl ThreadPool {
     /// A pool that computes with `threads` threads, the caller's among them.
     pub fn new(threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            job: UnsafeCell::new(None),
-            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
-            inside: AtomicUsize::new(0),
-            region: AtomicU32::new(0),
-            panicked: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
-            parked: AtomicUsize::new(0),
-            lock: Mutex::new(()),
-            wake: Condvar::new(),
-        });
-        let threads = (1..threads)
+        let mut pool = Self::of_shares(threads.max(1));
+        pool.threads = (1..threads)
             .map(|i| {
-                let shared = shared.clone();
+                let shared = pool.shared.clone();
                 std::thread::Builder::new()
                     .name(format!("kernel-{i}"))
                     .spawn(move || shared.work_until_stopped(i - 1))
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { shared, threads })
+        Ok(pool)
+    }
+
+    /// A pool of the caller's thread alone: all runs there.
+    pub fn alone() -> Self {
+        Self::of_shares(1)
+    }
+
+    /// Without its threads.
+    fn of_shares(shares: usize) -> Self {
+        let shared = Arc::new(Shared {
+            job: UnsafeCell::new(None),
+            shares: (0..shares).map(|_| Share::default()).collect(),
+            gate: AtomicU64::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            parked: AtomicUsize::new(0),
+        });
+        Self { shared, threads: Vec::new() }
     }
 
     /// How many threads compute.
@@ -103,23 +132,31 @@ impl ThreadPool {
         let erased: Job = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(std::ptr::from_ref(job))
         };
-        // SAFETY: `&mut self`, and no worker is inside a region, so nobody else looks at it.
+        // SAFETY: `&mut self`, and the last region is closed and left, so nobody else looks at it.
         unsafe { *shared.job.get() = Some(erased) };
         let threads = shared.shares.len();
-        for (i, share) in shared.shares.iter().enumerate() {
-            share.next.store(i * tasks / threads, Relaxed);
-            share.end.store((i + 1) * tasks / threads, Relaxed);
+        for (i, of_thread) in shared.shares.iter().enumerate() {
+            let tasks = share(i, tasks, threads);
+            of_thread.next.store(tasks.start, Relaxed);
+            of_thread.end.store(tasks.end, Relaxed);
         }
-        shared.inside.store(self.threads.len(), Relaxed);
+        let number = (region(shared.gate.load(Relaxed)) + 1) & u64::from(u32::MAX);
         // SeqCst pairs with `park`: either the worker sees the new region or we see it parked.
-        shared.region.fetch_add(1, SeqCst);
+        shared.gate.store(number << 32 | OPEN, SeqCst);
         if shared.parked.load(SeqCst) > 0 {
-            let _guard = shared.lock.lock();
-            shared.wake.notify_all();
+            for (share, thread) in shared.shares.iter().zip(&self.threads) {
+                if share.parked.swap(false, SeqCst) {
+                    shared.parked.fetch_sub(1, SeqCst);
+                    thread.thread().unpark();
+                }
+            }
         }
         let own = catch_unwind(AssertUnwindSafe(|| shared.claim(threads - 1, job)));
+        // All tasks are taken, or there was a panic: who enters now finds nothing.
+        let mut inside = shared.gate.fetch_and(!OPEN, AcqRel) & (RESTS - 1);
         let mut spins = 0;
-        while shared.inside.load(Acquire) > 0 {
+        while inside > 0 {
+            inside = shared.gate.load(Acquire) & (RESTS - 1);
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -127,6 +164,12 @@ impl ThreadPool {
             resume_unwind(panic);
         }
         assert!(!shared.panicked.swap(false, Relaxed), "a kernel task panicked on a pool thread");
+    }
+
+    /// Says that no region follows soon: threads that wait for one leave their cores to others at
+    /// once.
+    pub fn rest(&mut self) {
+        self.shared.gate.fetch_or(RESTS, Relaxed);
     }
 
     /// Runs `job(row, a's row, b's row)` for every row of two matrices, some rows to a task.
@@ -158,10 +201,7 @@ impl ThreadPool {
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
-        {
-            let _guard = self.shared.lock.lock();
-            self.shared.wake.notify_all();
-        }
+        self.threads.iter().for_each(|thread| thread.thread().unpark());
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -186,9 +226,9 @@ impl Shared {
 
     fn work_until_stopped(&self, own: usize) {
         let mut seen = 0;
-        while self.wait_for_region(&mut seen) {
-            // SAFETY: a region is on, so the caller of `run` has written the job, which lives
-            // until `inside` is zero, and does not write it meanwhile.
+        while self.enter_region(own, &mut seen) {
+            // SAFETY: entered, so the caller of `run` has written the job, which lives until the
+            // gate counts nobody, and does not write it meanwhile.
             if let Some(job) = unsafe { *self.job.get() } {
                 // SAFETY: as above.
                 let job = unsafe { &*job };
@@ -196,37 +236,43 @@ impl Shared {
                     self.panicked.store(true, Relaxed);
                 }
             }
-            self.inside.fetch_sub(1, AcqRel);
+            self.gate.fetch_sub(1, AcqRel);
         }
     }
 
-    /// Waits for a region later than `seen`; false when the pool stops.
-    fn wait_for_region(&self, seen: &mut u32) -> bool {
-        for spin in 0.. {
-            if self.stop.load(Relaxed) {
-                return false;
-            }
-            let region = self.region.load(Acquire);
-            if region != *seen {
-                *seen = region;
+    /// Waits for a region later than `seen` and enters it; false when the pool stops.
+    fn enter_region(&self, own: usize, seen: &mut u64) -> bool {
+        let mut spins = 0;
+        while !self.stop.load(Relaxed) {
+            let gate = self.gate.load(Acquire);
+            if region(gate) == *seen {
+                spins += 1;
+                match spins < SPINS && gate & RESTS == 0 {
+                    true => std::hint::spin_loop(),
+                    false => self.park(own, *seen),
+                }
+            } else if gate & OPEN == 0 {
+                // Too late for this one; the next is near.
+                (*seen, spins) = (region(gate), 0);
+            } else if self.gate.compare_exchange_weak(gate, gate + 1, AcqRel, Relaxed).is_ok() {
+                *seen = region(gate);
                 return true;
-            }
-            if spin < SPINS {
-                std::hint::spin_loop();
-            } else {
-                self.park(*seen);
             }
         }
         false
     }
 
-    fn park(&self, seen: u32) {
-        let mut guard = self.lock.lock();
+    /// Parks the thread until there is a region later than `seen`.
+    fn park(&self, own: usize, seen: u64) {
+        let parked = &self.shares[own].parked;
         self.parked.fetch_add(1, SeqCst);
-        while self.region.load(SeqCst) == seen && !self.stop.load(SeqCst) {
-            self.wake.wait(&mut guard);
+        parked.store(true, SeqCst);
+        while region(self.gate.load(SeqCst)) == seen && !self.stop.load(SeqCst) {
+            std::thread::park();
         }
-        self.parked.fetch_sub(1, SeqCst);
+        if parked.swap(false, SeqCst) {
+            self.parked.fetch_sub(1, SeqCst);
+        }
     }
 }
 
@@ -275,6 +321,49 @@ mod tests {
                 sum.fetch_add(i, Relaxed);
             });
             assert_eq!(sum.load(Relaxed), 49 * 50 / 2);
+        }
+    }
+
+    #[test]
+    fn threads_that_rest_park_at_once_and_wake_up_again() {
+        let mut pool = ThreadPool::new(3).unwrap();
+        for _ in 0..5 {
+            let ran = AtomicUsize::new(0);
+            pool.run(50, |_| {
+                ran.fetch_add(1, Relaxed);
+            });
+            assert_eq!(ran.load(Relaxed), 50);
+            pool.rest();
+            while pool.shared.parked.load(SeqCst) < 2 {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn a_region_does_not_wait_for_a_thread_that_is_late() {
+        let mut pool = ThreadPool::new(2).unwrap();
+        let (go, late) = (AtomicBool::new(false), AtomicUsize::new(0));
+        // The other thread is held inside a first region's task until the caller has done the rest.
+        pool.run(2, |task| {
+            if task == 1 {
+                go.store(true, SeqCst);
+            } else {
+                while !go.load(SeqCst) {
+                    std::thread::yield_now();
+                }
+                late.fetch_add(1, Relaxed);
+            }
+        });
+        assert_eq!(late.load(Relaxed), 1);
+        // Parked, it is woken by each of these, and most are over before it is there.
+        for _ in 0..1000 {
+            pool.rest();
+            let ran = AtomicUsize::new(0);
+            pool.run(4, |_| {
+                ran.fetch_add(1, Relaxed);
+            });
+            assert_eq!(ran.load(Relaxed), 4);
         }
     }
 

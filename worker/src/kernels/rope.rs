@@ -10,6 +10,7 @@ pub enum Pairs {
 }
 
 /// Rotations of heads.
+#[derive(Clone)]
 pub struct Rope {
     pairs: Pairs,
     frequencies: Vec<f32>,

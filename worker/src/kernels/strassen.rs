@@ -421,7 +421,7 @@ mod tests {
             let rows = activations.of(isa, &mut self.pool, x, inputs);
             match texts {
                 Some(texts) => {
-                    multiply_paired(isa, &mut self.pool, rows, &pairing(texts), [product]);
+                    multiply_paired(isa, &mut self.pool, rows, &pairing(texts), [product], &[]);
                 }
                 None => multiply(isa, &mut self.pool, rows, [product]),
             }
@@ -522,7 +522,7 @@ mod tests {
                     [wide.linear.set(first).bias(Some(&wide.bias)), narrow.linear.set(second)];
                 let x = activations.of(isa, &mut wide.pool, &x, inputs);
                 match paired {
-                    true => multiply_paired(isa, &mut wide.pool, x, &pairing, products),
+                    true => multiply_paired(isa, &mut wide.pool, x, &pairing, products, &[]),
                     false => multiply(isa, &mut wide.pool, x, products),
                 }
                 y
@@ -545,9 +545,9 @@ mod tests {
         let mut activations = Activations::new(Precision::Float);
         let rows = activations.of(isa, &mut case.pool, &case.x, 64);
         let pairing = pairing(&[77]);
-        multiply_paired(isa, &mut case.pool, rows, &pairing, [case.linear.set(&mut plain)]);
+        multiply_paired(isa, &mut case.pool, rows, &pairing, [case.linear.set(&mut plain)], &[]);
         let product = case.linear.set(&mut active).activation(Activation::Gelu);
-        multiply_paired(isa, &mut case.pool, rows, &pairing, [product]);
+        multiply_paired(isa, &mut case.pool, rows, &pairing, [product], &[]);
         gelu(isa, &mut plain);
         assert_eq!(active, plain);
 
