@@ -110,12 +110,15 @@ fn farthest(outputs: &[Output], (expected, width): &(Vec<f32>, usize)) -> f32 {
     differences.fold(0.0, |worst, it| if it <= worst { worst } else { it })
 }
 
-/// Asks for all texts at once, and checks that some alone, and all in small batches, have the same
-/// bits.
+/// Asks for all texts at once, and checks that some alone, and all in small batches and on threads
+/// that compute alone, have the same bits.
 async fn all(path: &Path, inputs: &[Input], wanted: Wanted) -> Vec<Output> {
+    let one = load(path, &Options { threads: 1, ..OPTIONS }).unwrap();
+    let one = start(one, 100_000);
+    let together = ask(&one, inputs, wanted).await;
+    assert_eq!(one.status().pooled_batches, 1);
     let pooler = start(open(path, None), 100_000);
-    let together = ask(&pooler, inputs, wanted).await;
-    assert_eq!(pooler.status().pooled_batches, 1);
+    assert!(ask(&pooler, inputs, wanted).await == together, "vectors depend on the threads");
     for (i, input) in inputs.iter().enumerate().step_by(1 + inputs.len() / 50) {
         let alone = ask(&pooler, std::slice::from_ref(input), wanted).await;
         assert_eq!(alone[0], together[i], "text {i} depends on its batch");

@@ -23,7 +23,7 @@ pub struct Bidirectional {
     config: EncoderConfig,
     isa: Isa,
     threads: ThreadPool,
-    weights: Weights,
+    weights: Arc<Weights>,
     /// Of layers that see everything, and of the others; absent when positions are learned.
     ropes: Option<[Rope; 2]>,
     scratch: Scratch,
@@ -69,7 +69,7 @@ impl Bidirectional {
         Self {
             isa: Isa::best(),
             threads,
-            weights,
+            weights: Arc::new(weights),
             ropes: match config.positions {
                 Positions::Learned { .. } => None,
                 Positions::Rotary { theta, window_theta } => {
@@ -94,6 +94,19 @@ impl Encoder for Bidirectional {
 
     fn threads(&mut self) -> &mut ThreadPool {
         &mut self.threads
+    }
+
+    fn alone(&self) -> Option<Box<dyn Encoder>> {
+        let activations = self.scratch.input.precision();
+        Some(Box::new(Self {
+            config: self.config.clone(),
+            isa: self.isa,
+            threads: ThreadPool::alone(),
+            weights: self.weights.clone(),
+            ropes: self.ropes.clone(),
+            scratch: Scratch { input: Activations::new(activations), ..Scratch::default() },
+            interrupt: Arc::default(),
+        }))
     }
 
     fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError> {

@@ -44,6 +44,11 @@ impl Encoder for Causal {
         self.decoder.threads()
     }
 
+    /// None: it would need a KV pool of its own.
+    fn alone(&self) -> Option<Box<dyn Encoder>> {
+        None
+    }
+
     fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError> {
         let mut free = &self.blocks[..];
         let mut batch = Vec::with_capacity(texts.len());

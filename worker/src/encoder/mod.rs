@@ -45,4 +45,8 @@ pub trait Encoder: Send {
 
     /// The threads that compute, for what comes after the hidden states.
     fn threads(&mut self) -> &mut ThreadPool;
+
+    /// Another encoder of the same weights, which computes the same bits on the thread that calls
+    /// it and on no other. `None` where that would take much memory.
+    fn alone(&self) -> Option<Box<dyn Encoder>>;
 }

@@ -1,5 +1,7 @@
 //! What comes after the hidden states: pooling, and the matrices and norms behind it.
 
+use std::sync::Arc;
+
 use baton_proto::v1::Task;
 
 use super::{Output, Pooling, Wanted};
@@ -76,7 +78,7 @@ pub struct Head {
     pub(super) hidden: usize,
     /// Put together in this order.
     pub(super) pooling: Vec<Pooling>,
-    pub(super) steps: Vec<Step>,
+    pub(super) steps: Vec<Arc<Step>>,
     pub(super) kind: Kind,
     /// Of a text's row.
     pub(super) width: usize,
@@ -90,6 +92,13 @@ impl Head {
         Self { hidden, pooling, steps: Vec::new(), kind, width, scratch }
     }
 
+    /// The same steps, with buffers of its own.
+    pub(super) fn share(&self) -> Self {
+        let scratch = Activations::new(Precision::Float);
+        let (pooling, steps, kind) = (self.pooling.clone(), self.steps.clone(), self.kind.clone());
+        Self { hidden: self.hidden, pooling, steps, kind, width: self.width, scratch }
+    }
+
     /// Adds a step. What does not fit is an error.
     pub(super) fn push(&mut self, step: Step) -> Result<(), String> {
         if let Step::Dense(projection, _) = &step {
@@ -99,7 +108,7 @@ impl Head {
             }
             self.width = outputs;
         }
-        self.steps.push(step);
+        self.steps.push(Arc::new(step));
         Ok(())
     }
 
@@ -183,7 +192,7 @@ impl Head {
         let isa = Isa::best();
         let count = rows.len() / width;
         for step in &self.steps {
-            match step {
+            match &**step {
                 Step::Dense(projection, function) => {
                     self.scratch.fill(isa, threads, count, width, |row, out| {
                         out.copy_from_slice(&rows[row * width..][..width]);

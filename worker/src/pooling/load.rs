@@ -86,6 +86,18 @@ pub struct Loaded {
 }
 
 impl Model {
+    /// The same model to compute with on one's own thread alone, where that takes little memory.
+    pub(super) fn alone(&self) -> Option<Self> {
+        Some(Self {
+            encoder: self.encoder.alone()?,
+            head: self.head.share(),
+            vocab: self.vocab,
+            types: self.types,
+            max_tokens: self.max_tokens,
+            matryoshka: self.matryoshka.clone(),
+        })
+    }
+
     /// Rows of the embedding table.
     pub fn vocab(&self) -> usize {
         self.vocab

@@ -66,6 +66,11 @@ impl Queue {
         self.texts
     }
 
+    /// How many tokens they have.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     /// Takes a call's texts. A call that alone is more than the queue holds is taken when nothing
     /// else waits.
     pub(super) fn push(&mut self, call: &mut NewCall, now: Instant) -> Result<CallId, Refusal> {
@@ -98,6 +103,16 @@ impl Queue {
 
     /// Takes texts of at most `budget` tokens together, or one longer text.
     pub(super) fn take(&mut self, budget: usize, now: Instant) -> Vec<Taken> {
+        self.take_while(now, |tokens, len| tokens == 0 || tokens + len <= budget)
+    }
+
+    /// Takes texts of at most `budget` tokens together; none when the next one is longer.
+    pub(super) fn take_within(&mut self, budget: usize, now: Instant) -> Vec<Taken> {
+        self.take_while(now, |tokens, len| tokens + len <= budget)
+    }
+
+    /// Takes texts as long as `fits` says so, of the tokens taken and those of the next text.
+    fn take_while(&mut self, now: Instant, fits: impl Fn(usize, usize) -> bool) -> Vec<Taken> {
         let aging = self.limits.priority_aging.as_nanos().max(1);
         let level = |waiting: &Waiting| {
             let steps = now.saturating_duration_since(waiting.arrived).as_nanos() / aging;
@@ -113,7 +128,7 @@ impl Queue {
             let Some(waiting) = self.waiting.get_mut(&call) else { break };
             let index = waiting.taken;
             let len = waiting.inputs[index].tokens.len();
-            if !batch.is_empty() && tokens + len > budget {
+            if !fits(tokens, len) {
                 break;
             }
             batch.push(Taken { call, index, input: std::mem::take(&mut waiting.inputs[index]) });
@@ -190,6 +205,16 @@ mod tests {
             served += queue.take(100, now).iter().filter(|taken| taken.call == long).count();
         }
         assert!(served >= 5, "{served} texts of the long call");
+    }
+
+    #[test]
+    fn a_share_takes_no_text_that_is_longer() {
+        let (mut queue, now) = (Queue::new(LIMITS), Instant::now());
+        let call = queue.push(&mut call(0, &[40, 60, 101, 10]), now).unwrap();
+        assert_eq!(ids(&queue.take_within(100, now)), [(call, 0), (call, 1)]);
+        assert_eq!((queue.take_within(100, now).len(), queue.texts(), queue.tokens()), (0, 2, 111));
+        assert_eq!(ids(&queue.take(100, now)), [(call, 2)]);
+        assert_eq!(ids(&queue.take_within(100, now)), [(call, 3)]);
     }
 
     #[test]

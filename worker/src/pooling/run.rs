@@ -1,5 +1,9 @@
 //! The thread that computes batches, and the way to it. Who brings a short text while the thread is
 //! idle computes it himself: to wake the thread, and to be woken by it, takes a tenth of the time.
+//!
+//! All threads compute one batch together, for that is how its texts are answered soonest. When many
+//! batches wait, each thread computes batches of its own instead: none waits for the others, which
+//! it otherwise does some hundred times in a batch, and longest when the system takes a core away.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -35,6 +39,9 @@ const MAX_ANSWER_BYTES: usize = MAX_MESSAGE_BYTES / 8 * 7;
 /// what else his thread does.
 const BRIEF: (usize, Duration) = (64, Duration::from_millis(4));
 
+/// Fewest tokens of a batch that a thread computes alone: weights are read once for all of them.
+const LEAST_ALONE: usize = 256;
+
 /// What calls are checked against.
 struct Bounds {
     tasks: Vec<Task>,
@@ -57,17 +64,31 @@ pub struct Pooler {
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
-    /// Raised when nobody waits for the batch in progress.
-    interrupt: Arc<AtomicBool>,
+    budget: usize,
     /// Locked before `state`, or without waiting.
     work: Mutex<Work>,
+    /// One for each thread, to compute alone; none where the model cannot be shared. They are locked
+    /// by who holds `work`.
+    alone: Vec<Mutex<Work>>,
 }
 
 /// What computes.
 struct Work {
     model: Model,
+    /// Which of the batches in progress is its own.
+    slot: usize,
     /// Kept from batch to batch.
     states: Vec<f32>,
+}
+
+/// A batch that is computed.
+#[derive(Default)]
+struct Running {
+    /// Calls with texts in it.
+    calls: BTreeSet<CallId>,
+    texts: usize,
+    /// Raised when nobody waits for it.
+    interrupt: Arc<AtomicBool>,
 }
 
 type Batch = Vec<(Taken, Wanted)>;
@@ -76,9 +97,8 @@ struct State {
     queue: Queue,
     /// Calls that are not answered, by their number.
     calls: BTreeMap<CallId, Call>,
-    /// Calls with texts in the batch that is computed, and how many texts it has.
-    computing: BTreeSet<CallId>,
-    computing_texts: usize,
+    /// The batch of all threads, then that of each thread alone.
+    running: Vec<Running>,
     /// How long batches of few tokens took lately; none was computed before the first.
     brief: Option<Duration>,
     pooled_inputs: u64,
@@ -109,11 +129,23 @@ impl Pooler {
             max_tokens: model.max_tokens,
             matryoshka: model.matryoshka.clone(),
         };
+        let threads = model.encoder.threads().threads();
+        let alone: Vec<Model> = match threads {
+            1 => Vec::new(),
+            _ => (0..threads).map_while(|_| model.alone()).collect(),
+        };
+        let mut running = Vec::new();
+        let mut work = |mut model: Model| {
+            let batch = Running::default();
+            model.encoder.set_interrupt(batch.interrupt.clone());
+            running.push(batch);
+            Mutex::new(Work { model, slot: running.len() - 1, states: Vec::new() })
+        };
+        let (together, alone) = (work(model), alone.into_iter().map(&mut work).collect());
         let state = State {
             queue: Queue::new(settings.limits),
             calls: BTreeMap::new(),
-            computing: BTreeSet::new(),
-            computing_texts: 0,
+            running,
             brief: None,
             pooled_inputs: 0,
             pooled_batches: 0,
@@ -121,18 +153,16 @@ impl Pooler {
             draining: false,
             stopping: false,
         };
-        let interrupt: Arc<AtomicBool> = Arc::default();
-        model.encoder.set_interrupt(interrupt.clone());
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             wake: Condvar::new(),
-            interrupt,
-            work: Mutex::new(Work { model, states: Vec::new() }),
+            budget: settings.max_batch_tokens,
+            work: together,
+            alone,
         });
         let running = shared.clone();
-        let budget = settings.max_batch_tokens;
         let thread =
-            std::thread::Builder::new().name("pooler".into()).spawn(move || running.run(budget))?;
+            std::thread::Builder::new().name("pooler".into()).spawn(move || running.run())?;
         Ok(Self { shared, bounds, settings, thread: Mutex::new(Some(thread)) })
     }
 
@@ -146,7 +176,7 @@ impl Pooler {
         }
         let (count, arrived) = (call.inputs.len(), Instant::now());
         let tokens: usize = call.inputs.iter().map(|input| input.tokens.len()).sum();
-        let idle = state.queue.texts() == 0 && state.computing.is_empty();
+        let idle = state.queue.texts() == 0 && state.running.iter().all(|batch| batch.texts == 0);
         // One batch holds all of it: nobody would be woken for a rest.
         let most = BRIEF.0.min(self.settings.max_batch_tokens);
         let brief = tokens <= most && state.brief.is_some_and(|took| took <= BRIEF.1);
@@ -163,7 +193,7 @@ impl Pooler {
         let work = (idle && brief).then(|| self.shared.work.try_lock()).flatten();
         match work {
             Some(mut work) => {
-                let batch = state.take(self.settings.max_batch_tokens, &self.shared.interrupt);
+                let batch = state.take(work.slot, |queue, now| queue.take(self.shared.budget, now));
                 drop(state);
                 self.shared.compute(&mut work, batch);
             }
@@ -178,7 +208,7 @@ impl Pooler {
     pub fn status(&self) -> WorkerStatus {
         let state = self.shared.state.lock();
         WorkerStatus {
-            running: state.computing_texts as u32,
+            running: state.running.iter().map(|batch| batch.texts as u32).sum(),
             waiting: state.queue.texts() as u32,
             max_waiting: self.settings.limits.texts as u32,
             prompt_tokens: state.prompt_tokens,
@@ -201,8 +231,10 @@ impl Pooler {
 
     /// Ends all calls and the thread.
     pub fn stop(&self) {
-        self.shared.state.lock().stopping = true;
-        self.shared.interrupt.store(true, Ordering::Relaxed);
+        let mut state = self.shared.state.lock();
+        state.stopping = true;
+        state.running.iter().for_each(|batch| batch.interrupt.store(true, Ordering::Relaxed));
+        drop(state);
         self.shared.wake.notify_one();
         if let Some(thread) = self.thread.lock().take() {
             let _ = thread.join();
@@ -317,15 +349,17 @@ impl Drop for CallHandle {
         if state.calls.remove(&self.id).is_none() {
             return;
         }
-        let State { calls, computing, .. } = &*state;
-        if computing.contains(&self.id) && !computing.iter().any(|id| calls.contains_key(id)) {
-            self.shared.interrupt.store(true, Ordering::Relaxed);
+        let State { calls, running, .. } = &*state;
+        for batch in running.iter().filter(|batch| batch.calls.contains(&self.id)) {
+            if !batch.calls.iter().any(|id| calls.contains_key(id)) {
+                batch.interrupt.store(true, Ordering::Relaxed);
+            }
         }
     }
 }
 
 impl Shared {
-    fn run(&self, budget: usize) {
+    fn run(&self) {
         while self.wait() {
             let mut work = self.work.lock();
             loop {
@@ -333,11 +367,46 @@ impl Shared {
                 if state.queue.texts() == 0 || state.stopping {
                     break;
                 }
-                let batch = state.take(budget, &self.interrupt);
+                if self.share(&state) > 0 {
+                    drop(state);
+                    work.model.encoder.threads().run(self.alone.len(), |i| self.run_alone(i));
+                    state = self.state.lock();
+                    if state.queue.texts() == 0 || state.stopping {
+                        break;
+                    }
+                }
+                let batch = state.take(work.slot, |queue, now| queue.take(self.budget, now));
                 drop(state);
                 self.compute(&mut work, batch);
             }
         }
+    }
+
+    /// Computes batches on this thread alone as long as there is a share for it.
+    fn run_alone(&self, thread: usize) {
+        let mut work = self.alone[thread].lock();
+        loop {
+            let mut state = self.state.lock();
+            let share = self.share(&state);
+            if share == 0 || state.stopping {
+                return;
+            }
+            let batch = state.take(work.slot, |queue, now| queue.take_within(share, now));
+            drop(state);
+            // The next text is a long one: all threads compute it together.
+            if batch.is_empty() {
+                return;
+            }
+            self.compute(&mut work, batch);
+        }
+    }
+
+    /// Tokens of the batch that a thread may compute alone. So much less than what waits that all
+    /// threads are done with their last ones at about the same time (guided self-scheduling,
+    /// Polychronopoulos and Kuck 1987); 0 when that is too little.
+    fn share(&self, state: &State) -> usize {
+        let share = state.queue.tokens() / (2 * self.alone.len()).max(1);
+        if self.alone.is_empty() || share < LEAST_ALONE { 0 } else { share.min(self.budget) }
     }
 
     /// Waits for texts. False at the end, when all calls are failed.
@@ -358,7 +427,7 @@ impl Shared {
     fn compute(&self, work: &mut Work, batch: Batch) {
         let wanted: Vec<Wanted> = batch.iter().map(|(_, wanted)| *wanted).collect();
         let texts: Vec<Taken> = batch.into_iter().map(|(taken, _)| taken).collect();
-        let Work { model, states } = work;
+        let &mut Work { ref mut model, slot, ref mut states } = work;
         let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted, states));
         let began = Instant::now();
         let result = match catch_unwind(pass) {
@@ -371,18 +440,25 @@ impl Shared {
         if let Err(Failure::Failed(reason)) = &result {
             error!(reason, texts = texts.len(), "a batch failed");
         }
-        self.deliver(&texts, result, began.elapsed());
+        self.deliver(slot, &texts, result, began.elapsed());
     }
 
-    fn deliver(&self, texts: &[Taken], result: Result<Vec<Output>, Failure>, took: Duration) {
+    fn deliver(
+        &self,
+        slot: usize,
+        texts: &[Taken],
+        result: Result<Vec<Output>, Failure>,
+        took: Duration,
+    ) {
         let tokens: usize = texts.iter().map(|taken| taken.input.tokens.len()).sum();
         let mut state = self.state.lock();
-        if tokens <= BRIEF.0 && result.is_ok() {
+        if tokens <= BRIEF.0 && slot == 0 && result.is_ok() {
             // One that was held up says little.
             state.brief = Some(state.brief.map_or(took, |before| (3 * before + took) / 4));
         }
         let state = &mut *state;
-        (state.computing, state.computing_texts) = (BTreeSet::new(), 0);
+        let batch = &mut state.running[slot];
+        (batch.calls, batch.texts) = (BTreeSet::new(), 0);
         let outputs = match result {
             Ok(outputs) => outputs,
             Err(failure) => {
@@ -420,12 +496,13 @@ impl Shared {
 
 impl State {
     /// The next batch, of texts that wait.
-    fn take(&mut self, budget: usize, interrupt: &AtomicBool) -> Batch {
-        interrupt.store(false, Ordering::Relaxed);
+    fn take(&mut self, slot: usize, of: impl FnOnce(&mut Queue, Instant) -> Vec<Taken>) -> Batch {
         let now = Instant::now();
-        let batch = self.queue.take(budget, now);
-        self.computing = batch.iter().map(|taken| taken.call).collect();
-        self.computing_texts = batch.len();
+        let batch = of(&mut self.queue, now);
+        let running = &mut self.running[slot];
+        running.interrupt.store(false, Ordering::Relaxed);
+        running.calls = batch.iter().map(|taken| taken.call).collect();
+        running.texts = batch.len();
         let wanted = batch.into_iter().filter_map(|taken| {
             let call = self.calls.get_mut(&taken.call)?;
             call.started.get_or_insert(now);
@@ -454,6 +531,9 @@ impl Model {
             rest = after;
             rows.push((own, wanted));
         }
-        Ok(self.head.apply(self.encoder.threads(), &rows))
+        let outputs = self.head.apply(self.encoder.threads(), &rows);
+        // Who waits for the answer wants a core now.
+        self.encoder.threads().rest();
+        Ok(outputs)
     }
 }
