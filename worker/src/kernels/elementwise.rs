@@ -173,7 +173,7 @@ pub(super) fn finish(
 
 /// `x = activation(x)`.
 fn activate(isa: Isa, activation: Activation, x: &mut [f32]) {
-    debug_assert!(x.len().is_multiple_of(LANES));
+    assert!(x.len().is_multiple_of(LANES));
     // SAFETY: a multiple of sixteen elements.
     unsafe {
         match activation {
@@ -245,7 +245,7 @@ unsafe fn gelu_tanh<V: Lanes>(x: V) -> V {
 /// It is `max(x, 0) − |x| Q(|x|)` with the tail `Q(a) = e^(−a²/2) (c₁ t + … + c₈ t⁸)`, `t = 1 / (1 +
 /// p a)`: the form of Hastings (1955; Abramowitz and Stegun 7.1.26), with more terms and with `p`
 /// and the coefficients fitted to `erfc` in double precision for the least relative error over
-/// 0..12, 8e-8. So small results keep their digits too.
+/// 0..12, 8e-8. So small results keep their digits too; rounding of the exponent adds `a²` times 6e-8.
 #[inline(always)]
 #[allow(clippy::excessive_precision)]
 unsafe fn times_normal<V: Lanes>(x: V) -> V {

@@ -1,8 +1,8 @@
 //! Sixteen float32 lanes.
 //!
 //! A kernel is written once over [`Lanes`] and compiled once per instruction set. All
-//! implementations keep sixteen partial sums, so they differ only in rounding of the fused
-//! multiply-add that the portable one lacks.
+//! implementations keep sixteen partial sums, so they differ only in rounding: of the fused
+//! multiply-add that the portable one lacks, and of [`Lanes::reciprocal`].
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;

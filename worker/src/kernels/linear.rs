@@ -263,16 +263,18 @@ fn multiply_before<const N: usize>(
         let first = task / plan.panels * ROWS;
         let rows = first..x.count().min(first + ROWS);
         // With more rows weights are read too seldom for this to matter.
-        let next = if tasks == plan.panels { next } else { &[] };
-        let next = first_of(next, last_of(task, tasks, threads), threads);
+        let next = match tasks == plan.panels && !next.is_empty() {
+            true => last_of(task, tasks, threads),
+            false => None,
+        }
+        .and_then(|thread| first_of(next, thread, threads));
         // SAFETY: `isa` is available and was that of `x`; tasks have rows or panels of their own.
         unsafe { plan.compute(isa, &targets, x, rows, task % plan.panels, next) }
     });
 }
 
 /// Where a thread begins to read the weights of some products, by [`ThreadPool::run`]'s shares.
-fn first_of(next: &[&Linear], thread: Option<usize>, threads: usize) -> Option<*const u8> {
-    let thread = if next.is_empty() { None } else { thread }?;
+fn first_of(next: &[&Linear], thread: usize, threads: usize) -> Option<*const u8> {
     let outputs = next.iter().map(|weights| weights.outputs);
     let panel = panel(outputs.clone().sum(), false);
     let panels = outputs.map(|outputs| outputs.div_ceil(panel));

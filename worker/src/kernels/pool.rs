@@ -2,8 +2,8 @@
 //!
 //! A step runs some two hundred parallel regions of a few microseconds, so parking a thread for
 //! each would cost more than the work. Threads spin for about the length of the gap between two
-//! regions and park only when the step is over. A region does not wait for a thread that is late,
-//! woken but not there or without a core: the others do its share, and it finds the region closed.
+//! regions and park only when the step is over. A region does not wait for a thread that has not
+//! come, woken a moment ago or without a core: the others do its share, and it finds the region closed.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
@@ -46,9 +46,10 @@ pub(super) fn share(thread: usize, tasks: usize, threads: usize) -> Range<usize>
     thread * tasks / threads..(thread + 1) * tasks / threads
 }
 
-/// The thread whose share ends with a task.
+/// The thread whose share, of some tasks, ends with this one.
 pub(super) fn last_of(task: usize, tasks: usize, threads: usize) -> Option<usize> {
-    (0..threads).find(|&thread| share(thread, tasks, threads).end == task + 1)
+    let thread = ((task + 1) * threads).div_ceil(tasks) - 1;
+    (share(thread, tasks, threads).end == task + 1).then_some(thread)
 }
 
 /// Of the gate: whether workers may enter.
@@ -83,14 +84,13 @@ impl ThreadPool {
     /// A pool that computes with `threads` threads, the caller's among them.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let mut pool = Self::of_shares(threads.max(1));
-        pool.threads = (1..threads)
-            .map(|i| {
-                let shared = pool.shared.clone();
-                std::thread::Builder::new()
-                    .name(format!("kernel-{i}"))
-                    .spawn(move || shared.work_until_stopped(i - 1))
-            })
-            .collect::<Result<_, _>>()?;
+        for i in 1..threads {
+            let shared = pool.shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("kernel-{i}"))
+                .spawn(move || shared.work_until_stopped(i - 1))?;
+            pool.threads.push(thread);
+        }
         Ok(pool)
     }
 
@@ -160,10 +160,11 @@ impl ThreadPool {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
+        let panicked = shared.panicked.swap(false, Relaxed);
         if let Err(panic) = own {
             resume_unwind(panic);
         }
-        assert!(!shared.panicked.swap(false, Relaxed), "a kernel task panicked on a pool thread");
+        assert!(!panicked, "a kernel task panicked on a pool thread");
     }
 
     /// Says that no region follows soon: threads that wait for one leave their cores to others at
@@ -262,12 +263,13 @@ impl Shared {
         false
     }
 
-    /// Parks the thread until there is a region later than `seen`.
+    /// Parks the thread once, unless there is a region later than `seen`. It may come back without
+    /// one, woken late for that which it has seen: then it must say again that it is parked.
     fn park(&self, own: usize, seen: u64) {
         let parked = &self.shares[own].parked;
         self.parked.fetch_add(1, SeqCst);
         parked.store(true, SeqCst);
-        while region(self.gate.load(SeqCst)) == seen && !self.stop.load(SeqCst) {
+        if region(self.gate.load(SeqCst)) == seen && !self.stop.load(SeqCst) {
             std::thread::park();
         }
         if parked.swap(false, SeqCst) {
@@ -341,24 +343,10 @@ mod tests {
     }
 
     #[test]
-    fn a_region_does_not_wait_for_a_thread_that_is_late() {
-        let mut pool = ThreadPool::new(2).unwrap();
-        let (go, late) = (AtomicBool::new(false), AtomicUsize::new(0));
-        // The other thread is held inside a first region's task until the caller has done the rest.
-        pool.run(2, |task| {
-            if task == 1 {
-                go.store(true, SeqCst);
-            } else {
-                while !go.load(SeqCst) {
-                    std::thread::yield_now();
-                }
-                late.fetch_add(1, Relaxed);
-            }
-        });
-        assert_eq!(late.load(Relaxed), 1);
-        // Parked, it is woken by each of these, and most are over before it is there.
-        for _ in 0..1000 {
-            pool.rest();
+    fn a_region_does_not_wait_for_a_thread_that_does_not_come() {
+        let mut pool = ThreadPool::of_shares(2);
+        pool.threads.push(std::thread::spawn(|| {}));
+        for _ in 0..3 {
             let ran = AtomicUsize::new(0);
             pool.run(4, |_| {
                 ran.fetch_add(1, Relaxed);
@@ -368,8 +356,59 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_that_was_woken_late_parks_again_and_wakes_up() {
+        let mut pool = ThreadPool::new(2).unwrap();
+        let until_parked = |pool: &ThreadPool| {
+            while !pool.shared.shares[0].parked.load(SeqCst) {
+                std::thread::yield_now();
+            }
+        };
+        for _ in 0..100 {
+            pool.rest();
+            until_parked(&pool);
+            // As a caller does that lost its core after opening a region that the thread has left.
+            assert!(pool.shared.shares[0].parked.swap(false, SeqCst));
+            pool.shared.parked.fetch_sub(1, SeqCst);
+            pool.threads[0].thread().unpark();
+            until_parked(&pool);
+            let came = AtomicBool::new(false);
+            pool.run(2, |task| {
+                // The caller's share is the last.
+                match task {
+                    0 => came.store(true, SeqCst),
+                    _ => {
+                        while !came.load(SeqCst) {
+                            std::thread::yield_now();
+                        }
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_share_ends_with_its_last_task() {
+        for threads in 1..9 {
+            for tasks in 1..40 {
+                let ends =
+                    (0..threads).map(|i| share(i, tasks, threads)).filter(|it| !it.is_empty());
+                let expected: Vec<usize> = ends.map(|tasks| tasks.end - 1).collect();
+                let got: Vec<usize> =
+                    (0..tasks).filter(|&task| last_of(task, tasks, threads).is_some()).collect();
+                assert_eq!(got, expected, "{tasks} tasks of {threads} threads");
+                for task in got {
+                    let thread = last_of(task, tasks, threads).unwrap();
+                    assert!(share(thread, tasks, threads).contains(&task), "{task} of {tasks}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let mut pool = ThreadPool::new(2).unwrap();
+        // Of both threads at once.
+        assert!(catch_unwind(AssertUnwindSafe(|| pool.run(16, |_| panic!("all")))).is_err());
         for _ in 0..20 {
             let run = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(16, |i| assert!(i != 7, "task seven"));

@@ -39,7 +39,7 @@ const MAX_ANSWER_BYTES: usize = MAX_MESSAGE_BYTES / 8 * 7;
 /// what else his thread does.
 const BRIEF: (usize, Duration) = (64, Duration::from_millis(4));
 
-/// Fewest tokens of a batch that a thread computes alone: weights are read once for all of them.
+/// A thread computes a batch alone when it may hold so many tokens: weights are read once for all.
 const LEAST_ALONE: usize = 256;
 
 /// What calls are checked against.
@@ -67,8 +67,8 @@ struct Shared {
     budget: usize,
     /// Locked before `state`, or without waiting.
     work: Mutex<Work>,
-    /// One for each thread, to compute alone; none where the model cannot be shared. They are locked
-    /// by who holds `work`.
+    /// One for each thread, to compute alone; none where the model cannot be shared. Locked in a region
+    /// of `work`'s threads, by its task of the same number.
     alone: Vec<Mutex<Work>>,
 }
 
@@ -99,6 +99,8 @@ struct State {
     calls: BTreeMap<CallId, Call>,
     /// The batch of all threads, then that of each thread alone.
     running: Vec<Running>,
+    /// Threads that compute alone are to end, for one of them found no share.
+    meeting: bool,
     /// How long batches of few tokens took lately; none was computed before the first.
     brief: Option<Duration>,
     pooled_inputs: u64,
@@ -146,6 +148,7 @@ impl Pooler {
             queue: Queue::new(settings.limits),
             calls: BTreeMap::new(),
             running,
+            meeting: false,
             brief: None,
             pooled_inputs: 0,
             pooled_batches: 0,
@@ -344,17 +347,7 @@ impl CallHandle {
 
 impl Drop for CallHandle {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
-        state.queue.remove(self.id);
-        if state.calls.remove(&self.id).is_none() {
-            return;
-        }
-        let State { calls, running, .. } = &*state;
-        for batch in running.iter().filter(|batch| batch.calls.contains(&self.id)) {
-            if !batch.calls.iter().any(|id| calls.contains_key(id)) {
-                batch.interrupt.store(true, Ordering::Relaxed);
-            }
-        }
+        self.shared.state.lock().remove(self.id);
     }
 }
 
@@ -368,6 +361,7 @@ impl Shared {
                     break;
                 }
                 if self.share(&state) > 0 {
+                    state.meeting = false;
                     drop(state);
                     work.model.encoder.threads().run(self.alone.len(), |i| self.run_alone(i));
                     state = self.state.lock();
@@ -382,31 +376,43 @@ impl Shared {
         }
     }
 
-    /// Computes batches on this thread alone as long as there is a share for it.
+    /// Computes batches on this thread alone, until one of the threads finds no share: none must sit
+    /// idle while others go on, for it comes back with all of them only.
     fn run_alone(&self, thread: usize) {
         let mut work = self.alone[thread].lock();
         loop {
             let mut state = self.state.lock();
+            if state.meeting || state.stopping {
+                return;
+            }
             let share = self.share(&state);
-            if share == 0 || state.stopping {
-                return;
-            }
-            let batch = state.take(work.slot, |queue, now| queue.take_within(share, now));
-            drop(state);
-            // The next text is a long one: all threads compute it together.
+            let batch = match share {
+                0 => Batch::new(),
+                _ => state.take(work.slot, |queue, now| queue.take_within(share, now)),
+            };
+            // Too little waits, or the next text is a long one: all threads compute it together.
             if batch.is_empty() {
+                state.meeting = true;
                 return;
             }
+            drop(state);
             self.compute(&mut work, batch);
         }
     }
 
-    /// Tokens of the batch that a thread may compute alone. So much less than what waits that all
-    /// threads are done with their last ones at about the same time (guided self-scheduling,
-    /// Polychronopoulos and Kuck 1987); 0 when that is too little.
+    /// Most tokens of a batch that a thread computes alone; 0 when too few wait.
+    ///
+    /// So much less than what waits that all threads are done with their last ones at about the same
+    /// time (guided self-scheduling, Polychronopoulos and Kuck 1987). And no more than twice a thread's
+    /// part of a common batch, or little: a text in it is answered when all of it is done.
     fn share(&self, state: &State) -> usize {
-        let share = state.queue.tokens() / (2 * self.alone.len()).max(1);
-        if self.alone.is_empty() || share < LEAST_ALONE { 0 } else { share.min(self.budget) }
+        let threads = self.alone.len();
+        if threads == 0 {
+            return 0;
+        }
+        let share = state.queue.tokens() / (2 * threads);
+        let most = (2 * self.budget / threads).max(LEAST_ALONE).min(self.budget);
+        if share < LEAST_ALONE { 0 } else { share.min(most) }
     }
 
     /// Waits for texts. False at the end, when all calls are failed.
@@ -463,8 +469,7 @@ impl Shared {
             Ok(outputs) => outputs,
             Err(failure) => {
                 for taken in texts {
-                    state.queue.remove(taken.call);
-                    if let Some(call) = state.calls.remove(&taken.call) {
+                    if let Some(call) = state.remove(taken.call) {
                         let _ = call.answer.send(Err(failure.clone()));
                     }
                 }
@@ -495,6 +500,18 @@ impl Shared {
 }
 
 impl State {
+    /// Removes a call and what is left of it, and gives up the batches that nobody waits for then.
+    fn remove(&mut self, id: CallId) -> Option<Call> {
+        self.queue.remove(id);
+        let call = self.calls.remove(&id)?;
+        for batch in self.running.iter().filter(|batch| batch.calls.contains(&id)) {
+            if !batch.calls.iter().any(|id| self.calls.contains_key(id)) {
+                batch.interrupt.store(true, Ordering::Relaxed);
+            }
+        }
+        Some(call)
+    }
+
     /// The next batch, of texts that wait.
     fn take(&mut self, slot: usize, of: impl FnOnce(&mut Queue, Instant) -> Vec<Taken>) -> Batch {
         let now = Instant::now();
