@@ -109,7 +109,7 @@ impl Encoder for Bidirectional {
         }))
     }
 
-    fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn encode(&mut self, texts: &[Text<'_>]) -> Result<(&[f32], &mut ThreadPool), ModelError> {
         let Self { config, isa, threads, weights, ropes, scratch, interrupt } = self;
         let isa = *isa;
         let (hidden, ffn, head_dim) = (config.hidden, config.ffn, config.head_dim());
@@ -250,9 +250,7 @@ impl Encoder for Bidirectional {
         if let Some(norm) = &weights.final_norm {
             threads.for_rows((x, hidden), (attended, hidden), |_, x, _| norm.in_place(isa, x));
         }
-        states.clear();
-        states.extend_from_slice(x);
-        Ok(())
+        Ok((x, threads))
     }
 }
 

@@ -49,7 +49,7 @@ impl Encoder for Causal {
         None
     }
 
-    fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn encode(&mut self, texts: &[Text<'_>]) -> Result<(&[f32], &mut ThreadPool), ModelError> {
         let mut free = &self.blocks[..];
         let mut batch = Vec::with_capacity(texts.len());
         for Text { tokens, .. } in texts {
@@ -62,6 +62,6 @@ impl Encoder for Causal {
                 ..SequenceSlice::default()
             });
         }
-        self.decoder.forward_hidden(&batch, &self.kv, states)
+        self.decoder.forward_hidden(&batch, &self.kv)
     }
 }

@@ -39,11 +39,11 @@ pub trait Encoder: Send {
     /// Gives the encoder a flag that stops a pass, as [`crate::model::Model::set_interrupt`] does.
     fn set_interrupt(&mut self, flag: Arc<AtomicBool>);
 
-    /// Encodes all texts in one pass. `states` is resized to `tokens × hidden`, in the order of the
-    /// texts.
-    fn encode(&mut self, texts: &[Text<'_>], states: &mut Vec<f32>) -> Result<(), ModelError>;
+    /// Encodes all texts in one pass. Gives the hidden states, `tokens × hidden` in the order of the
+    /// texts, and the threads for what comes after them.
+    fn encode(&mut self, texts: &[Text<'_>]) -> Result<(&[f32], &mut ThreadPool), ModelError>;
 
-    /// The threads that compute, for what comes after the hidden states.
+    /// The threads that compute.
     fn threads(&mut self) -> &mut ThreadPool;
 
     /// Another encoder of the same weights, which computes the same bits on the thread that calls

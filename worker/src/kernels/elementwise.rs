@@ -150,6 +150,21 @@ pub enum Activation {
     Gelu,
 }
 
+impl Activation {
+    /// Of sixteen elements.
+    #[inline(always)]
+    pub(super) unsafe fn apply<V: Lanes>(self, x: V) -> V {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            match self {
+                Self::Silu => silu(x),
+                Self::GeluTanh => gelu_tanh(x),
+                Self::Gelu => times_normal(x),
+            }
+        }
+    }
+}
+
 /// What follows a product, for some of a row: `x = activation(x + bias)`, where there are such.
 pub(super) fn finish(
     isa: Isa,

@@ -18,7 +18,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::arena::Arena;
 use super::cpu::{Isa, dispatch};
-use super::elementwise::{self, Activation};
+use super::elementwise::Activation;
 use super::float;
 use super::floats::Floats;
 use super::lanes::{LANES, Lanes, Portable};
@@ -270,13 +270,6 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
                 float::multiply_panels(isa, &task.weights.0, tile, x, pairs.count, y, PANEL);
             }
             combine(isa, task, products);
-            if task.activation.is_none() {
-                return;
-            }
-            for y in (0..pairs.count).flat_map(|pair| task.results(pair)) {
-                let y = std::slice::from_raw_parts_mut(y, PANEL);
-                elementwise::finish(isa, None, task.activation, y);
-            }
         }
     });
 }
@@ -354,6 +347,9 @@ unsafe fn put<V: Lanes>(task: &Task<'_>, row: usize, output: usize, mut sum: V) 
         }
         if task.add {
             sum = V::load(y).add(sum);
+        }
+        if let Some(activation) = task.activation {
+            sum = activation.apply(sum);
         }
         sum.store(y);
     }

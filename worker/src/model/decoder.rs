@@ -163,12 +163,9 @@ impl Decoder {
         &mut self,
         batch: &[SequenceSlice<'_>],
         kv: &KvPool,
-        states: &mut Vec<f32>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(&[f32], &mut ThreadPool), ModelError> {
         self.layers(batch, kv)?;
-        states.clear();
-        states.extend_from_slice(self.scratch.input.view().floats());
-        Ok(())
+        Ok((self.scratch.input.view().floats(), &mut self.threads))
     }
 }
 

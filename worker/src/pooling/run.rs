@@ -77,8 +77,6 @@ struct Work {
     model: Model,
     /// Which of the batches in progress is its own.
     slot: usize,
-    /// Kept from batch to batch.
-    states: Vec<f32>,
 }
 
 /// A batch that is computed.
@@ -141,7 +139,7 @@ impl Pooler {
             let batch = Running::default();
             model.encoder.set_interrupt(batch.interrupt.clone());
             running.push(batch);
-            Mutex::new(Work { model, slot: running.len() - 1, states: Vec::new() })
+            Mutex::new(Work { model, slot: running.len() - 1 })
         };
         let (together, alone) = (work(model), alone.into_iter().map(&mut work).collect());
         let state = State {
@@ -433,8 +431,8 @@ impl Shared {
     fn compute(&self, work: &mut Work, batch: Batch) {
         let wanted: Vec<Wanted> = batch.iter().map(|(_, wanted)| *wanted).collect();
         let texts: Vec<Taken> = batch.into_iter().map(|(taken, _)| taken).collect();
-        let &mut Work { ref mut model, slot, ref mut states } = work;
-        let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted, states));
+        let &mut Work { ref mut model, slot } = work;
+        let pass = AssertUnwindSafe(|| model.compute(&texts, &wanted));
         let began = Instant::now();
         let result = match catch_unwind(pass) {
             Ok(Ok(outputs)) => Ok(outputs),
@@ -534,23 +532,22 @@ impl Model {
         &mut self,
         texts: &[Taken],
         wanted: &[Wanted],
-        states: &mut Vec<f32>,
     ) -> Result<Vec<Output>, ModelError> {
         let inputs: Vec<Text<'_>> = texts
             .iter()
             .map(|taken| Text { tokens: &taken.input.tokens, types: &taken.input.types })
             .collect();
-        self.encoder.encode(&inputs, states)?;
-        let mut rest = &states[..];
+        let hidden = self.encoder.hidden();
+        let (mut rest, threads) = self.encoder.encode(&inputs)?;
         let mut rows = Vec::with_capacity(texts.len());
         for (text, &wanted) in inputs.iter().zip(wanted) {
-            let (own, after) = rest.split_at(text.tokens.len() * self.encoder.hidden());
+            let (own, after) = rest.split_at(text.tokens.len() * hidden);
             rest = after;
             rows.push((own, wanted));
         }
-        let outputs = self.head.apply(self.encoder.threads(), &rows);
+        let outputs = self.head.apply(threads, &rows);
         // Who waits for the answer wants a core now.
-        self.encoder.threads().rest();
+        threads.rest();
         Ok(outputs)
     }
 }
