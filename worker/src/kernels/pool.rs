@@ -365,9 +365,10 @@ mod tests {
         };
         for _ in 0..100 {
             pool.rest();
-            until_parked(&pool);
             // As a caller does that lost its core after opening a region that the thread has left.
-            assert!(pool.shared.shares[0].parked.swap(false, SeqCst));
+            while !pool.shared.shares[0].parked.swap(false, SeqCst) {
+                std::thread::yield_now();
+            }
             pool.shared.parked.fetch_sub(1, SeqCst);
             pool.threads[0].thread().unpark();
             until_parked(&pool);
@@ -407,8 +408,19 @@ mod tests {
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let mut pool = ThreadPool::new(2).unwrap();
-        // Of both threads at once.
-        assert!(catch_unwind(AssertUnwindSafe(|| pool.run(16, |_| panic!("all")))).is_err());
+        // Of both threads at once: each waits for the other, and nothing is left behind.
+        let inside = AtomicUsize::new(0);
+        let both = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(2, |_| {
+                inside.fetch_add(1, SeqCst);
+                while inside.load(SeqCst) < 2 {
+                    std::thread::yield_now();
+                }
+                panic!("all");
+            });
+        }));
+        assert!(both.is_err());
+        pool.run(16, |_| {});
         for _ in 0..20 {
             let run = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(16, |i| assert!(i != 7, "task seven"));

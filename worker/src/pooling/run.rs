@@ -401,15 +401,16 @@ impl Shared {
     /// Most tokens of a batch that a thread computes alone; 0 when too few wait.
     ///
     /// So much less than what waits that all threads are done with their last ones at about the same
-    /// time (guided self-scheduling, Polychronopoulos and Kuck 1987). And no more than twice a thread's
-    /// part of a common batch, or little: a text in it is answered when all of it is done.
+    /// time (guided self-scheduling, Polychronopoulos and Kuck 1987). And with many threads half of a
+    /// common batch: a text is answered when all of its batch is done, and each thread keeps memory for
+    /// one. By default the longest text of most encoders fits, 512 tokens.
     fn share(&self, state: &State) -> usize {
         let threads = self.alone.len();
         if threads == 0 {
             return 0;
         }
         let share = state.queue.tokens() / (2 * threads);
-        let most = (2 * self.budget / threads).max(LEAST_ALONE).min(self.budget);
+        let most = 2 * self.budget / threads.clamp(2, 4);
         if share < LEAST_ALONE { 0 } else { share.min(most) }
     }
 
@@ -528,11 +529,7 @@ impl State {
 }
 
 impl Model {
-    fn compute(
-        &mut self,
-        texts: &[Taken],
-        wanted: &[Wanted],
-    ) -> Result<Vec<Output>, ModelError> {
+    fn compute(&mut self, texts: &[Taken], wanted: &[Wanted]) -> Result<Vec<Output>, ModelError> {
         let inputs: Vec<Text<'_>> = texts
             .iter()
             .map(|taken| Text { tokens: &taken.input.tokens, types: &taken.input.types })
