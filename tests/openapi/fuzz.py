@@ -109,6 +109,8 @@ ELSEWHERE = {
 
 # Statuses that come by chance, and where they are seen for sure.
 BY_CHANCE = {
+    ("GET /v1/responses/{id}", 200): "a step must follow the one that stored it: responses.rs",
+    ("GET /v1/responses/{id}", 401): "as above: access.rs",
     ("POST /v1/responses/{id}/cancel", 200): "the response must still be running: responses.rs",
     ("POST /v1/responses/{id}/cancel", 401): "the key is left out of what was taken: access.rs",
     ("POST /score", 200): "two fields of texts that go together: pooling",
