@@ -232,9 +232,7 @@ unsafe fn times_sigmoid<V: Lanes>(x: V, y: V) -> V {
 /// # Panics
 /// When the length is no multiple of sixteen.
 pub fn gelu(isa: Isa, x: &mut [f32]) {
-    assert!(x.len().is_multiple_of(LANES));
-    // SAFETY: a multiple of sixteen elements.
-    unsafe { gelu_all(isa, x.as_mut_ptr(), x.len()) }
+    activate(isa, Activation::Gelu, x);
 }
 
 /// `x · sigmoid(x)`.
