@@ -346,16 +346,23 @@ macro_rules! passes {
                 let x = call.x.add(row * call.x_stride);
                 // The last rows fetch what the next tiles will read, while these compute. Where all
                 // of many did, a product took up to a fifth longer, by where its memory happened to
-                // lie; asking for what was just read costs nothing. One row waits for memory whatever
-                // it does.
-                let fetches = call.rows <= FEW || row + [$($m),*].len() == call.rows;
+                // lie; asking for what was just read costs nothing. Few rows are as slow as memory,
+                // which is busy all the time only if both passes fetch, each one half.
+                let count = [$($m),*].len();
+                let halves = call.rows <= FEW && count < call.rows;
                 let ahead = match call.next {
-                    _ if !fetches => 0,
+                    _ if !halves && row + count < call.rows => 0,
                     Some(next) if tile + N >= call.tiles => {
                         (next as usize).wrapping_sub(weights as usize)
                     }
                     _ => N * call.tile_bytes,
                 };
+                let (second, pace) = match halves {
+                    true if row > 0 => (call.tile_bytes / 2, R::BYTES / 2),
+                    true => (0, R::BYTES / 2),
+                    false => (0, R::BYTES),
+                };
+                let mut fetched = weights.wrapping_add(ahead + second);
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
@@ -366,7 +373,7 @@ macro_rules! passes {
                             let from = weights.add(n * call.tile_bytes + step * R::BYTES);
                             vectors[n] = R::read(from, i);
                             if $ahead {
-                                V::prefetch(from.wrapping_add(ahead));
+                                V::prefetch(fetched.wrapping_add(n * call.tile_bytes));
                             }
                         }
                         $(
@@ -377,6 +384,7 @@ macro_rules! passes {
                             }
                         )*
                     }
+                    fetched = fetched.wrapping_add(pace);
                 }
                 $(call.put(row + $m, tile, $sums);)*
             }

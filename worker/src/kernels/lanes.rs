@@ -361,6 +361,18 @@ unsafe impl Lanes for Avx2 {
         unsafe { Self(_mm256_div_ps(self.0, b.0), _mm256_div_ps(self.1, b.1)) }
     }
     #[inline(always)]
+    unsafe fn reciprocal(self) -> Self {
+        // As with AVX-512, from twelve bits.
+        // SAFETY: see the impl.
+        unsafe {
+            let one = _mm256_set1_ps(1.0);
+            let near = (_mm256_rcp_ps(self.0), _mm256_rcp_ps(self.1));
+            let error =
+                (_mm256_fnmadd_ps(self.0, near.0, one), _mm256_fnmadd_ps(self.1, near.1, one));
+            Self(_mm256_fmadd_ps(near.0, error.0, near.0), _mm256_fmadd_ps(near.1, error.1, near.1))
+        }
+    }
+    #[inline(always)]
     unsafe fn max(self, b: Self) -> Self {
         // SAFETY: see the impl.
         unsafe { Self(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1)) }
@@ -385,6 +397,79 @@ unsafe impl Lanes for Avx2 {
             };
             Self(bits(self.0), bits(self.1))
         }
+    }
+    #[inline(always)]
+    unsafe fn transpose(square: &mut [Self; LANES]) {
+        // SAFETY: see the impl.
+        unsafe {
+            let mut quarters = [[_mm256_setzero_ps(); LANES / 2]; 4];
+            for i in 0..LANES / 2 {
+                let (upper, lower) = (square[i], square[LANES / 2 + i]);
+                quarters[0][i] = upper.0;
+                quarters[1][i] = upper.1;
+                quarters[2][i] = lower.0;
+                quarters[3][i] = lower.1;
+            }
+            for i in 0..4 {
+                transpose_eight(&mut quarters[i]);
+            }
+            for i in 0..LANES / 2 {
+                square[i] = Self(quarters[0][i], quarters[2][i]);
+                square[LANES / 2 + i] = Self(quarters[1][i], quarters[3][i]);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // The same tree as the default: halves of 8, 4, 2, 1.
+        // SAFETY: see the impl.
+        unsafe { sum_eight(_mm256_add_ps(self.0, self.1)) }
+    }
+}
+
+/// Makes rows of columns.
+///
+/// # Safety
+/// The CPU has AVX.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transpose_eight(square: &mut [__m256; LANES / 2]) {
+    // Pairs of rows, then fours, within halves; then the halves.
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut twos = [_mm256_setzero_ps(); LANES / 2];
+        for i in (0..LANES / 2).step_by(2) {
+            twos[i] = _mm256_unpacklo_ps(square[i], square[i + 1]);
+            twos[i + 1] = _mm256_unpackhi_ps(square[i], square[i + 1]);
+        }
+        let mut fours = [_mm256_setzero_ps(); LANES / 2];
+        for i in (0..LANES / 2).step_by(4) {
+            for half in 0..2 {
+                let a = _mm256_castps_pd(twos[i + half]);
+                let b = _mm256_castps_pd(twos[i + half + 2]);
+                fours[i + 2 * half] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                fours[i + 2 * half + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+            }
+        }
+        for i in 0..4 {
+            square[i] = _mm256_permute2f128_ps::<0x20>(fours[i], fours[4 + i]);
+            square[4 + i] = _mm256_permute2f128_ps::<0x31>(fours[i], fours[4 + i]);
+        }
+    }
+}
+
+/// The sum of eight floats, by halves.
+///
+/// # Safety
+/// The CPU has AVX.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn sum_eight(x: __m256) -> f32 {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
     }
 }
 
@@ -553,10 +638,7 @@ unsafe impl Lanes for Avx512 {
         // SAFETY: see the impl.
         unsafe {
             let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)));
-            let x = _mm256_add_ps(_mm512_castps512_ps256(self.0), high);
-            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+            sum_eight(_mm256_add_ps(_mm512_castps512_ps256(self.0), high))
         }
     }
 }
