@@ -335,6 +335,7 @@ unsafe fn weigh_elements<V: Lanes, E: Element>(
                 (true, 6..) => score::<V, E, 6, 2>(call, segment, query, packed, scores),
                 (true, 3..) => score::<V, E, 3, 4>(call, segment, query, packed, scores),
                 (true, _) => score::<V, E, 1, 4>(call, segment, query, packed, scores),
+                (false, 6..) => score::<V, E, 6, 1>(call, segment, query, packed, scores),
                 (false, 3..) => score::<V, E, 3, 1>(call, segment, query, packed, scores),
                 (false, _) => score::<V, E, 1, 2>(call, segment, query, packed, scores),
             };
@@ -350,6 +351,8 @@ unsafe fn weigh_elements<V: Lanes, E: Element>(
                 (true, 12..) => weighted_sum::<V, E, 12, 2>(call, segment, query, scores, partial),
                 (true, 6..) => weighted_sum::<V, E, 6, 4>(call, segment, query, scores, partial),
                 (true, 3..) => weighted_sum::<V, E, 3, 4>(call, segment, query, scores, partial),
+                (false, 6..) => weighted_sum::<V, E, 6, 1>(call, segment, query, scores, partial),
+                (false, 3..) => weighted_sum::<V, E, 3, 2>(call, segment, query, scores, partial),
                 _ => weighted_sum::<V, E, 1, 4>(call, segment, query, scores, partial),
             };
         }

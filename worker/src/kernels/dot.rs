@@ -141,7 +141,7 @@ impl Widened {
 unsafe impl Dot for Avx2Dot {
     type Lanes = super::lanes::Avx2;
     type Weights = Widened;
-    const TILE: (usize, usize) = (2, 1);
+    const TILE: (usize, usize) = (4, 1);
 
     #[inline(always)]
     unsafe fn zero() -> Self {
