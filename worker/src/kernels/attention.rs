@@ -537,8 +537,8 @@ unsafe fn sum_columns<V: Lanes, E: Element, const N: usize, const WIDTH: usize>(
             let ahead = call.keys::<E>(ahead / LANES * LANES).0;
             let run = (LANES - key % LANES).min(shared.end - key);
             for i in 0..run {
-                for w in 0..WIDTH / 2 {
-                    V::prefetch(ahead.add((dim + i * head_dim) + 2 * w * LANES));
+                for w in (0..WIDTH).step_by(2) {
+                    V::prefetch(ahead.add((dim + i * head_dim) + w * LANES));
                 }
                 let value = value.add(i * head_dim);
                 let mut values = [V::splat(0.0); WIDTH];

@@ -24,7 +24,7 @@ pub(super) const TILES: usize = 4;
 /// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.
 const MANY: usize = 13;
 
-/// So many rows are as fast as their weights come from memory.
+/// So many rows, two passes at most, are as fast as their weights come from memory.
 const FEW: usize = 12;
 
 thread_local! {
@@ -346,8 +346,8 @@ macro_rules! passes {
                 let x = call.x.add(row * call.x_stride);
                 // The last rows fetch what the next tiles will read, while these compute. Where all
                 // of many did, a product took up to a fifth longer, by where its memory happened to
-                // lie; asking for what was just read costs nothing. Few rows are as slow as memory,
-                // which is busy all the time only if both passes fetch, each one half.
+                // lie; asking for what was just read costs nothing. Up to `FEW` rows wait for memory,
+                // which is busy all the time only if each of their two passes fetches one half.
                 let count = [$($m),*].len();
                 let halves = call.rows <= FEW && count < call.rows;
                 let ahead = match call.next {
@@ -362,7 +362,7 @@ macro_rules! passes {
                     true => (0, R::BYTES / 2),
                     false => (0, R::BYTES),
                 };
-                let mut fetched = weights.wrapping_add(ahead + second);
+                let mut fetched = weights.wrapping_add(ahead).wrapping_add(second);
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
@@ -372,7 +372,7 @@ macro_rules! passes {
                         for n in 0..N {
                             let from = weights.add(n * call.tile_bytes + step * R::BYTES);
                             vectors[n] = R::read(from, i);
-                            if $ahead {
+                            if $ahead && i == 0 {
                                 V::prefetch(fetched.wrapping_add(n * call.tile_bytes));
                             }
                         }
@@ -392,6 +392,7 @@ macro_rules! passes {
     )*};
 }
 passes! {
+    // One row waits for memory whatever it does.
     pass_1, false: 0 a;
     pass_2, true: 0 a, 1 b;
     pass_3, true: 0 a, 1 b, 2 c;

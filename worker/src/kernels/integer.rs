@@ -119,7 +119,7 @@ unsafe fn all_rows<D: Dot, Q: Quants, const GROUPS: usize>(call: &Call) {
             let wide = tiles == 2 && call.tiles - tile >= 2;
             let mut row = 0;
             while row < call.rows {
-                // Equal passes: four rows are two and two.
+                // Equal passes: with three rows at most, four are two and two.
                 let left = call.rows - row;
                 let count = left.div_ceil(left.div_ceil(rows));
                 match (wide, count) {

@@ -67,7 +67,7 @@ pub unsafe trait Lanes: Copy {
     unsafe fn mul(self, b: Self) -> Self;
     /// Lane-wise quotient.
     unsafe fn div(self, b: Self) -> Self;
-    /// `1 / self`, to about one unit in the last place, of what is neither zero nor infinite.
+    /// `1 / self`, to about one unit in the last place, of normal numbers whose reciprocal is one.
     #[inline(always)]
     unsafe fn reciprocal(self) -> Self {
         // SAFETY: the caller has the instruction set.
@@ -362,13 +362,18 @@ unsafe impl Lanes for Avx2 {
     }
     #[inline(always)]
     unsafe fn reciprocal(self) -> Self {
-        // As with AVX-512, from twelve bits.
+        // As with AVX-512, but from some eleven bits, which differ between makers of CPUs: a step of
+        // third order leaves nothing of that.
         // SAFETY: see the impl.
         unsafe {
             let one = _mm256_set1_ps(1.0);
             let near = (_mm256_rcp_ps(self.0), _mm256_rcp_ps(self.1));
             let error =
                 (_mm256_fnmadd_ps(self.0, near.0, one), _mm256_fnmadd_ps(self.1, near.1, one));
+            let error = (
+                _mm256_fmadd_ps(error.0, error.0, error.0),
+                _mm256_fmadd_ps(error.1, error.1, error.1),
+            );
             Self(_mm256_fmadd_ps(near.0, error.0, near.0), _mm256_fmadd_ps(near.1, error.1, near.1))
         }
     }
