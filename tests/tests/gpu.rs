@@ -203,9 +203,13 @@ async fn the_peer_dies(transport: &str) {
     cluster.kill_worker(0);
     let got = call.await.expect("an answer");
     agree(&expected, &got, 0.1);
-    let after = grpc::status(&decode).await;
+    // The client may have its last token a moment before the sequence is gone.
+    let (after, _) = eventually("no block stays", Duration::from_secs(5), async || {
+        let status = grpc::status(&decode).await;
+        if grpc::owned_blocks(&status) == 0 { Ok(status) } else { Err(format!("{status:?}")) }
+    })
+    .await;
     assert!(after.handoff_failures >= 1, "the hand-off was over before the peer died: {after:?}");
-    assert_eq!(grpc::owned_blocks(&after), 0, "{after:?}");
     // A new one is used again.
     let model = qwen3();
     let flags = [("--model", model.to_str().expect("UTF-8"))];
