@@ -9,6 +9,8 @@ use baton_proto::v1::{ClusterView, GetClusterRequest, WatchStatusRequest, Worker
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::eventually;
+
 /// A client of a worker.
 pub type WorkerClient = worker_client::WorkerClient<Channel>;
 
@@ -75,6 +77,20 @@ pub async fn cluster_view(address: &str) -> ClusterView {
 /// KV blocks that somebody owns: zero when no request is in flight.
 pub fn owned_blocks(status: &WorkerStatus) -> u64 {
     status.kv_blocks_requests + status.kv_blocks_handoff
+}
+
+/// Waits until nobody owns KV blocks of a worker: a client may have its last token a moment before
+/// the sequence is gone. Gives the worker's status then, and how long it took.
+pub async fn until_unowned(
+    address: &str,
+    what: &str,
+    within: Duration,
+) -> (WorkerStatus, Duration) {
+    eventually(what, within, async || {
+        let status = status(address).await;
+        if owned_blocks(&status) == 0 { Ok(status) } else { Err(format!("{status:?}")) }
+    })
+    .await
 }
 
 /// Bytes that arrived in hand-offs, by whatever transport.

@@ -203,12 +203,7 @@ async fn the_peer_dies(transport: &str) {
     cluster.kill_worker(0);
     let got = call.await.expect("an answer");
     agree(&expected, &got, 0.1);
-    // The client may have its last token a moment before the sequence is gone.
-    let (after, _) = eventually("no block stays", Duration::from_secs(5), async || {
-        let status = grpc::status(&decode).await;
-        if grpc::owned_blocks(&status) == 0 { Ok(status) } else { Err(format!("{status:?}")) }
-    })
-    .await;
+    let (after, _) = grpc::until_unowned(&decode, "no block stays", Duration::from_secs(5)).await;
     assert!(after.handoff_failures >= 1, "the hand-off was over before the peer died: {after:?}");
     // A new one is used again.
     let model = qwen3();

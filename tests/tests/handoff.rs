@@ -145,11 +145,8 @@ async fn blocks_that_nobody_fetches_are_freed_when_their_lease_ends() {
         })
         .await;
         let what = "the blocks of a silent caller are freed";
-        let (_, took) = eventually(what, Duration::from_secs(4), async || {
-            let status = worker.status().await;
-            if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
-        })
-        .await;
+        let within = Duration::from_secs(4);
+        let (_, took) = grpc::until_unowned(&worker.address, what, within).await;
         assert!(took > Duration::from_secs(1), "freed before the lease ended: {took:?}");
         drop(events);
     }
@@ -169,11 +166,8 @@ async fn a_caller_that_hangs_up_frees_its_blocks_at_once() {
     ) {}
     let hung_up = Instant::now();
     drop(events);
-    eventually("the blocks are freed", Duration::from_secs(1), async || {
-        let status = worker.status().await;
-        if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
-    })
-    .await;
+    let within = Duration::from_secs(1);
+    grpc::until_unowned(&worker.address, "the blocks are freed", within).await;
     println!("freed after {:?}", hung_up.elapsed());
     cluster.finish().await;
 }

@@ -63,12 +63,7 @@ async fn the_prefill_worker_dies(transport: &str) {
 
     // With no prefill worker at all, the decode worker computes prompts itself.
     assert_eq!(answer(&cluster.api, &requests[1]).await, expected[1], "no peer");
-    // The client may have its last token a moment before the sequence is gone.
-    let (alone, _) = eventually("no block stays", Duration::from_secs(5), async || {
-        let status = grpc::status(&decode).await;
-        if grpc::owned_blocks(&status) == 0 { Ok(status) } else { Err(format!("{status:?}")) }
-    })
-    .await;
+    let (alone, _) = grpc::until_unowned(&decode, "no block stays", Duration::from_secs(5)).await;
 
     // A new one is used again.
     cluster.add_worker(Role::Prefill).await;
@@ -139,10 +134,7 @@ async fn a_prefill_worker_frees_what_a_dead_decode_worker_will_not_fetch() {
     .await;
     cluster.kill_worker(1 + victim);
     assert_eq!(call.await.expect("an answer"), expected[0]);
-    eventually("the prefill worker is at rest", Duration::from_secs(2), async || {
-        let status = grpc::status(&prefill).await;
-        if grpc::owned_blocks(&status) == 0 { Ok(()) } else { Err(format!("{status:?}")) }
-    })
-    .await;
+    let what = "the prefill worker is at rest";
+    grpc::until_unowned(&prefill, what, Duration::from_secs(2)).await;
     cluster.finish().await;
 }
