@@ -18,14 +18,22 @@ use super::linear::Into;
 use super::panels::{Element, Panels};
 use super::quant;
 
-/// Vectors of outputs in a tile, with AVX-512.
+/// Vectors of outputs that are read together, at most.
 pub(super) const TILES: usize = 4;
+
+/// Rows of a pass, at most. With AVX-512 it has 24 sums of 32 registers: six rows by four vectors, or
+/// twelve by two. With AVX2, where sixteen lanes take two registers, 12 of 16: six rows by one.
+const LOW: usize = 6;
+const TALL: usize = 12;
+
+/// Whether passes are tall, with AVX-512: those over rows that wait for their weights, which are read
+/// half as often. Of more rows the others took 1 % less time.
+fn is_tall(rows: usize) -> bool {
+    (LOW + 1..=2 * TALL).contains(&rows)
+}
 
 /// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.
 const MANY: usize = 13;
-
-/// So many rows, two passes at most, are as fast as their weights come from memory.
-const FEW: usize = 12;
 
 thread_local! {
     /// Weights of one task as floats. One per thread for the life of the thread: nothing is
@@ -285,52 +293,82 @@ impl Read for Pairs {
     }
 }
 
-/// Calls `$tile::<M, N>(call, row, tile)` for all rows and tiles, `$most` rows at once.
+/// Some rows by some tiles.
+#[derive(Clone, Copy)]
+struct Pass {
+    row: usize,
+    tile: usize,
+    /// Which of the passes over these tiles.
+    number: usize,
+    passes: usize,
+}
+
+impl Call {
+    /// Where a pass by so many tiles begins to ask for the weights that are read next, and the bytes to go
+    /// on at each step of so many: each pass over the same tiles asks for a share, so that memory is at
+    /// work all the time.
+    #[inline(always)]
+    fn next(&self, pass: Pass, tiles: usize, step: usize) -> (*const u8, usize) {
+        let begin = match self.next {
+            Some(next) if pass.tile + tiles >= self.tiles => next,
+            _ => self.weights.wrapping_add((pass.tile + tiles) * self.tile_bytes),
+        };
+        let pace = step.div_ceil(pass.passes);
+        (begin.wrapping_add(pass.number * pace * (self.tile_bytes / step)), pace)
+    }
+}
+
+/// Calls `$pass::<.., N>(call, pass)` for all rows and tiles, `$most` rows at once.
 macro_rules! cover {
-    ($call:ident, $most:literal, $wide:expr, |$row:ident, $tile:ident| $tall:tt) => {{
-        let mut $tile = 0;
-        while $tile < $call.tiles {
-            let n = if $call.tiles - $tile >= $wide { $wide } else { 1 };
-            let mut $row = 0;
-            while $row < $call.rows {
+    ($call:ident, $most:expr, $wide:expr, |$pass:ident| $table:tt) => {{
+        let mut tile = 0;
+        while tile < $call.tiles {
+            let n = if $call.tiles - tile >= $wide { $wide } else { 1 };
+            let passes = $call.rows.div_ceil($most);
+            let mut row = 0;
+            for number in 0..passes {
                 // Equal passes: eight rows are four and four.
-                let left = $call.rows - $row;
-                let count = left.div_ceil(left.div_ceil($most));
-                cover!(@pass $tall, count, n);
-                $row += count;
+                let count = ($call.rows - row).div_ceil(passes - number);
+                let $pass = Pass { row, tile, number, passes };
+                cover!(@call $table, count, n);
+                row += count;
             }
-            $tile += n;
+            tile += n;
         }
     }};
-    (@pass { $($m:literal $n:literal => $pass:expr),* $(,)? }, $count:ident, $width:ident) => {
+    (@call { $($m:literal: $($n:literal => $call:expr),*;)* }, $count:ident, $width:ident) => {
         match ($count, $width) {
-            $(($m, $n) => $pass,)*
-            _ => unreachable!("a tile of {} rows", $count),
+            $($(($m, $n) => $call,)*)*
+            _ => unreachable!("a pass of {} rows", $count),
         }
     };
 }
 
 #[inline(always)]
 unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
-    // Tiles as large as the registers allow: 24 sums of 32 registers with AVX-512, 12 of 16 with
-    // AVX2, where sixteen lanes take two.
-    let wide = if V::WIDE { TILES } else { 1 };
-    // SAFETY: the tiles and rows cover the result once.
+    // SAFETY: the passes cover the result once.
     unsafe {
-        cover!(call, 6, wide, |row, tile| {
-            1 4 => pass_1::<V, R, 4>(call, row, tile),
-            2 4 => pass_2::<V, R, 4>(call, row, tile),
-            3 4 => pass_3::<V, R, 4>(call, row, tile),
-            4 4 => pass_4::<V, R, 4>(call, row, tile),
-            5 4 => pass_5::<V, R, 4>(call, row, tile),
-            6 4 => pass_6::<V, R, 4>(call, row, tile),
-            1 1 => pass_1::<V, R, 1>(call, row, tile),
-            2 1 => pass_2::<V, R, 1>(call, row, tile),
-            3 1 => pass_3::<V, R, 1>(call, row, tile),
-            4 1 => pass_4::<V, R, 1>(call, row, tile),
-            5 1 => pass_5::<V, R, 1>(call, row, tile),
-            6 1 => pass_6::<V, R, 1>(call, row, tile),
-        });
+        if V::WIDE && is_tall(call.rows) {
+            cover!(call, TALL, 2, |pass| {
+                6: 2 => pass_6::<V, R, 2>(call, pass), 1 => pass_6::<V, R, 1>(call, pass);
+                7: 2 => pass_7::<V, R, 2>(call, pass), 1 => pass_7::<V, R, 1>(call, pass);
+                8: 2 => pass_8::<V, R, 2>(call, pass), 1 => pass_8::<V, R, 1>(call, pass);
+                9: 2 => pass_9::<V, R, 2>(call, pass), 1 => pass_9::<V, R, 1>(call, pass);
+                10: 2 => pass_10::<V, R, 2>(call, pass), 1 => pass_10::<V, R, 1>(call, pass);
+                11: 2 => pass_11::<V, R, 2>(call, pass), 1 => pass_11::<V, R, 1>(call, pass);
+                12: 2 => pass_12::<V, R, 2>(call, pass), 1 => pass_12::<V, R, 1>(call, pass);
+            });
+        } else {
+            let wide = if V::WIDE { TILES } else { 1 };
+            cover!(call, LOW, wide, |pass| {
+                1: 4 => pass_1::<V, R, 4>(call, pass), 1 => pass_1::<V, R, 1>(call, pass);
+                2: 4 => pass_2::<V, R, 4>(call, pass), 1 => pass_2::<V, R, 1>(call, pass);
+                3: 4 => pass_3::<V, R, 4>(call, pass), 1 => pass_3::<V, R, 1>(call, pass);
+                4: 4 => pass_4::<V, R, 4>(call, pass), 1 => pass_4::<V, R, 1>(call, pass);
+                5: 4 => pass_5::<V, R, 4>(call, pass), 1 => pass_5::<V, R, 1>(call, pass);
+                6: 4 => pass_6::<V, R, 4>(call, pass), 1 => pass_6::<V, R, 1>(call, pass);
+            });
+        }
     }
 }
 
@@ -339,30 +377,12 @@ unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
 macro_rules! passes {
     ($($name:ident, $ahead:literal: $($m:literal $sums:ident),*;)*) => {$(
         #[inline(always)]
-        unsafe fn $name<V: Lanes, R: Read, const N: usize>(call: &Call, row: usize, tile: usize) {
+        unsafe fn $name<V: Lanes, R: Read, const N: usize>(call: &Call, pass: Pass) {
             // SAFETY: the rows and tiles exist.
             unsafe {
-                let weights = call.weights.add(tile * call.tile_bytes);
-                let x = call.x.add(row * call.x_stride);
-                // The last rows fetch what the next tiles will read, while these compute. Where all
-                // of many did, a product took up to a fifth longer, by where its memory happened to
-                // lie; asking for what was just read costs nothing. Up to `FEW` rows wait for memory,
-                // which is busy all the time only if each of their two passes fetches one half.
-                let count = [$($m),*].len();
-                let halves = call.rows <= FEW && count < call.rows;
-                let ahead = match call.next {
-                    _ if !halves && row + count < call.rows => 0,
-                    Some(next) if tile + N >= call.tiles => {
-                        (next as usize).wrapping_sub(weights as usize)
-                    }
-                    _ => N * call.tile_bytes,
-                };
-                let (second, pace) = match halves {
-                    true if row > 0 => (call.tile_bytes / 2, R::BYTES / 2),
-                    true => (0, R::BYTES / 2),
-                    false => (0, R::BYTES),
-                };
-                let mut fetched = weights.wrapping_add(ahead).wrapping_add(second);
+                let weights = call.weights.add(pass.tile * call.tile_bytes);
+                let x = call.x.add(pass.row * call.x_stride);
+                let (mut fetched, pace) = call.next(pass, N, R::BYTES);
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
@@ -386,7 +406,7 @@ macro_rules! passes {
                     }
                     fetched = fetched.wrapping_add(pace);
                 }
-                $(call.put(row + $m, tile, $sums);)*
+                $(call.put(pass.row + $m, pass.tile, $sums);)*
             }
         }
     )*};
@@ -399,6 +419,12 @@ passes! {
     pass_4, true: 0 a, 1 b, 2 c, 3 d;
     pass_5, true: 0 a, 1 b, 2 c, 3 d, 4 e;
     pass_6, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f;
+    pass_7, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g;
+    pass_8, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g, 7 h;
+    pass_9, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g, 7 h, 8 i;
+    pass_10, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g, 7 h, 8 i, 9 j;
+    pass_11, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g, 7 h, 8 i, 9 j, 10 k;
+    pass_12, true: 0 a, 1 b, 2 c, 3 d, 4 e, 5 f, 6 g, 7 h, 8 i, 9 j, 10 k, 11 l;
 }
 
 /// `count` vectors of weights as floats.
@@ -461,41 +487,47 @@ mod bfloat {
     /// The CPU has AVX512-BF16; `call.x` points to rows of bfloat16, `call.weights` to pairs.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
     pub(super) unsafe fn multiply_rows(call: &Call) {
-        let wide = TILES;
-        // SAFETY: the tiles and rows cover the result once.
+        // SAFETY: the passes cover the result once.
         unsafe {
-            cover!(call, 6, wide, |row, tile| {
-                1 4 => pass::<1, 4>(call, row, tile),
-                2 4 => pass::<2, 4>(call, row, tile),
-                3 4 => pass::<3, 4>(call, row, tile),
-                4 4 => pass::<4, 4>(call, row, tile),
-                5 4 => pass::<5, 4>(call, row, tile),
-                6 4 => pass::<6, 4>(call, row, tile),
-                1 1 => pass::<1, 1>(call, row, tile),
-                2 1 => pass::<2, 1>(call, row, tile),
-                3 1 => pass::<3, 1>(call, row, tile),
-                4 1 => pass::<4, 1>(call, row, tile),
-                5 1 => pass::<5, 1>(call, row, tile),
-                6 1 => pass::<6, 1>(call, row, tile),
-            });
+            if is_tall(call.rows) {
+                cover!(call, TALL, 2, |pass| {
+                    6: 2 => multiply_pass::<6, 2>(call, pass), 1 => multiply_pass::<6, 1>(call, pass);
+                    7: 2 => multiply_pass::<7, 2>(call, pass), 1 => multiply_pass::<7, 1>(call, pass);
+                    8: 2 => multiply_pass::<8, 2>(call, pass), 1 => multiply_pass::<8, 1>(call, pass);
+                    9: 2 => multiply_pass::<9, 2>(call, pass), 1 => multiply_pass::<9, 1>(call, pass);
+                    10: 2 => multiply_pass::<10, 2>(call, pass), 1 => multiply_pass::<10, 1>(call, pass);
+                    11: 2 => multiply_pass::<11, 2>(call, pass), 1 => multiply_pass::<11, 1>(call, pass);
+                    12: 2 => multiply_pass::<12, 2>(call, pass), 1 => multiply_pass::<12, 1>(call, pass);
+                });
+            } else {
+                cover!(call, LOW, TILES, |pass| {
+                    1: 4 => multiply_pass::<1, 4>(call, pass), 1 => multiply_pass::<1, 1>(call, pass);
+                    2: 4 => multiply_pass::<2, 4>(call, pass), 1 => multiply_pass::<2, 1>(call, pass);
+                    3: 4 => multiply_pass::<3, 4>(call, pass), 1 => multiply_pass::<3, 1>(call, pass);
+                    4: 4 => multiply_pass::<4, 4>(call, pass), 1 => multiply_pass::<4, 1>(call, pass);
+                    5: 4 => multiply_pass::<5, 4>(call, pass), 1 => multiply_pass::<5, 1>(call, pass);
+                    6: 4 => multiply_pass::<6, 4>(call, pass), 1 => multiply_pass::<6, 1>(call, pass);
+                });
+            }
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
     #[inline]
-    unsafe fn pass<const M: usize, const N: usize>(call: &Call, row: usize, tile: usize) {
+    unsafe fn multiply_pass<const M: usize, const N: usize>(call: &Call, pass: Pass) {
         // SAFETY: the rows and tiles exist; a pair of inputs has 64 bytes in a tile and 4 in a row,
         // and any bits are vectors of bfloat16.
         unsafe {
-            let weights = call.weights.add(tile * call.tile_bytes);
-            let x = call.x.cast::<i32>().add(row * call.inputs / 2);
+            let weights = call.weights.add(pass.tile * call.tile_bytes);
+            let x = call.x.cast::<i32>().add(pass.row * call.inputs / 2);
+            let (mut fetched, pace) = call.next(pass, N, 64);
             let pairs = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
             let mut sums = [[_mm512_setzero_ps(); N]; M];
             for step in 0..call.inputs / 2 {
                 let weights: [__m512bh; N] = std::array::from_fn(|n| {
                     let from = weights.add(n * call.tile_bytes + step * 64);
                     if M > 1 {
-                        Avx512::prefetch(from.wrapping_add(N * call.tile_bytes));
+                        Avx512::prefetch(fetched.wrapping_add(n * call.tile_bytes));
                     }
                     pairs(_mm512_loadu_si512(from.cast()))
                 });
@@ -506,9 +538,10 @@ mod bfloat {
                         sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], x);
                     }
                 }
+                fetched = fetched.wrapping_add(pace);
             }
             for m in 0..M {
-                call.put(row + m, tile, sums[m].map(Avx512));
+                call.put(pass.row + m, pass.tile, sums[m].map(Avx512));
             }
         }
     }

@@ -332,7 +332,7 @@ pub fn multiply_paired<const N: usize>(
             x: x.floats(),
             inputs: x.width(),
             of: (call, block),
-            pairs: blocks[block],
+            runs: blocks.runs(block),
             first: at * strassen::PANEL,
             // SAFETY: the start of the result.
             y: unsafe { target.y.at(0) },

@@ -25,9 +25,9 @@ use super::lanes::{LANES, Lanes, Portable};
 use super::panels::Panels;
 use super::pool::ThreadPool;
 
-/// The most pairs of a task, and of their halves the most floats: with their sums they stay in the
-/// second-level cache from panel to panel, or almost.
-const PAIRS: usize = 24;
+/// The most pairs of a task, and of their halves the most floats. A product's weights come from far for
+/// the first of them, and from the second-level cache for the others.
+const PAIRS: usize = 64;
 const FLOATS: usize = PAIRS * 768;
 
 /// The fewest, but for what is left: a tile of the products.
@@ -64,6 +64,8 @@ pub(super) struct Run {
     count: usize,
     /// Of the first rows the last has no other.
     odd: bool,
+    /// How many pairs there are before these.
+    before: usize,
 }
 
 impl Run {
@@ -72,18 +74,22 @@ impl Run {
         (!self.odd || pair + 1 < self.count).then_some(self.second + pair)
     }
 
-    /// In parts of about the same size, of at most so many pairs.
-    fn parts(self, most: usize) -> impl Iterator<Item = Self> {
-        let parts = self.count.div_ceil(most);
-        (0..parts).map(move |part| {
-            let (start, end) = (self.count * part / parts, self.count * (part + 1) / parts);
-            Self {
-                first: self.first + start,
-                second: self.second + start,
-                count: end - start,
-                odd: self.odd && end == self.count,
-            }
-        })
+    /// How many pairs there are up to its end.
+    fn end(&self) -> usize {
+        self.before + self.count
+    }
+
+    /// What is left of it behind so many pairs, which it is cut to.
+    fn cut(&mut self, count: usize) -> Self {
+        let rest = Self {
+            first: self.first + count,
+            second: self.second + count,
+            count: self.count - count,
+            before: self.before + count,
+            ..*self
+        };
+        (self.count, self.odd) = (count, self.odd && rest.count == 0);
+        rest
     }
 }
 
@@ -112,16 +118,57 @@ impl Pairing {
             return;
         }
         let (count, odd) = (rows.len().div_ceil(2), !rows.len().is_multiple_of(2));
-        self.runs.push(Run { first: rows.start, second: rows.start + count, count, odd });
+        let before = self.pairs();
+        self.runs.push(Run { first: rows.start, second: rows.start + count, count, odd, before });
+    }
+
+    /// How many pairs there are.
+    fn pairs(&self) -> usize {
+        self.runs.last().map_or(0, Run::end)
     }
 
     /// The pairs of each task of a product with so many inputs, whose outputs are in so many panels:
     /// enough for all threads. How they are parted does not change what comes out.
-    pub(super) fn blocks(&self, inputs: usize, panels: usize, threads: usize) -> Vec<Run> {
-        let pairs: usize = self.runs.iter().map(|run| run.count).sum();
+    pub(super) fn blocks(&self, inputs: usize, panels: usize, threads: usize) -> Blocks {
+        let pairs = self.pairs();
         let wanted = (2 * threads).div_ceil(panels);
         let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(TILE);
-        self.runs.iter().flat_map(|run| run.parts(most)).collect()
+        let count = pairs.div_ceil(most);
+        let mut blocks = Blocks::default();
+        for run in &self.runs {
+            let mut rest = *run;
+            while rest.count > 0 {
+                let end = pairs * (blocks.len() + 1) / count;
+                let mut run = rest;
+                rest = run.cut(run.count.min(end - run.before));
+                blocks.runs.push(run);
+                if run.end() == end {
+                    blocks.ends.push(blocks.runs.len());
+                }
+            }
+        }
+        blocks
+    }
+}
+
+/// Parts of about the same size of all pairs.
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    runs: Vec<Run>,
+    /// The end of each block's runs.
+    ends: Vec<usize>,
+}
+
+impl Blocks {
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// A block's pairs.
+    pub(super) fn runs(&self, block: usize) -> &[Run] {
+        let start = block.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.runs[start..self.ends[block]]
     }
 }
 
@@ -212,7 +259,7 @@ pub(super) struct Task<'a> {
     pub(super) inputs: usize,
     /// The call and the number of its block of pairs.
     pub(super) of: (u64, usize),
-    pub(super) pairs: Run,
+    pub(super) runs: &'a [Run],
     /// The first output, of the first half.
     pub(super) first: usize,
     /// The result of all rows.
@@ -224,13 +271,22 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Where a pair's results begin: those of both halves of the outputs, for each of its rows.
-    fn results(&self, pair: usize) -> impl Iterator<Item = *mut f32> {
-        let rows = [Some(self.pairs.first + pair), self.pairs.second(pair)];
-        rows.into_iter().flatten().flat_map(move |row| {
-            [self.first, self.outputs / 2 + self.first]
-                .map(|output| self.y.wrapping_add(row * self.outputs + output))
-        })
+    /// How many pairs it has.
+    fn pairs(&self) -> usize {
+        self.runs.iter().map(|run| run.count).sum()
+    }
+
+    /// Asks for the lines of a pair's results.
+    fn fetch(&self, run: &Run, pair: usize) {
+        for row in [Some(run.first + pair), run.second(pair)].into_iter().flatten() {
+            for output in [self.first, self.outputs / 2 + self.first] {
+                let y = self.y.wrapping_add(row * self.outputs + output);
+                for at in (0..PANEL).step_by(LANES) {
+                    // SAFETY: a hint, of any address.
+                    unsafe { Portable::prefetch(y.wrapping_add(at).cast_const()) }
+                }
+            }
+        }
     }
 }
 
@@ -240,101 +296,115 @@ impl Task<'_> {
 /// `isa` is available, the pairs are rows of `x` and `y`, of `inputs` and `outputs`; the weights are
 /// `outputs × inputs`; the rows' elements of these outputs are this caller's alone.
 pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
-    let (pairs, width) = (task.pairs, task.inputs / 2);
+    let (pairs, inputs, width) = (task.pairs(), task.inputs, task.inputs / 2);
     SCRATCH.with_borrow_mut(|Scratch { of, operands, products }| {
-        operands.resize(SUMS * pairs.count * width);
-        products.resize(PRODUCTS * PAIRS * PANEL);
-        let (operands, products) = (operands.as_mut_ptr(), products.as_mut_ptr());
-        // SAFETY: the buffers hold so many operands and products; the rest is the caller's promise.
-        unsafe {
-            if *of != task.of {
-                sum_rows(isa, task, operands);
-                *of = task.of;
-            }
-            let sum = |n: usize| (operands.add(n * pairs.count * width).cast_const(), width);
-            let row = |row: usize, at| (task.x.as_ptr().add(row * task.inputs + at), task.inputs);
-            let a22 = if pairs.odd { sum(4) } else { row(pairs.second, width) };
-            let x =
-                [row(pairs.first, 0), row(pairs.first, width), sum(0), sum(1), sum(2), sum(3), a22];
-            let tile = task.first / PANEL * PRODUCTS * float::TILES;
-            for (i, x) in x.into_iter().enumerate() {
-                // The result's lines come while the products are computed.
-                let some = pairs.count * i / PRODUCTS..pairs.count * (i + 1) / PRODUCTS;
-                for y in some.flat_map(|pair| task.results(pair)) {
-                    for at in (0..PANEL).step_by(LANES) {
-                        Portable::prefetch(y.wrapping_add(at).cast_const());
-                    }
-                }
-                let y = products.add(i * pairs.count * PANEL);
-                let tile = tile + i * float::TILES;
-                float::multiply_panels(isa, &task.weights.0, tile, x, pairs.count, y, PANEL);
-            }
-            combine(isa, task, products);
+        operands.resize(SUMS * pairs * width);
+        products.resize(PRODUCTS * pairs * PANEL);
+        if *of != task.of {
+            // SAFETY: there is room for all sums; the rest is the caller's promise.
+            unsafe { sum_rows(isa, task, pairs, operands) }
+            *of = task.of;
         }
+        let mut y = products.as_mut_ptr();
+        let first = task.first / PANEL * PRODUCTS * float::TILES;
+        for product in 0..PRODUCTS {
+            let mut before = 0;
+            for run in task.runs {
+                // The result's lines come while the products are computed.
+                let some = run.count * product / PRODUCTS..run.count * (product + 1) / PRODUCTS;
+                some.for_each(|pair| task.fetch(run, pair));
+                let rows = |row: usize, at: usize| (task.x[row * inputs + at..].as_ptr(), inputs);
+                let x = match product {
+                    0 => rows(run.first, 0),
+                    1 => rows(run.first, width),
+                    6 if !run.odd => rows(run.second, width),
+                    _ => (operands[((product - 2) * pairs + before) * width..].as_ptr(), width),
+                };
+                let tile = first + product * float::TILES;
+                // SAFETY: the buffer holds all products of the pairs; the rest is the caller's promise.
+                unsafe {
+                    float::multiply_panels(isa, &task.weights.0, tile, x, run.count, y, PANEL);
+                    y = y.add(run.count * PANEL);
+                }
+                before += run.count;
+            }
+        }
+        // SAFETY: they hold them now; the rest is the caller's promise.
+        unsafe { combine(isa, task, products, pairs) }
     });
 }
 
-/// What products multiply that is not as it stands in the rows, of all pairs; where one has no second
-/// row, the second rows' part too.
+/// What products multiply that is not as it stands in the rows; where a pair has no second row, the
+/// second rows' part too.
 #[inline(always)]
-unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, to: *mut f32) {
-    let (pairs, width) = (task.pairs, task.inputs / 2);
-    let from = pairs.count * width;
-    for pair in 0..pairs.count {
-        // SAFETY: the pair's rows exist, and there is a row for it in each of the sums.
-        unsafe {
-            let first = task.x.as_ptr().add((pairs.first + pair) * task.inputs);
-            let second = pairs.second(pair).map(|row| task.x.as_ptr().add(row * task.inputs));
-            for at in (0..width).step_by(LANES) {
-                let (a11, a12) = (V::load(first.add(at)), V::load(first.add(width + at)));
-                let (a21, a22) = match second {
-                    Some(second) => (V::load(second.add(at)), V::load(second.add(width + at))),
-                    None => (V::splat(0.0), V::splat(0.0)),
-                };
-                let s1 = a21.add(a22);
-                let s2 = s1.sub(a11);
-                let to = to.add(pair * width + at);
-                s2.store(to);
-                a11.sub(a21).store(to.add(from));
-                s1.store(to.add(2 * from));
-                a12.sub(s2).store(to.add(3 * from));
-                if pairs.odd {
-                    a22.store(to.add(4 * from));
-                }
-            }
-        }
-    }
-}
-dispatch! { unsafe fn sum_rows(task: &Task<'_>, to: *mut f32) => sum_rows_kernel; }
-
-/// The results of all pairs, from their products.
-#[inline(always)]
-unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: *const f32) {
-    let (pairs, half) = (task.pairs, task.outputs / 2);
-    let from = pairs.count * PANEL;
-    for pair in 0..pairs.count {
-        let second = pairs.second(pair);
-        for at in (0..PANEL).step_by(LANES) {
-            let output = task.first + at;
-            // SAFETY: each product has this panel of the pair; the rest is handed on.
+unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, pairs: usize, to: &mut [f32]) {
+    let width = task.inputs / 2;
+    let from = pairs * width;
+    let mut to = to.as_mut_ptr();
+    for run in task.runs {
+        for pair in 0..run.count {
+            // SAFETY: the pair's rows exist, and there is a row for it in each of the sums.
             unsafe {
-                let mut p = [V::splat(0.0); PRODUCTS];
-                for n in 0..PRODUCTS {
-                    p[n] = V::load(products.add(n * from + pair * PANEL + at));
-                }
-                let u2 = p[0].add(p[2]);
-                let u3 = u2.add(p[3]);
-                put(task, pairs.first + pair, output, p[0].add(p[1]));
-                put(task, pairs.first + pair, half + output, u2.add(p[4]).add(p[5]));
-                if let Some(row) = second {
-                    put(task, row, output, u3.sub(p[6]));
-                    put(task, row, half + output, u3.add(p[4]));
+                let first = task.x.as_ptr().add((run.first + pair) * task.inputs);
+                let second = run.second(pair).map(|row| task.x.as_ptr().add(row * task.inputs));
+                for at in (0..width).step_by(LANES) {
+                    let (a11, a12) = (V::load(first.add(at)), V::load(first.add(width + at)));
+                    let (a21, a22) = match second {
+                        Some(second) => (V::load(second.add(at)), V::load(second.add(width + at))),
+                        None => (V::splat(0.0), V::splat(0.0)),
+                    };
+                    let s1 = a21.add(a22);
+                    let s2 = s1.sub(a11);
+                    s2.store(to);
+                    a11.sub(a21).store(to.add(from));
+                    s1.store(to.add(2 * from));
+                    a12.sub(s2).store(to.add(3 * from));
+                    if run.odd {
+                        a22.store(to.add(4 * from));
+                    }
+                    to = to.add(LANES);
                 }
             }
         }
     }
 }
-dispatch! { unsafe fn combine(task: &Task<'_>, products: *const f32) => combine_kernel; }
+dispatch! {
+    unsafe fn sum_rows(task: &Task<'_>, pairs: usize, to: &mut [f32]) => sum_rows_kernel;
+}
+
+/// The results of a task's pairs, from their products.
+#[inline(always)]
+unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: &[f32], pairs: usize) {
+    let half = task.outputs / 2;
+    let from = pairs * PANEL;
+    let mut at = products.as_ptr();
+    for run in task.runs {
+        for pair in 0..run.count {
+            let (first, second) = (run.first + pair, run.second(pair));
+            for output in (task.first..task.first + PANEL).step_by(LANES) {
+                // SAFETY: each product has this panel of the pair; the rest is handed on.
+                unsafe {
+                    let mut p = [V::splat(0.0); PRODUCTS];
+                    for n in 0..PRODUCTS {
+                        p[n] = V::load(at.add(n * from));
+                    }
+                    at = at.add(LANES);
+                    let u2 = p[0].add(p[2]);
+                    let u3 = u2.add(p[3]);
+                    put(task, first, output, p[0].add(p[1]));
+                    put(task, first, half + output, u2.add(p[4]).add(p[5]));
+                    if let Some(row) = second {
+                        put(task, row, output, u3.sub(p[6]));
+                        put(task, row, half + output, u3.add(p[4]));
+                    }
+                }
+            }
+        }
+    }
+}
+dispatch! {
+    unsafe fn combine(task: &Task<'_>, products: &[f32], pairs: usize) => combine_kernel;
+}
 
 /// Sets a row's outputs from this one on, or adds to them.
 #[inline(always)]
@@ -437,9 +507,14 @@ mod tests {
         let pairing = pairing(&texts);
         for (inputs, panels, threads) in [(384, 3, 2), (384, 1, 64), (4096, 9, 2)] {
             let blocks = pairing.blocks(inputs, panels, threads);
-            assert!(blocks.iter().all(|run| run.count <= PAIRS));
+            let most = PAIRS.min(FLOATS / (inputs / 2));
+            for block in 0..blocks.len() {
+                let pairs: usize = blocks.runs(block).iter().map(|run| run.count).sum();
+                assert!((1..=most).contains(&pairs), "{blocks:?}");
+            }
             assert!(blocks.len() * panels >= 2 * threads.min(16), "{blocks:?}");
-            let paired = blocks.iter().flat_map(|run| {
+            let runs = (0..blocks.len()).flat_map(|block| blocks.runs(block));
+            let paired = runs.flat_map(|run| {
                 (0..run.count).flat_map(|pair| [Some(run.first + pair), run.second(pair)])
             });
             let rest = pairing.rest.iter().cloned().flatten();
