@@ -91,10 +91,14 @@ impl<'a> Rows<'a> {
         self.floats
     }
 
-    /// One row's blocks, [`BLOCK_BYTES`] for each 32 floats; or its elements as bfloat16.
-    pub(super) fn row_blocks(&self, row: usize) -> &'a [u8] {
-        let bytes = self.precision.row_bytes(self.width);
-        &self.blocks[row * bytes..][..bytes]
+    /// Bytes of a row's blocks: [`BLOCK_BYTES`] for each 32 floats; or of its elements as bfloat16.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.precision.row_bytes(self.width)
+    }
+
+    /// The blocks of all rows from this one on.
+    pub(super) fn blocks_from(&self, row: usize) -> &'a [u8] {
+        &self.blocks[row * self.row_bytes()..]
     }
 }
 

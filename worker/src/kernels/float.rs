@@ -26,12 +26,6 @@ pub(super) const TILES: usize = 4;
 const LOW: usize = 6;
 const TALL: usize = 12;
 
-/// Whether passes are tall, with AVX-512: those over rows that wait for their weights, which are read
-/// half as often. Of more rows the others took 1 % less time.
-fn is_tall(rows: usize) -> bool {
-    (LOW + 1..=2 * TALL).contains(&rows)
-}
-
 /// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.
 const MANY: usize = 13;
 
@@ -114,7 +108,7 @@ pub(super) unsafe fn multiply(
                         Element::Pairs
                             if x.precision() == Precision::BFloat16 && isa == Isa::Bf16 =>
                         {
-                            call.x = x.row_blocks(rows.start).as_ptr().cast();
+                            call.x = x.blocks_from(rows.start).as_ptr().cast();
                             return bfloat::multiply_rows(&call);
                         }
                         Element::Half if call.rows < MANY => return multiply_halves(isa, &call),
@@ -304,11 +298,19 @@ struct Pass {
 }
 
 impl Call {
+    /// Whether passes are tall, with AVX-512: those over few rows, which wait for weights and read them
+    /// half as often so. Of more rows the others took 1 % less time. Where rows are whole pages apart,
+    /// the elements that a pass reads together share a set of the first-level cache, and more than six
+    /// of them and its weights do not fit into eight ways.
+    fn is_tall(&self, row_bytes: usize) -> bool {
+        (LOW + 1..=2 * TALL).contains(&self.rows) && !row_bytes.is_multiple_of(4096)
+    }
+
     /// Where a pass by so many tiles begins to ask for the weights that are read next, and the bytes to go
     /// on at each step of so many: each pass over the same tiles asks for a share, so that memory is at
     /// work all the time.
     #[inline(always)]
-    fn next(&self, pass: Pass, tiles: usize, step: usize) -> (*const u8, usize) {
+    fn ahead(&self, pass: Pass, tiles: usize, step: usize) -> (*const u8, usize) {
         let begin = match self.next {
             Some(next) if pass.tile + tiles >= self.tiles => next,
             _ => self.weights.wrapping_add((pass.tile + tiles) * self.tile_bytes),
@@ -327,7 +329,7 @@ macro_rules! cover {
             let passes = $call.rows.div_ceil($most);
             let mut row = 0;
             for number in 0..passes {
-                // Equal passes: eight rows are four and four.
+                // Equal passes: 26 rows are six and four times five.
                 let count = ($call.rows - row).div_ceil(passes - number);
                 let $pass = Pass { row, tile, number, passes };
                 cover!(@call $table, count, n);
@@ -348,7 +350,8 @@ macro_rules! cover {
 unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
     // SAFETY: the passes cover the result once.
     unsafe {
-        if V::WIDE && is_tall(call.rows) {
+        // Two inputs a step take more registers than twelve rows leave.
+        if V::WIDE && R::STEP == 1 && call.is_tall(call.x_stride * size_of::<f32>()) {
             cover!(call, TALL, 2, |pass| {
                 6: 2 => pass_6::<V, R, 2>(call, pass), 1 => pass_6::<V, R, 1>(call, pass);
                 7: 2 => pass_7::<V, R, 2>(call, pass), 1 => pass_7::<V, R, 1>(call, pass);
@@ -382,7 +385,7 @@ macro_rules! passes {
             unsafe {
                 let weights = call.weights.add(pass.tile * call.tile_bytes);
                 let x = call.x.add(pass.row * call.x_stride);
-                let (mut fetched, pace) = call.next(pass, N, R::BYTES);
+                let (mut fetched, pace) = call.ahead(pass, N, R::BYTES);
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
@@ -489,7 +492,7 @@ mod bfloat {
     pub(super) unsafe fn multiply_rows(call: &Call) {
         // SAFETY: the passes cover the result once.
         unsafe {
-            if is_tall(call.rows) {
+            if call.is_tall(call.inputs * 2) {
                 cover!(call, TALL, 2, |pass| {
                     6: 2 => multiply_pass::<6, 2>(call, pass), 1 => multiply_pass::<6, 1>(call, pass);
                     7: 2 => multiply_pass::<7, 2>(call, pass), 1 => multiply_pass::<7, 1>(call, pass);
@@ -520,7 +523,7 @@ mod bfloat {
         unsafe {
             let weights = call.weights.add(pass.tile * call.tile_bytes);
             let x = call.x.cast::<i32>().add(pass.row * call.inputs / 2);
-            let (mut fetched, pace) = call.next(pass, N, 64);
+            let (mut fetched, pace) = call.ahead(pass, N, 64);
             let pairs = |bits: __m512i| std::mem::transmute::<__m512i, __m512bh>(bits);
             let mut sums = [[_mm512_setzero_ps(); N]; M];
             for step in 0..call.inputs / 2 {

@@ -574,6 +574,19 @@ mod tests {
         }
     }
 
+    #[test]
+    fn floats_agree_with_float64_for_any_number_of_rows_and_tiles() {
+        // Rows of the last are pages apart.
+        for (tiles, inputs) in [(1, 64), (2, 64), (3, 64), (4, 64), (9, 32), (3, 2048)] {
+            let outputs = tiles * LANES - tiles % 2 * 3;
+            for rows in 1..=30 {
+                check(tensor::<f32>(GgmlDType::F32, outputs, inputs, 5), rows, 6);
+                check(tensor::<half::f16>(GgmlDType::F16, outputs, inputs, 5), rows, 6);
+                check(tensor::<half::bf16>(GgmlDType::BF16, outputs, inputs, 5), rows, 6);
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
         #[test]

@@ -25,13 +25,13 @@ use super::lanes::{LANES, Lanes, Portable};
 use super::panels::Panels;
 use super::pool::ThreadPool;
 
-/// The most pairs of a task, and of their halves the most floats. A product's weights come from far for
-/// the first of them, and from the second-level cache for the others.
+/// The most pairs of a task, and of their halves the most floats: so many share what it takes to fetch
+/// a product's weights, which stay in the second-level cache meanwhile, or almost.
 const PAIRS: usize = 64;
 const FLOATS: usize = PAIRS * 768;
 
-/// The fewest, but for what is left: a tile of the products.
-const TILE: usize = 6;
+/// So many are not parted for other threads: a pass of the products.
+const PASS: usize = 6;
 
 /// Outputs, of each half, of one task.
 pub(super) const PANEL: usize = float::TILES * LANES;
@@ -64,7 +64,7 @@ pub(super) struct Run {
     count: usize,
     /// Of the first rows the last has no other.
     odd: bool,
-    /// How many pairs there are before these.
+    /// How many pairs of the [`Pairing`] are before these.
     before: usize,
 }
 
@@ -74,7 +74,7 @@ impl Run {
         (!self.odd || pair + 1 < self.count).then_some(self.second + pair)
     }
 
-    /// How many pairs there are up to its end.
+    /// How many pairs of the [`Pairing`] there are up to its end.
     fn end(&self) -> usize {
         self.before + self.count
     }
@@ -131,8 +131,8 @@ impl Pairing {
     /// enough for all threads. How they are parted does not change what comes out.
     pub(super) fn blocks(&self, inputs: usize, panels: usize, threads: usize) -> Blocks {
         let pairs = self.pairs();
-        let wanted = (2 * threads).div_ceil(panels);
-        let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(TILE);
+        let wanted = (4 * threads).div_ceil(panels);
+        let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(PASS);
         let count = pairs.div_ceil(most);
         let mut blocks = Blocks::default();
         for run in &self.runs {
@@ -308,7 +308,7 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
         let mut y = products.as_mut_ptr();
         let first = task.first / PANEL * PRODUCTS * float::TILES;
         for product in 0..PRODUCTS {
-            let mut before = 0;
+            let mut pairs_before = 0;
             for run in task.runs {
                 // The result's lines come while the products are computed.
                 let some = run.count * product / PRODUCTS..run.count * (product + 1) / PRODUCTS;
@@ -318,7 +318,9 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
                     0 => rows(run.first, 0),
                     1 => rows(run.first, width),
                     6 if !run.odd => rows(run.second, width),
-                    _ => (operands[((product - 2) * pairs + before) * width..].as_ptr(), width),
+                    _ => {
+                        (operands[((product - 2) * pairs + pairs_before) * width..].as_ptr(), width)
+                    }
                 };
                 let tile = first + product * float::TILES;
                 // SAFETY: the buffer holds all products of the pairs; the rest is the caller's promise.
@@ -326,7 +328,7 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
                     float::multiply_panels(isa, &task.weights.0, tile, x, run.count, y, PANEL);
                     y = y.add(run.count * PANEL);
                 }
-                before += run.count;
+                pairs_before += run.count;
             }
         }
         // SAFETY: they hold them now; the rest is the caller's promise.
@@ -526,6 +528,18 @@ mod tests {
         assert_eq!(pairing.rest.len(), 2, "{:?}", pairing.rest);
     }
 
+    #[test]
+    fn blocks_have_pairs_of_several_texts_and_may_end_with_one() {
+        let runs = |texts: &[usize]| {
+            let blocks = pairing(texts).blocks(384, 9, 2);
+            (0..blocks.len()).map(|block| blocks.runs(block).len()).collect::<Vec<_>>()
+        };
+        assert_eq!(runs(&[2 * PAIRS]), [1]);
+        assert_eq!(runs(&[2 * PAIRS, 2 * PAIRS]), [1, 1]);
+        assert_eq!(runs(&[PAIRS, PAIRS - 1, 2 * PAIRS]), [2, 1]);
+        assert_eq!(runs(&[PAIRS, PAIRS, PAIRS]), [2, 2]);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(12))]
         #[test]
@@ -577,8 +591,8 @@ mod tests {
 
     #[test]
     fn several_products_are_the_same_on_any_number_of_threads() {
-        let (inputs, rows) = (128, 103);
-        let (isa, pairing) = (Isa::best(), pairing(&[7, 61, 35]));
+        let (inputs, rows) = (128, 198);
+        let (isa, pairing) = (Isa::best(), pairing(&[7, 61, 95, 35]));
         let x = noise(11, rows * inputs);
         let mut seen: Option<[Vec<f32>; 2]> = None;
         for threads in 1..4 {
