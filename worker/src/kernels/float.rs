@@ -8,6 +8,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use candle_core::quantized::GgmlDType;
 
@@ -350,7 +351,6 @@ macro_rules! cover {
 unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
     // SAFETY: the passes cover the result once.
     unsafe {
-        // Two inputs a step take more registers than twelve rows leave.
         if V::WIDE && R::STEP == 1 && call.is_tall(call.x_stride * size_of::<f32>()) {
             cover!(call, TALL, 2, |pass| {
                 6: 2 => pass_6::<V, R, 2>(call, pass), 1 => pass_6::<V, R, 1>(call, pass);
@@ -362,8 +362,10 @@ unsafe fn multiply_kernel<V: Lanes, R: Read>(call: &Call) {
                 12: 2 => pass_12::<V, R, 2>(call, pass), 1 => pass_12::<V, R, 1>(call, pass);
             });
         } else {
+            // With two inputs a step the compiler keeps no more than five rows' sums in registers.
+            let most = if V::WIDE && R::STEP > 1 { LOW - 1 } else { LOW };
             let wide = if V::WIDE { TILES } else { 1 };
-            cover!(call, LOW, wide, |pass| {
+            cover!(call, most, wide, |pass| {
                 1: 4 => pass_1::<V, R, 4>(call, pass), 1 => pass_1::<V, R, 1>(call, pass);
                 2: 4 => pass_2::<V, R, 4>(call, pass), 1 => pass_2::<V, R, 1>(call, pass);
                 3: 4 => pass_3::<V, R, 4>(call, pass), 1 => pass_3::<V, R, 1>(call, pass);
@@ -389,6 +391,11 @@ macro_rules! passes {
                 $(let mut $sums = [V::splat(0.0); N];)*
                 for step in 0..call.inputs / R::STEP {
                     for i in 0..R::STEP {
+                        if i > 0 {
+                            // One input after the other: the compiler takes all that a step reads at
+                            // once, which is more than there are registers.
+                            compiler_fence(Ordering::SeqCst);
+                        }
                         // Not `from_fn`: what is called in its closure is compiled without the
                         // vectors.
                         let mut vectors = [V::splat(0.0); N];
