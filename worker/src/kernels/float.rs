@@ -24,7 +24,7 @@ pub(super) const TILES: usize = 4;
 
 /// Rows of a pass, at most. With AVX-512 it has 24 sums of 32 registers: six rows by four vectors, or
 /// twelve by two. With AVX2, where sixteen lanes take two registers, 12 of 16: six rows by one.
-const LOW: usize = 6;
+pub(super) const LOW: usize = 6;
 const TALL: usize = 12;
 
 /// With so many rows weights of sixteen bits are converted beforehand rather than in each pass.

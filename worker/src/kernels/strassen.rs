@@ -30,9 +30,6 @@ use super::pool::ThreadPool;
 const PAIRS: usize = 64;
 const FLOATS: usize = PAIRS * 768;
 
-/// So many are not parted for other threads: a pass of the products.
-const PASS: usize = 6;
-
 /// Outputs, of each half, of one task.
 pub(super) const PANEL: usize = float::TILES * LANES;
 
@@ -128,11 +125,11 @@ impl Pairing {
     }
 
     /// The pairs of each task of a product with so many inputs, whose outputs are in so many panels:
-    /// enough for all threads. How they are parted does not change what comes out.
+    /// enough for all threads, but no fewer than a pass takes. How they are parted does not change what comes out.
     pub(super) fn blocks(&self, inputs: usize, panels: usize, threads: usize) -> Blocks {
         let pairs = self.pairs();
         let wanted = (4 * threads).div_ceil(panels);
-        let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(PASS);
+        let most = PAIRS.min(FLOATS / (inputs / 2)).min(pairs.div_ceil(wanted)).max(float::LOW);
         let count = pairs.div_ceil(most);
         let mut blocks = Blocks::default();
         for run in &self.runs {
@@ -302,13 +299,12 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
         products.resize(PRODUCTS * pairs * PANEL);
         if *of != task.of {
             // SAFETY: there is room for all sums; the rest is the caller's promise.
-            unsafe { sum_rows(isa, task, pairs, operands) }
+            unsafe { sum_rows(isa, task, operands) }
             *of = task.of;
         }
         let mut y = products.as_mut_ptr();
         let first = task.first / PANEL * PRODUCTS * float::TILES;
         for product in 0..PRODUCTS {
-            let mut pairs_before = 0;
             for run in task.runs {
                 // The result's lines come while the products are computed.
                 let some = run.count * product / PRODUCTS..run.count * (product + 1) / PRODUCTS;
@@ -319,7 +315,8 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
                     1 => rows(run.first, width),
                     6 if !run.odd => rows(run.second, width),
                     _ => {
-                        (operands[((product - 2) * pairs + pairs_before) * width..].as_ptr(), width)
+                        let pair = (product - 2) * pairs + run.before - task.runs[0].before;
+                        (operands[pair * width..].as_ptr(), width)
                     }
                 };
                 let tile = first + product * float::TILES;
@@ -328,20 +325,19 @@ pub(super) unsafe fn multiply(isa: Isa, task: &Task<'_>) {
                     float::multiply_panels(isa, &task.weights.0, tile, x, run.count, y, PANEL);
                     y = y.add(run.count * PANEL);
                 }
-                pairs_before += run.count;
             }
         }
         // SAFETY: they hold them now; the rest is the caller's promise.
-        unsafe { combine(isa, task, products, pairs) }
+        unsafe { combine(isa, task, products) }
     });
 }
 
 /// What products multiply that is not as it stands in the rows; where a pair has no second row, the
 /// second rows' part too.
 #[inline(always)]
-unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, pairs: usize, to: &mut [f32]) {
+unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, to: &mut [f32]) {
     let width = task.inputs / 2;
-    let from = pairs * width;
+    let from = task.pairs() * width;
     let mut to = to.as_mut_ptr();
     for run in task.runs {
         for pair in 0..run.count {
@@ -370,15 +366,13 @@ unsafe fn sum_rows_kernel<V: Lanes>(task: &Task<'_>, pairs: usize, to: &mut [f32
         }
     }
 }
-dispatch! {
-    unsafe fn sum_rows(task: &Task<'_>, pairs: usize, to: &mut [f32]) => sum_rows_kernel;
-}
+dispatch! { unsafe fn sum_rows(task: &Task<'_>, to: &mut [f32]) => sum_rows_kernel; }
 
 /// The results of a task's pairs, from their products.
 #[inline(always)]
-unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: &[f32], pairs: usize) {
+unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: &[f32]) {
     let half = task.outputs / 2;
-    let from = pairs * PANEL;
+    let from = task.pairs() * PANEL;
     let mut at = products.as_ptr();
     for run in task.runs {
         for pair in 0..run.count {
@@ -404,9 +398,7 @@ unsafe fn combine_kernel<V: Lanes>(task: &Task<'_>, products: &[f32], pairs: usi
         }
     }
 }
-dispatch! {
-    unsafe fn combine(task: &Task<'_>, products: &[f32], pairs: usize) => combine_kernel;
-}
+dispatch! { unsafe fn combine(task: &Task<'_>, products: &[f32]) => combine_kernel; }
 
 /// Sets a row's outputs from this one on, or adds to them.
 #[inline(always)]
