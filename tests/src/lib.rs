@@ -25,6 +25,7 @@
 //! * [`poll`]: waiting for a condition, never for a time.
 //! * [`authority`]: a certificate authority of the test.
 //! * [`balancer`]: a real HAProxy or nginx before gateways.
+//! * [`package_index`]: a package index, of a real nginx.
 //! * [`bench`]: what the benchmarks of whole clusters share.
 //! * [`load`]: traffic: lengths, arrivals, a streaming client, and what came of it.
 //! * [`sim`]: a simulated cluster that drives the planner.
@@ -52,6 +53,7 @@ pub mod leftovers;
 pub mod load;
 pub mod lora;
 pub mod monitor;
+pub mod package_index;
 pub mod poll;
 pub mod ports;
 pub mod postgres;

@@ -25,6 +25,7 @@ mod lora;
 mod manifests;
 mod membership;
 mod metrics;
+mod model_fetch;
 mod models;
 mod mtls;
 mod observability;
