@@ -152,7 +152,11 @@ async fn the_manifests_are_what_kubernetes_and_the_programs_take() {
             "base" => &["--launch-timeout=900", "--drain-timeout=600", "name: STATE"],
             "cpu-single-node" => &["--kv-memory=256MiB", "--threads=2", "maxReplicas: 1"],
             "ha" => &["etcd-2=http://etcd-2.etcd:2380", "name: baton-postgres", "minReplicas: 2"],
-            "gpu-pools" => &["nvidia.com/gpu: 1", "nvidia.com/gpu.present: \"true\""],
+            "gpu-pools" => &[
+                "nvidia.com/gpu: 1",
+                "nvidia.com/gpu.present: \"true\"",
+                "image: baton-cuda:0.1.0\n",
+            ],
             _ => &[],
         };
         for text in expected {
@@ -242,6 +246,10 @@ fn the_version_is_the_same_everywhere() {
         ("deploy/helm/baton/Chart.yaml", format!("\nversion: {version}\n")),
         ("deploy/helm/baton/Chart.yaml", format!("\nappVersion: {version}\n")),
         ("deploy/kubernetes/base/kustomization.yaml", format!("newTag: {version}\n")),
+        (
+            "deploy/kubernetes/overlays/gpu-pools/kustomization.yaml",
+            format!("newTag: {version}\n"),
+        ),
     ] {
         let text = std::fs::read_to_string(repository().join(file)).expect("a file");
         assert!(text.contains(&line), "{file} has no line {line:?}");

@@ -24,6 +24,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
 
+{{- define "baton.workerImage" -}}
+{{- $own := .pool.image }}
+{{- $own.repository | default .root.Values.image.repository }}:{{ $own.tag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
 {{- define "baton.etcd" -}}
 {{- if .Values.etcd.enabled -}}
 http://{{ .Release.Name }}-etcd-client:2379
