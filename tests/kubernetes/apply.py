@@ -262,8 +262,8 @@ def single_node(api, *nodes):
     say("applied again: nothing changes")
 
     status = bed.baton("status")
-    roles = ["coordinator (leads)", "decode", "gateway", "prefill"]
-    assert all(role in status for role in roles), status
+    seen = ["coordinator (leads)", "decode-0", "gateway", "prefill-0"]
+    assert all(it in status for it in seen), status
     traffic = Traffic(bed)
     bed.baton("scale", "--pool", "decode", "2")
     names = [pod.name for pod in bed.nodes.of("decode")]
@@ -305,7 +305,7 @@ def single_node(api, *nodes):
     bed.ready()
     time.sleep(5)
     say(f"the only etcd deleted, and started again on its volume: {traffic.end()}")
-    assert bed.baton("status").count("│ decode ") == 2, bed.baton("status")
+    assert "decode-1" in bed.baton("status"), bed.baton("status")
     killed = [pod for pod in bed.nodes.pods.values() if -9 in pod.ended]
     took = bed.remove()
     assert not killed, [pod.name for pod in killed]

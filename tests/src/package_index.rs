@@ -35,6 +35,7 @@ impl PackageIndex {
              types {{ text/html html; application/octet-stream whl; }}\n\
              server {{\nlisten 127.0.0.1:{port} ssl;\nroot {at}/root;\n\
              ssl_certificate {at}/tls/index.pem;\nssl_certificate_key {at}/tls/index.key;\n\
+             rewrite ^/moved/(.*)$ /simple/$1 redirect;\n\
              auth_basic index;\nauth_basic_user_file {at}/users;\nlimit_rate {rate};\n}}\n}}\n"
         );
         fs::write(dir.join("nginx.conf"), config).expect("write the configuration");
@@ -75,9 +76,19 @@ impl PackageIndex {
         fs::metadata(wheel).expect("a wheel").len()
     }
 
-    /// Its address, as pip wants it, for who gives this password.
+    /// Its address, as pip wants it, for who gives this password. From there one is led to where
+    /// the lists are.
     pub fn url(&self, password: &str) -> String {
-        format!("https://some%20one:{password}@127.0.0.1:{}/simple", self.port)
+        self.at("moved", password)
+    }
+
+    /// The address of an index that has no package.
+    pub fn empty(&self) -> String {
+        self.at("empty", Self::PASSWORD)
+    }
+
+    fn at(&self, folder: &str, password: &str) -> String {
+        format!("https://some%20one:{password}@127.0.0.1:{}/{folder}", self.port)
     }
 
     /// The password, as it is written in an address.

@@ -246,10 +246,7 @@ fn the_version_is_the_same_everywhere() {
         ("deploy/helm/baton/Chart.yaml", format!("\nversion: {version}\n")),
         ("deploy/helm/baton/Chart.yaml", format!("\nappVersion: {version}\n")),
         ("deploy/kubernetes/base/kustomization.yaml", format!("newTag: {version}\n")),
-        (
-            "deploy/kubernetes/overlays/gpu-pools/kustomization.yaml",
-            format!("newTag: {version}\n"),
-        ),
+        ("deploy/kubernetes/overlays/gpu-pools/kustomization.yaml", format!("newTag: {version}\n")),
     ] {
         let text = std::fs::read_to_string(repository().join(file)).expect("a file");
         assert!(text.contains(&line), "{file} has no line {line:?}");

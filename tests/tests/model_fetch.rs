@@ -43,8 +43,10 @@ fn fetch(dir: &TempDir, env: &[(&str, &str)]) -> Process {
     let models = models(dir);
     let own = [("BATON_MODEL_DIR", models.to_str().unwrap()), ("NO_PROXY", "127.0.0.1")];
     // Whatever is set up for pip on this machine.
-    let none = [("PIP_CONFIG_FILE", "/dev/null"), ("PIP_CERT", ""), ("PIP_EXTRA_INDEX_URL", "")];
-    for (key, value) in own.iter().chain(&none).chain(env) {
+    let none = ["PIP_CERT", "PIP_EXTRA_INDEX_URL", "PIP_PROXY", "PIP_TRUSTED_HOST"];
+    let none = none.iter().chain(&["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]);
+    let none = none.map(|name| (*name, "")).chain([("PIP_CONFIG_FILE", "/dev/null")]);
+    for (key, value) in own.into_iter().chain(none).chain(env.iter().copied()) {
         spec.env.push((key.into(), value.into()));
     }
     Process::start(&spec, dir.path())
@@ -72,8 +74,18 @@ async fn under_way(dir: &TempDir) {
 }
 
 /// The command fails, with this exit code and a line that has these parts, and leaves nothing.
-async fn fails(dir: &TempDir, mut process: Process, code: i32, parts: &[&str]) {
-    let status = process.end(WITHIN).await;
+async fn fails(dir: &TempDir, process: Process, code: i32, parts: &[&str]) {
+    fails_within(dir, process, code, parts, WITHIN).await;
+}
+
+async fn fails_within(
+    dir: &TempDir,
+    mut process: Process,
+    code: i32,
+    parts: &[&str],
+    within: Duration,
+) {
+    let status = process.end(within).await;
     let stderr = process.stderr();
     assert_eq!(status.code(), Some(code), "{stderr}");
     let error = stderr.lines().last().unwrap_or_default();
@@ -97,7 +109,9 @@ async fn a_download_goes_on_after_its_server_was_started_again() {
     let url = index.url(PackageIndex::PASSWORD);
     let authority = index.authority();
     let authority = authority.to_str().unwrap();
-    let mut process = fetch(&dir, &[("PIP_INDEX_URL", &url), ("PIP_CERT", authority)]);
+    let empty = index.empty();
+    let indexes = [("PIP_INDEX_URL", empty.as_str()), ("PIP_EXTRA_INDEX_URL", url.as_str())];
+    let mut process = fetch(&dir, &[indexes[0], indexes[1], ("PIP_CERT", authority)]);
     under_way(&dir).await;
     index.restart();
     let status = process.end(WITHIN).await;
@@ -168,7 +182,12 @@ async fn a_signal_ends_a_download_at_once_and_leaves_nothing() {
     let url = index.url(PackageIndex::PASSWORD);
     let process = fetch(&dir, &[("PIP_INDEX_URL", &url), ("PIP_TRUSTED_HOST", "127.0.0.1")]);
     under_way(&dir).await;
-    assert!(process.stderr().contains("MB"), "{}", process.stderr());
+    eventually("it tells how far it is", WITHIN, async || {
+        let stderr = process.stderr();
+        if stderr.contains(" of 8") { Ok(()) } else { Err(stderr) }
+    })
+    .await;
     process.interrupt();
-    fails(&dir, process, 1, &["stopped before the model was there"]).await;
+    let within = Duration::from_secs(5);
+    fails_within(&dir, process, 1, &["stopped before the model was there"], within).await;
 }

@@ -77,12 +77,22 @@ fn as_json(view: &ClusterView) -> serde_json::Value {
 }
 
 fn table(view: &ClusterView) -> Table {
-    let mut table =
-        new_table(&["role", "address", "model", "up", "running", "waiting", "KV blocks or texts"]);
+    let mut table = new_table(&[
+        "role",
+        "name",
+        "address",
+        "model",
+        "up",
+        "running",
+        "waiting",
+        "KV blocks or texts",
+    ]);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     for instance in &view.instances {
+        let drains = instance.status.as_ref().is_some_and(|status| status.draining);
         let role = match instance.id == view.leader {
             true => format!("{} (leads)", instance.role),
+            false if drains => format!("{} (draining)", instance.role),
             false => instance.role.clone(),
         };
         let up = now.saturating_sub(Duration::from_millis(instance.started_ms)).as_secs();
@@ -108,6 +118,7 @@ fn table(view: &ClusterView) -> Table {
         };
         table.add_row([
             role,
+            instance.name.clone(),
             instance.address.clone(),
             instance.model.clone(),
             format!("{}m{:02}s", up / 60, up % 60),

