@@ -1,16 +1,17 @@
 """Applies Baton's manifests to a real Kubernetes and lives with them; nodes are a double (node.py).
 
-Usage: apply.py KUBECONFIG FOLDER BATON ETCD OUTSIDE CHECK...
+Usage: apply.py KUBECONFIG FOLDER BATON IMAGE ETCD OUTSIDE CHECK...
 
-FOLDER is for files of the nodes; BATON and ETCD are the root file systems of the images; OUTSIDE is the
-network from which models are fetched, a file of /proc. Each check is
-an overlay of deploy/kubernetes that is applied to a namespace of its own, and prints a line for all
-that was seen; the exit code is 1 if one did not hold.
+FOLDER is for files of the nodes; BATON and ETCD are the root file systems of the images, IMAGE is what
+`buildah inspect` says of the first; OUTSIDE is the network from which models are fetched, a file of
+/proc. Each check is an overlay of deploy/kubernetes that is applied to a namespace of its own, and
+prints a line for all that was seen; the exit code is 1 if one did not hold.
 """
 
 import http.client
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,8 @@ from node import MERGE, SERVER_SIDE, Api, Nodes, Refused, register
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is the capital of France?"
+# All that there were.
+BEDS = []
 ANSWER = "The capital of France is Paris."
 PATHS = {
     "Deployment": "apps/v1/namespaces/{}/deployments",
@@ -84,6 +87,7 @@ class Bed:
         self.secrets = secrets
         self.apply()
         self.nodes = None
+        BEDS.append(self)
         if names:
             self.nodes = Nodes(api, self.namespace, names, images, outside, folder)
 
@@ -179,10 +183,21 @@ class Bed:
         # so long the empty namespace stays.
         pods = f"/api/v1/namespaces/{self.namespace}/pods"
         eventually("all pods are gone", 120, lambda: not self.api.items(pods))
-        self.nodes.stop()
-        for name in self.nodes.names:
+        took = time.monotonic() - began
+        # etcd ends by the signal that it was sent.
+        bad = [it for it in self.nodes.ended if it[1] != (-15 if it[0].startswith("etcd-") else 0)]
+        assert not bad, f"ended otherwise than well: {bad}"
+        ended, names = len(self.nodes.ended), self.nodes.names
+        self.stop()
+        for name in names:
             self.api.call("DELETE", f"/api/v1/nodes/{name}")
-        return time.monotonic() - began
+        return f"all pods are gone after {took:.0f} s; all {ended} that ended since the start ended well"
+
+    def stop(self):
+        """Ends whatever runs."""
+        if self.nodes:
+            self.nodes.stop()
+            self.nodes = None
 
 
 class Unanswered(OSError):
@@ -222,20 +237,21 @@ class Traffic:
     def run(self):
         turn = 0
         while not self.stopped:
-            gateways = self.bed.gateways()
             turn += 1
             try:
+                gateways = self.bed.gateways()
                 assert gateways, "no gateway is ready"
                 answer = ask(gateways[turn % len(gateways)])
                 assert answer == ANSWER, answer
                 self.good += 1
-            except (OSError, AssertionError, http.client.HTTPException) as error:
+            except (OSError, AssertionError, Refused, http.client.HTTPException) as error:
                 self.bad.append(repr(error))
             time.sleep(0.05)
 
     def end(self, may=lambda bad: False):
         """Ends it; each failure must be one that `may` be."""
         eventually("chats are answered", 30, lambda: self.good > 3)
+        assert self.thread.is_alive(), "the client has ended"
         self.stopped = True
         self.thread.join()
         bad = [bad for bad in self.bad if not may(bad)]
@@ -306,10 +322,7 @@ def single_node(api, *nodes):
     time.sleep(5)
     say(f"the only etcd deleted, and started again on its volume: {traffic.end()}")
     assert "decode-1" in bed.baton("status"), bed.baton("status")
-    killed = [pod for pod in bed.nodes.pods.values() if -9 in pod.ended]
-    took = bed.remove()
-    assert not killed, [pod.name for pod in killed]
-    say(f"kubectl delete namespace: all pods ended well after {took:.0f} s")
+    say(f"kubectl delete namespace: {bed.remove()}")
 
 
 def ha(api, *nodes):
@@ -334,23 +347,24 @@ def ha(api, *nodes):
 
     traffic = Traffic(bed)
     node = "node-b"
-    left = [pod for pod in bed.nodes.pods.values() if pod.node == node]
+    left = [pod for pod in list(bed.nodes.pods.values()) if pod.node == node]
     api.call("PATCH", f"/api/v1/nodes/{node}", {"spec": {"unschedulable": True}}, MERGE)
     refused = 0
     for pod in left:
+        until = time.monotonic() + 120
         while not bed.evict(pod.name):
+            assert time.monotonic() < until, f"{pod.name} may not go"
             refused += 1
             time.sleep(0.5)
         if pod.labels["app.kubernetes.io/component"] == "etcd":
             other = next(it for it in bed.nodes.of("etcd") if it.node != node)
             assert not bed.evict(other.name), "two of three members may go"
     eventually("the node is empty", 120, lambda: not any(
-        pod.node == node and pod.process.poll() is None for pod in bed.nodes.pods.values()))  # fmt: skip
+        pod.node == node and pod.process.poll() is None for pod in list(bed.nodes.pods.values())))  # fmt: skip
     say(f"kubectl drain {node}, {len(left)} pods: budgets held {refused} times; {traffic.end()}")
     api.call("PATCH", f"/api/v1/nodes/{node}", {"spec": {"unschedulable": None}}, MERGE)
     bed.ready()
-    took = bed.remove()
-    say(f"kubectl delete namespace: all pods ended well after {took:.0f} s")
+    say(f"kubectl delete namespace: {bed.remove()}")
 
 
 def gpu_pools(api, *nodes):
@@ -383,19 +397,29 @@ CHECKS = {"cpu-single-node": single_node, "gpu-pools": gpu_pools, "ha": ha}
 
 
 def main():
-    kubeconfig, folder, baton, etcd, outside = sys.argv[1:6]
+    kubeconfig, folder, baton, image, etcd, outside = sys.argv[1:7]
+    # Pods end with this process, also where it is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     api = Api(kubeconfig)
     version = api.get("/version")["gitVersion"]
     print(f"Kubernetes {version}, with a double of nodes", flush=True)
-    images = {"baton:0.1.0": baton, "quay.io/coreos/etcd:v3.5.21": etcd}
+    variables = json.loads(Path(image).read_text())["OCIv1"]["config"]["Env"]
+    variables = dict(variable.split("=", 1) for variable in variables)
+    images = {
+        "baton:0.1.0": (baton, variables),
+        "quay.io/coreos/etcd:v3.5.21": (etcd, {"PATH": "/usr/local/bin:/usr/bin"}),
+    }
     held = True
-    for name in sys.argv[6:] or CHECKS:
+    for name in sys.argv[7:] or CHECKS:
         try:
             CHECKS[name](api, images, outside, folder)
-        except (AssertionError, Refused) as error:
+        except (AssertionError, OSError, Refused) as error:
             held = False
-            print(f"FAILED {name}: {error}", flush=True)
+            print(f"FAILED {name}: {error!r}", flush=True)
             break
+        finally:
+            for bed in BEDS:
+                bed.stop()
     sys.exit(not held)
 
 

@@ -3,12 +3,12 @@
 What a kubelet, a container runtime and the network do for a pod, as far as Baton's manifests ask for
 it: init containers, then the container, each in the root file system of its image, as its user, with
 its volumes, read-only where it says so; service accounts' tokens; startup, readiness and liveness
-probes; restarts; preStop, SIGTERM and SIGKILL in their time. A pod's process ends with the node.
+probes; restarts; preStop, SIGTERM and SIGKILL in their time. A pod's process ends with this one.
 
 Unlike a real one: all pods share one network, of which each has an address, which stands in its
 arguments in the place of 0.0.0.0; init containers have the machine's. Names of Services are lines of
 /etc/hosts, from the EndpointSlices of the real controller; a Service without a selected pod that is
-ready has none. Policies of the network and limits of resources do nothing.
+ready has none. Authorities to trust are the machine's, which may be behind a proxy. Policies of the network and limits of resources do nothing.
 """
 
 import base64
@@ -94,7 +94,10 @@ def register(api, name, labels, more_room=()):
 
 
 class Nodes:
-    """Several nodes of one namespace's pods."""
+    """Several nodes of one namespace's pods.
+
+    `images` has for each image's name the folder of its root file system, and its environment.
+    """
 
     def __init__(self, api, namespace, names, images, outside, folder):
         self.api, self.namespace, self.images, self.outside = api, namespace, images, outside
@@ -104,6 +107,8 @@ class Nodes:
         self.hosts = self.folder / "hosts"
         self.hosts.write_text("127.0.0.1 localhost\n")
         self.pods = {}
+        # What came of containers that were told to end.
+        self.ended = []
         self.addresses = iter(range(2, 250))
         self.stopped = False
         for number, name in enumerate(names):
@@ -178,7 +183,7 @@ class Nodes:
     def stop(self):
         self.stopped = True
         self.thread.join()
-        for pod in self.pods.values():
+        for pod in list(self.pods.values()):
             pod.kill()
 
 
@@ -197,7 +202,6 @@ class Pod:
         self.started_at = now()
         self.grace = None
         self.told = None
-        self.ended = []
         self.uid = self.spec.get("securityContext", {}).get("runAsUser", 0)
         self.group = self.spec.get("securityContext", {}).get("runAsGroup", 0)
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -308,7 +312,7 @@ class Pod:
                 print(f"node: {self.name}: killed after {grace} s", flush=True)
                 self.process.kill()
             time.sleep(0.05)
-        self.ended.append(self.process.returncode)
+        self.nodes.ended.append((self.name, self.process.returncode))
 
     # Its container.
 
@@ -323,7 +327,7 @@ class Pod:
 
     def command(self, container, words):
         """What runs these words in a container's file system, environment and rights."""
-        root = self.nodes.images[container["image"]]
+        root, _ = self.nodes.images[container["image"]]
         env = self.environment(container)
         words = [self.expand(word, env).replace("0.0.0.0", self.address) for word in words]
         mounts = [f"mount --bind {root} {root}"]
@@ -364,7 +368,7 @@ class Pod:
 
     def environment(self, container):
         server = self.api.server.removeprefix("https://").split(":")
-        image = {"PATH": "/usr/local/bin:/usr/bin", "HOME": "/tmp", "BATON_MODEL_DIR": "/models"}
+        _, image = self.nodes.images[container["image"]]
         env = image | {"KUBERNETES_SERVICE_HOST": server[0], "KUBERNETES_SERVICE_PORT": server[1]}
         for variable in container.get("env", []):
             source = variable.get("valueFrom")
