@@ -25,7 +25,7 @@ use url::Url;
 
 use super::known::Package;
 use super::pip::Pip;
-use super::unwritten;
+use super::{stopped, unwritten};
 
 /// Of a connection, its TLS included.
 const CONNECT: Duration = Duration::from_secs(15);
@@ -250,7 +250,7 @@ impl Index {
         let mut buffer = vec![0; 64 << 10];
         loop {
             if stop.is_cancelled() {
-                return Err(Attempt::Ended(Failure::new(Exit::Failure, "it was stopped")));
+                return Err(Attempt::Ended(stopped()));
             }
             let read = body.read(&mut buffer).map_err(|error| Attempt::again(url, &error))?;
             if read == 0 {

@@ -76,7 +76,7 @@ pub async fn fetch(model: Known, stop_signals: &mut StopSignals) -> Result<PathB
     let whole = tokio::select! {
         fetched = fetched => fetched.map_err(|error| Failure::new(Exit::Failure, error))?,
         () = stop_signals.next() => {
-            return Err(Failure::new(Exit::Failure, "stopped before the model was there"));
+            return Err(stopped());
         }
     };
     let whole = whole.map_err(|Failure { exit, message }| {
@@ -90,6 +90,10 @@ pub async fn fetch(model: Known, stop_signals: &mut StopSignals) -> Result<PathB
         Err(_) if place.exists() => Ok(place),
         renamed => renamed.map(|()| place).map_err(unwritten),
     }
+}
+
+fn stopped() -> Failure {
+    Failure::new(Exit::Failure, "stopped before the model was there")
 }
 
 fn unwritten(place: &Path, error: &io::Error) -> Failure {
@@ -123,6 +127,10 @@ fn gather(source: &Source, work: &Path, stop: &CancellationToken) -> Result<Path
     let mut packages = download(source, work, stop)?;
     let whole = work.join("whole");
     for file in source.files {
+        // The folder may be gone by then, and is not to be made again.
+        if stop.is_cancelled() {
+            return Err(stopped());
+        }
         let to = whole.join(file.name);
         fs::create_dir_all(to.parent().unwrap_or(&whole)).map_err(unwritten)?;
         let mut to = File::create(&to).map_err(unwritten)?;
